@@ -1,0 +1,53 @@
+//! Tells the linker where MLX lies and what the shared library is called.
+
+use std::env;
+use std::path::PathBuf;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    compile_shim();
+    let library = env::var("DEP_MLX_LIBDIR").expect("mlx-sys publishes the folder of libmlx");
+    let macos = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "macos");
+    // Beside the binary first, for installed layouts; then where the build found MLX.
+    let origin = if macos { "@loader_path" } else { "$ORIGIN" };
+    for folder in [origin, &library] {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    }
+    if !macos {
+        // A CUDA build of libmlx needs libraries of the NVIDIA driver, which a build machine may lack.
+        println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");
+    }
+    // The number is the ABI's (OMLX_ABI_VERSION).
+    let (file, linked, flag) = match macos {
+        true => ("libomlx.dylib", "libomlx.0.dylib", "-install_name,@rpath/libomlx.0.dylib"),
+        false => ("libomlx.so", "libomlx.so.0", "-soname,libomlx.so.0"),
+    };
+    println!("cargo:rustc-cdylib-link-arg=-Wl,{flag}");
+    link_by_its_own_name(file, linked);
+}
+
+/// Programs look the library up by the name it calls itself, which cargo does not give the file.
+fn link_by_its_own_name(file: &str, linked: &str) {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    // <target>/<profile>/build/<package>/out
+    let Some(profile) = out.ancestors().nth(3) else { return };
+    let link = profile.join(linked);
+    let _ = std::fs::remove_file(&link);
+    if let Err(error) = std::os::unix::fs::symlink(file, &link) {
+        println!("cargo:warning={}: {error}", link.display());
+    }
+}
+
+/// The graph nodes that call kernels in Rust.
+fn compile_shim() {
+    let source = "src/kernels/shim.cpp";
+    println!("cargo:rerun-if-changed={source}");
+    let include = env::var_os("DEP_MLX_INCLUDE").expect("mlx-sys publishes MLX's include folders");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++20").opt_level(2).file(source);
+    // MLX's own headers are not free of warnings.
+    for folder in env::split_paths(&include) {
+        build.flag("-isystem").flag(folder);
+    }
+    build.compile("omlx_shim");
+}

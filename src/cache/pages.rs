@@ -1,0 +1,180 @@
+//! The arrays that hold a sequence's keys and values.
+//!
+//! Each sequence owns one contiguous run of rows per layer, grown in steps. Rows are token-major
+//! `[capacity, heads, width]`, so that an append is one run of memory, written in place: nothing outside this type
+//! keeps a handle to the arrays across a step, or MLX would copy them on every append.
+
+use mlx_rs::{Array, Dtype};
+
+use crate::error::{Error, Result};
+use crate::mlx;
+
+/// Rows added when a sequence outgrows its arrays.
+const GROWTH: usize = 256;
+
+/// What one token of a sequence stores, layer by layer.
+#[derive(Debug, Clone)]
+pub struct KvLayout {
+    /// `(heads, width)` of keys and of values in each layer.
+    pub layers: Vec<(usize, usize)>,
+}
+
+#[derive(Debug)]
+struct LayerKv {
+    keys: Array,
+    values: Array,
+}
+
+/// Keys and values of one sequence.
+#[derive(Debug)]
+pub struct SequenceCache {
+    layers: Vec<Option<LayerKv>>,
+    layout: KvLayout,
+    len: usize,
+}
+
+impl SequenceCache {
+    /// An empty cache; arrays are made when the first rows arrive, in their type.
+    pub fn new(layout: &KvLayout) -> Self {
+        Self { layers: layout.layers.iter().map(|_| None).collect(), layout: layout.clone(), len: 0 }
+    }
+
+    /// Tokens stored.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is stored.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Writes the step's rows `[T, heads, width]` behind the stored ones of `layer` and returns views of all rows,
+    /// `[len + T, heads, width]`. The length moves once per step, by [`advance`](Self::advance).
+    pub fn append(&mut self, layer: usize, keys: &Array, values: &Array) -> Result<(Array, Array)> {
+        let end = self.len + keys.dim(0) as usize;
+        let shape = self.layout.layers[layer];
+        let slot = &mut self.layers[layer];
+        // Taken out, so that the slice below holds the only handle and MLX writes in place.
+        let LayerKv { keys: old_keys, values: old_values } = match slot.take() {
+            Some(kv) => kv,
+            None => LayerKv {
+                keys: empty_rows(GROWTH.max(end), shape, keys.dtype())?,
+                values: empty_rows(GROWTH.max(end), shape, values.dtype())?,
+            },
+        };
+        let new_keys = mlx::write_rows(with_room(old_keys, end)?, keys, self.len, end)?;
+        let new_values = mlx::write_rows(with_room(old_values, end)?, values, self.len, end)?;
+        let views = (mlx::rows(&new_keys, 0, end)?, mlx::rows(&new_values, 0, end)?);
+        *slot = Some(LayerKv { keys: new_keys, values: new_values });
+        Ok(views)
+    }
+
+    /// Counts `tokens` rows, appended to every layer, as stored.
+    pub fn advance(&mut self, tokens: usize) {
+        self.len += tokens;
+    }
+
+    /// All arrays, for evaluation.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.layers.iter().flatten().flat_map(|kv| [&kv.keys, &kv.values])
+    }
+
+    /// Bytes of all arrays, used or not.
+    pub fn bytes(&self) -> usize {
+        self.arrays().map(Array::nbytes).sum()
+    }
+}
+
+fn empty_rows(rows: usize, (heads, width): (usize, usize), dtype: Dtype) -> Result<Array> {
+    let rows = i32::try_from(rows).map_err(|_| Error::internal("a cache of more than 2^31 rows"))?;
+    Ok(mlx_rs::ops::zeros_dtype(&[rows, heads as i32, width as i32], dtype)?)
+}
+
+/// `array`, or a larger copy of it, with at least `rows` rows.
+fn with_room(array: Array, rows: usize) -> Result<Array> {
+    let have = array.dim(0) as usize;
+    if have >= rows {
+        return Ok(array);
+    }
+    let shape = (array.dim(1) as usize, array.dim(2) as usize);
+    let larger = empty_rows(rows.next_multiple_of(GROWTH), shape, array.dtype())?;
+    mlx::write_rows(larger, &array, 0, have)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mlx::{self as seam, Device};
+
+    const ROW: i32 = 1 << 16;
+
+    fn rows(count: i32, value: f32) -> Array {
+        Array::full::<f32>(&[count, 1, ROW], Array::from_f32(value)).unwrap()
+    }
+
+    fn append(cache: &mut SequenceCache, count: i32, value: f32) -> Result<(Array, Array)> {
+        let views = cache.append(0, &rows(count, value), &rows(count, -value))?;
+        cache.advance(count as usize);
+        Ok(views)
+    }
+
+    fn layout() -> KvLayout {
+        KvLayout { layers: vec![(1, ROW as usize)] }
+    }
+
+    /// Peak bytes above the present use while `body` runs. MLX counts for the whole process: no other test of this
+    /// size may run in it.
+    fn extra_peak(body: impl FnOnce() -> Result<()>) -> Result<usize> {
+        let before = mlx_rs::memory::active_memory()?;
+        mlx_rs::memory::reset_peak_memory()?;
+        body()?;
+        Ok(mlx_rs::memory::peak_memory()?.saturating_sub(before))
+    }
+
+    #[test]
+    fn an_append_writes_in_place_unless_an_alias_is_held() {
+        seam::init().unwrap();
+        let outcome = seam::on_device(Device::Cpu, || {
+            let mut cache = SequenceCache::new(&layout());
+            append(&mut cache, 100, 1.0)?;
+            mlx_rs::transforms::eval(cache.arrays())?;
+            let pool = cache.bytes() / 2;
+            let step = |cache: &mut SequenceCache| {
+                append(cache, 1, 2.0)?;
+                Ok(mlx_rs::transforms::eval(cache.arrays())?)
+            };
+            let in_place = extra_peak(|| step(&mut cache))?;
+            assert!(in_place < pool / 2, "{in_place} bytes for one row: a pool of {pool} was copied");
+            // Negative control: what this type must never allow from outside.
+            let alias = cache.arrays().next().cloned();
+            let copied = extra_peak(|| step(&mut cache))?;
+            assert!(copied >= pool, "only {copied} bytes although an alias is held: this test sees nothing");
+            drop(alias);
+            Ok(())
+        });
+        outcome.unwrap();
+    }
+
+    #[test]
+    fn rows_survive_growth() {
+        seam::init().unwrap();
+        let outcome = seam::on_device(Device::Cpu, || {
+            let layout = KvLayout { layers: vec![(2, 4)] };
+            let mut cache = SequenceCache::new(&layout);
+            let mut expected = Vec::new();
+            for (step, count) in [3, 250, 1, 1, 1, 300, 1].into_iter().enumerate() {
+                let values: Vec<f32> = (0..count * 8).map(|i| (step * 10_000 + i) as f32).collect();
+                let rows = Array::from_slice(&values, &[count as i32, 2, 4]);
+                expected.extend(values);
+                let (keys, kept) = cache.append(0, &rows, &rows.negative()?)?;
+                cache.advance(count);
+                assert_eq!(keys.contiguous()?.as_slice::<f32>(), expected);
+                assert_eq!(kept.negative()?.contiguous()?.as_slice::<f32>(), expected);
+            }
+            assert_eq!(cache.len(), 557);
+            Ok(())
+        });
+        outcome.unwrap();
+    }
+}

@@ -1,0 +1,203 @@
+//! `omlx_event`: what a request tells its host.
+
+use std::ffi::{CString, c_char};
+
+use super::array_pointer;
+use super::error::c_string;
+use crate::engine::{Delta, Done, Event, FinishReason, TokenLogprob, Usage};
+use crate::error::Status;
+
+/// Kinds of events. Hosts ignore kinds they do not know.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_event_kind {
+    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character or a possible
+    /// stop string is incomplete.
+    Text = 1,
+    /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
+    Done = 2,
+}
+
+/// Why a request ended.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_finish_reason {
+    /// It has not ended.
+    None = 0,
+    /// The model ended its turn, or a stop string or stop token came.
+    Stop = 1,
+    /// `max_tokens` or the end of the context was reached.
+    Length = 2,
+    /// The host cancelled it, or its model was unloaded.
+    Cancelled = 3,
+    /// See `status` and `error_message`.
+    Error = 4,
+}
+
+/// Log-probability of a token: natural logarithm, of the model's own distribution before penalties and temperature.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct omlx_token_logprob {
+    /// Token id.
+    pub token: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The token's bytes; may hold a part of a character. Not NUL-terminated.
+    pub bytes: *const u8,
+    /// Number of bytes.
+    pub byte_count: usize,
+    /// The likeliest tokens in its place, best first; NULL unless asked for. Their own `top` is NULL.
+    pub top: *const omlx_token_logprob,
+    /// Number of likeliest tokens.
+    pub top_count: usize,
+}
+
+/// Counts and times of a request.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct omlx_usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Prompt tokens that a cache had already.
+    pub cached_tokens: u64,
+    /// Tokens sampled, an end-of-turn token included.
+    pub completion_tokens: u64,
+    /// From `omlx_generate` to the first token, loading the model included; 0 if none came.
+    pub seconds_to_first_token: f64,
+    /// Rate of the tokens after the first, per second; 0 with fewer than two.
+    pub tokens_per_second: f64,
+}
+
+/// One event. It and all it points to live until the callback returns, or until the next call of
+/// `omlx_request_next` on the same request.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct omlx_event {
+    /// Bytes of this struct in the library that fills it; fields behind the end are not there.
+    pub struct_size: u32,
+    /// An `omlx_event_kind`.
+    pub kind: u32,
+    /// Which of several answers; 0 for the only one.
+    pub choice: u32,
+    /// An `omlx_finish_reason`.
+    pub finish_reason: u32,
+    /// Whole UTF-8 characters, NUL-terminated; never NULL. May contain NUL characters: use `text_len`.
+    pub text: *const c_char,
+    /// Bytes of text.
+    pub text_len: usize,
+    /// Ids of the tokens sampled since the last event; NULL if there are none.
+    pub tokens: *const u32,
+    /// Number of tokens.
+    pub token_count: usize,
+    /// One per token if the request asked for log-probabilities, else NULL.
+    pub logprobs: *const omlx_token_logprob,
+    /// Number of log-probabilities.
+    pub logprob_count: usize,
+    /// An `omlx_status`: why the request failed or was cancelled, else `OMLX_OK`.
+    pub status: i32,
+    /// Reserved, zero.
+    pub reserved: u32,
+    /// Details of the failure, NUL-terminated; never NULL.
+    pub error_message: *const c_char,
+    /// Filled in the done event.
+    pub usage: omlx_usage,
+}
+
+/// An event in C's form with everything it points to.
+pub(super) struct EventView {
+    event: omlx_event,
+    _text: Vec<u8>,
+    _tokens: Vec<u32>,
+    _logprobs: LogprobView,
+    _message: CString,
+}
+
+#[derive(Default)]
+struct LogprobView {
+    entries: Vec<omlx_token_logprob>,
+    _tops: Vec<Vec<omlx_token_logprob>>,
+    _source: Vec<TokenLogprob>,
+}
+
+// SAFETY: the pointers lead into this object's own heap memory, which nobody changes.
+unsafe impl Send for EventView {}
+
+impl LogprobView {
+    fn new(source: Vec<TokenLogprob>) -> Self {
+        let entry = |l: &TokenLogprob, top: &[omlx_token_logprob]| omlx_token_logprob {
+            token: l.token,
+            logprob: l.logprob,
+            bytes: array_pointer(&l.bytes),
+            byte_count: l.bytes.len(),
+            top: array_pointer(top),
+            top_count: top.len(),
+        };
+        let tops: Vec<Vec<_>> = source.iter().map(|l| l.top.iter().map(|t| entry(t, &[])).collect()).collect();
+        let entries = source.iter().zip(&tops).map(|(l, top)| entry(l, top)).collect();
+        // Moving the vectors moves their headers only; the pointers lead to their heap memory.
+        Self { entries, _tops: tops, _source: source }
+    }
+}
+
+impl EventView {
+    pub fn new(event: Event) -> Self {
+        match event {
+            Event::Delta(Delta { text, tokens, logprobs }) => {
+                let logprobs = LogprobView::new(logprobs);
+                Self::build(omlx_event_kind::Text, text, tokens, logprobs, None)
+            }
+            Event::Done(done) => {
+                Self::build(omlx_event_kind::Done, String::new(), Vec::new(), LogprobView::default(), Some(done))
+            }
+        }
+    }
+
+    fn build(kind: omlx_event_kind, text: String, tokens: Vec<u32>, logprobs: LogprobView, done: Option<Done>) -> Self {
+        let text_len = text.len();
+        let mut text = text.into_bytes();
+        text.push(0);
+        let error = done.as_ref().and_then(|done| done.error.as_ref());
+        let message = c_string(error.map_or("", |error| error.message()));
+        let event = omlx_event {
+            struct_size: size_of::<omlx_event>() as u32,
+            kind: kind as u32,
+            choice: 0,
+            finish_reason: done.as_ref().map_or(omlx_finish_reason::None, |d| finish_reason(d.reason)) as u32,
+            text: text.as_ptr().cast(),
+            text_len,
+            tokens: array_pointer(&tokens),
+            token_count: tokens.len(),
+            logprobs: array_pointer(&logprobs.entries),
+            logprob_count: logprobs.entries.len(),
+            status: error.map_or(Status::Ok, |error| error.status()) as i32,
+            reserved: 0,
+            error_message: message.as_ptr(),
+            usage: done.as_ref().map(|done| usage(&done.usage)).unwrap_or_default(),
+        };
+        Self { event, _text: text, _tokens: tokens, _logprobs: logprobs, _message: message }
+    }
+
+    /// Valid as long as `self` is neither moved out of its box nor dropped.
+    pub fn as_ptr(&self) -> *const omlx_event {
+        &raw const self.event
+    }
+}
+
+fn finish_reason(reason: FinishReason) -> omlx_finish_reason {
+    match reason {
+        FinishReason::Stop => omlx_finish_reason::Stop,
+        FinishReason::Length => omlx_finish_reason::Length,
+        FinishReason::Cancelled => omlx_finish_reason::Cancelled,
+        FinishReason::Error => omlx_finish_reason::Error,
+    }
+}
+
+fn usage(usage: &Usage) -> omlx_usage {
+    omlx_usage {
+        prompt_tokens: usage.prompt_tokens as u64,
+        cached_tokens: usage.cached_tokens as u64,
+        completion_tokens: usage.completion_tokens as u64,
+        seconds_to_first_token: usage.seconds_to_first_token,
+        tokens_per_second: usage.tokens_per_second,
+    }
+}

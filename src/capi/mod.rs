@@ -1,0 +1,215 @@
+//! The C ABI: one file per C noun; every function is a panic boundary, checked casts, the work, and a status.
+//!
+//! `include/omlx.h` is generated from these files. Rules that hold for every function, stated there once:
+//! pointers are NULL or valid, outputs are written only on success, nothing unwinds into the host.
+
+#![allow(non_camel_case_types)]
+#![allow(clippy::missing_safety_doc, reason = "one contract for all functions, at the top of the header")]
+
+mod bundled;
+mod callback;
+mod error;
+mod event;
+mod library;
+mod log;
+mod model;
+mod pool;
+mod request;
+mod text;
+
+pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
+pub use error::*;
+pub use event::*;
+pub use library::*;
+pub use log::*;
+pub use model::*;
+pub use pool::*;
+pub use request::*;
+pub use text::*;
+
+use std::ffi::{CStr, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::error::{Error, Result, Status};
+
+/// Runs `body`, turns errors and panics into a status, and writes the details to `error_out` if the host wants them.
+fn boundary(error_out: *mut *mut omlx_error, body: impl FnOnce() -> Result<()>) -> Status {
+    let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = crate::engine::panic_message(&*panic).to_owned();
+        Err(Error::internal(format!("panic: {text}")))
+    });
+    match outcome {
+        Ok(()) => Status::Ok,
+        Err(error) => {
+            let status = error.status();
+            if !error_out.is_null() {
+                // SAFETY: not NULL, so it points to a pointer the host lets us write.
+                unsafe { error_out.write(Box::into_raw(Box::new(omlx_error::new(error)))) };
+            }
+            status
+        }
+    }
+}
+
+/// The object behind a handle or struct pointer.
+///
+/// # Safety
+/// `pointer` is NULL or valid for `'a`.
+unsafe fn borrow<'a, T>(pointer: *const T, name: &str) -> Result<&'a T> {
+    // SAFETY: passed on to the caller.
+    unsafe { pointer.as_ref() }.ok_or_else(|| null(name))
+}
+
+/// A pointer that an output will be written to.
+fn output<T>(pointer: *mut T, name: &str) -> Result<*mut T> {
+    if pointer.is_null() { Err(null(name)) } else { Ok(pointer) }
+}
+
+fn null(name: &str) -> Error {
+    Error::invalid_argument(format!("{name} is NULL"))
+}
+
+/// `len` values of the host; NULL is an error.
+///
+/// # Safety
+/// `data` is NULL or valid for `len` values and `'a`.
+unsafe fn array<'a, T>(data: *const T, len: usize, name: &str) -> Result<&'a [T]> {
+    if data.is_null() {
+        return Err(null(name));
+    }
+    if len > isize::MAX as usize / size_of::<T>() || !data.is_aligned() {
+        return Err(Error::invalid_argument(format!("{name}: {len} values cannot be there")));
+    }
+    // SAFETY: not NULL, aligned and of a possible length; validity is the caller's.
+    Ok(unsafe { std::slice::from_raw_parts(data, len) })
+}
+
+/// `len` bytes of the host.
+///
+/// # Safety
+/// As for [`array`].
+unsafe fn bytes<'a>(data: *const u8, len: usize, name: &str) -> Result<&'a [u8]> {
+    // SAFETY: passed on to the caller.
+    unsafe { array(data, len, name) }
+}
+
+/// `len` bytes of UTF-8.
+///
+/// # Safety
+/// As for [`bytes`].
+unsafe fn text<'a>(data: *const c_char, len: usize, name: &str) -> Result<&'a str> {
+    // SAFETY: passed on to the caller.
+    let bytes = unsafe { bytes(data.cast(), len, name) }?;
+    std::str::from_utf8(bytes).map_err(|_| Error::invalid_argument(format!("{name} is not valid UTF-8")))
+}
+
+/// A NUL-terminated string; `None` for NULL.
+///
+/// # Safety
+/// `pointer` is NULL or a NUL-terminated string that lives for `'a`.
+unsafe fn optional_string<'a>(pointer: *const c_char, name: &str) -> Result<Option<&'a str>> {
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: not NULL; the rest is the caller's.
+    let text = unsafe { CStr::from_ptr(pointer) };
+    text.to_str().map(Some).map_err(|_| Error::invalid_argument(format!("{name} is not valid UTF-8")))
+}
+
+/// A NUL-terminated string that must be there.
+///
+/// # Safety
+/// As for [`optional_string`].
+unsafe fn string<'a>(pointer: *const c_char, name: &str) -> Result<&'a str> {
+    // SAFETY: passed on to the caller.
+    unsafe { optional_string(pointer, name) }?.ok_or_else(|| null(name))
+}
+
+/// A struct that begins with its size and may only grow: what the host does not know of stays at its default.
+///
+/// # Safety
+/// Implementors are `repr(C)`, begin with a `u32` size, and are valid for any content that hosts may write,
+/// all zero bytes included.
+unsafe trait SizedOptions: Copy + Default {
+    /// Size of the first published version; smaller ones are mistakes.
+    const MIN_SIZE: usize;
+}
+
+/// Copies the host's options; NULL means defaults. Bytes beyond what this library knows must be zero.
+///
+/// # Safety
+/// `pointer` is NULL or points to a struct whose first field says how many bytes are valid.
+unsafe fn options<T: SizedOptions>(pointer: *const T, name: &str) -> Result<T> {
+    // SAFETY: passed on to the caller.
+    let (known, newer) = unsafe { split_options(pointer, name) }?;
+    newer.map(|()| known)
+}
+
+/// The part of the host's options that this library knows, and an error if they set more than that: for callers that
+/// owe the host something, such as a call of its destroy function, even when they refuse the options.
+///
+/// # Safety
+/// As for [`options`].
+unsafe fn split_options<T: SizedOptions>(pointer: *const T, name: &str) -> Result<(T, Result<()>)> {
+    let mut own = T::default();
+    if pointer.is_null() {
+        return Ok((own, Ok(())));
+    }
+    // SAFETY: the struct begins with its size.
+    let size = unsafe { pointer.cast::<u32>().read() } as usize;
+    if size < T::MIN_SIZE {
+        return Err(Error::invalid_argument(format!("{name}.struct_size is {size}; use the _INIT macro")));
+    }
+    let known = size_of::<T>();
+    // SAFETY: `size` bytes are valid, the copied part is not longer, and `T` takes any such content.
+    let bytes = unsafe {
+        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut own).cast::<u8>(), size.min(known));
+        std::slice::from_raw_parts(pointer.cast::<u8>(), size)
+    };
+    let newer = match bytes.iter().skip(known).all(|&byte| byte == 0) {
+        true => Ok(()),
+        false => Err(Error::invalid_argument(format!("{name} sets options that this library does not know"))),
+    };
+    Ok((own, newer))
+}
+
+/// What C hosts expect of an empty array: NULL instead of Rust's dangling pointer.
+fn array_pointer<T>(array: &[T]) -> *const T {
+    if array.is_empty() { std::ptr::null() } else { array.as_ptr() }
+}
+
+/// Adds one reference to a handle; NULL is ignored.
+///
+/// # Safety
+/// `pointer` is NULL or came from `Arc::into_raw` and is still referenced.
+unsafe fn retain<T>(pointer: *const T) {
+    if !pointer.is_null() {
+        // SAFETY: passed on to the caller.
+        unsafe { Arc::increment_strong_count(pointer) };
+    }
+}
+
+/// Drops one reference of a handle; NULL is ignored. A panic while dropping is caught.
+///
+/// # Safety
+/// As for [`retain`]; the reference must not be used again.
+unsafe fn release<T>(pointer: *const T) {
+    if !pointer.is_null() {
+        // SAFETY: passed on to the caller.
+        let handle = unsafe { Arc::from_raw(pointer) };
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(handle)));
+    }
+}
+
+/// Frees a handle with one owner; NULL is ignored.
+///
+/// # Safety
+/// `pointer` is NULL or came from `Box::into_raw` and was not freed.
+unsafe fn free<T>(pointer: *mut T) {
+    if !pointer.is_null() {
+        // SAFETY: passed on to the caller.
+        let owned = unsafe { Box::from_raw(pointer) };
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(owned)));
+    }
+}

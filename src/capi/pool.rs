@@ -1,0 +1,207 @@
+//! `omlx_pool`: an engine pool.
+
+use std::ffi::c_char;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex};
+
+use mlx_rs::Dtype;
+
+use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, optional_string, output};
+use crate::error::{Error, Result, Status};
+use crate::mlx::Device;
+use crate::pool::{EnginePool, PoolOptions};
+use crate::sync::lock;
+
+/// Where to compute.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_device {
+    /// The GPU if there is one, else the CPU.
+    Auto = 0,
+    /// The CPU.
+    Cpu = 1,
+    /// The GPU; `OMLX_E_UNSUPPORTED` if there is none.
+    Gpu = 2,
+}
+
+/// Number format of weights that are not quantised, and of all activations.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_dtype {
+    /// 32 bits on the CPU, the model's own format on a GPU.
+    Auto = 0,
+    /// 32-bit floats.
+    F32 = 1,
+    /// 16-bit floats.
+    F16 = 2,
+    /// 16-bit brain floats.
+    Bf16 = 3,
+}
+
+/// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct omlx_pool_options {
+    /// `sizeof(omlx_pool_options)`, set by `OMLX_POOL_OPTIONS_INIT`.
+    pub struct_size: u32,
+    /// An `omlx_device`.
+    pub device: u32,
+    /// An `omlx_dtype`.
+    pub dtype: u32,
+    /// Upper limit of every model's context in tokens; 0 is the model's own.
+    pub context_length: u32,
+    /// A folder of model folders (flat or `org/model`), or one model folder. NULL takes the models that come with the
+    /// library, in `share/omlx/models` or `models` in or above the folder of its file; without them the pool is empty.
+    pub models_dir: *const c_char,
+    /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
+    pub default_model: *const c_char,
+    /// Prompt tokens in one forward pass; 0 is 512. Smaller values hear a cancel sooner.
+    pub prefill_chunk: u32,
+    /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
+    /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
+    /// that are not set. No other thread may call getenv() or setenv() meanwhile.
+    pub keep_environment: u32,
+}
+
+impl Default for omlx_pool_options {
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            device: 0,
+            dtype: 0,
+            context_length: 0,
+            models_dir: std::ptr::null(),
+            default_model: std::ptr::null(),
+            prefill_chunk: 0,
+            keep_environment: 0,
+        }
+    }
+}
+
+// SAFETY: repr(C), the size comes first, and every other field is an integer or a nullable pointer.
+unsafe impl SizedOptions for omlx_pool_options {
+    const MIN_SIZE: usize = size_of::<Self>();
+}
+
+impl omlx_pool_options {
+    /// # Safety
+    /// The strings are NULL or NUL-terminated and alive.
+    unsafe fn to_pool_options(self) -> Result<PoolOptions> {
+        let device = match self.device {
+            0 => None,
+            1 => Some(Device::Cpu),
+            2 => Some(Device::Gpu),
+            other => return Err(Error::invalid_argument(format!("device {other} does not exist"))),
+        };
+        let dtype = match self.dtype {
+            0 => None,
+            1 => Some(Dtype::Float32),
+            2 => Some(Dtype::Float16),
+            3 => Some(Dtype::Bfloat16),
+            other => return Err(Error::invalid_argument(format!("dtype {other} does not exist"))),
+        };
+        let nonzero = |n: u32| (n > 0).then_some(n as usize);
+        // SAFETY: passed on to the caller.
+        let (models_dir, default_model) = unsafe {
+            (optional_string(self.models_dir, "models_dir")?, optional_string(self.default_model, "default_model")?)
+        };
+        Ok(PoolOptions {
+            models_dir: models_dir.map(PathBuf::from).or_else(bundled::models_dir),
+            default_model: default_model.map(str::to_owned),
+            device,
+            dtype,
+            context: nonzero(self.context_length),
+            prefill_chunk: nonzero(self.prefill_chunk),
+            keep_environment: self.keep_environment != 0,
+        })
+    }
+}
+
+/// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
+pub struct omlx_pool {
+    pub(super) pool: EnginePool,
+    pub(super) dispatchers: Arc<Dispatchers>,
+}
+
+/// Counts the threads that run event callbacks, so that closing can wait for them.
+#[derive(Default)]
+pub(super) struct Dispatchers {
+    running: Mutex<usize>,
+    changed: Condvar,
+}
+
+/// One running dispatcher; leaves the count when dropped.
+pub(super) struct Dispatcher(Arc<Dispatchers>);
+
+impl Dispatchers {
+    pub fn enter(self: &Arc<Self>) -> Dispatcher {
+        *lock(&self.running) += 1;
+        Dispatcher(Arc::clone(self))
+    }
+
+    fn wait(&self) {
+        let mut running = lock(&self.running);
+        while *running > 0 {
+            running = self.changed.wait(running).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+}
+
+impl Drop for Dispatcher {
+    fn drop(&mut self) {
+        *lock(&self.0.running) -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Opens a pool and lists its models, loading none. `options` may be NULL. Blocking while the folders are read.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (no such folder), `OMLX_E_UNSUPPORTED` (no GPU), `OMLX_E_BACKEND` (MLX of another
+/// version).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_open(
+    options: *const omlx_pool_options,
+    pool: *mut *mut omlx_pool,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        let pool = output(pool, "pool")?;
+        // SAFETY: NULL or sized options with live strings, by the header's contract.
+        let options = unsafe { super::options(options, "options")?.to_pool_options() }?;
+        let opened = omlx_pool { pool: EnginePool::open(options)?, dispatchers: Arc::default() };
+        // SAFETY: checked above not to be NULL.
+        unsafe { pool.write(Arc::into_raw(Arc::new(opened)).cast_mut()) };
+        Ok(())
+    })
+}
+
+/// Ends all requests (their done events have `OMLX_E_CLOSED`), unloads all models, and waits until the engines' threads
+/// are gone and all callbacks have returned. Call it before the process exits. The handle stays valid, refuses further
+/// work with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same,
+/// and does not wait for callbacks then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_close(pool: *mut omlx_pool, error: *mut *mut omlx_error) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let pool = unsafe { borrow(pool, "pool") }?;
+        pool.pool.close();
+        if !callback::in_callback() {
+            pool.dispatchers.wait();
+        }
+        Ok(())
+    })
+}
+
+/// Adds a reference; NULL is ignored.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_retain(pool: *mut omlx_pool) {
+    // SAFETY: NULL or a live handle, by the header's contract.
+    unsafe { super::retain(pool) };
+}
+
+/// Drops a reference; NULL is ignored. The last one closes the pool without waiting for its threads.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_release(pool: *mut omlx_pool) {
+    // SAFETY: NULL or a reference that the host owns, by the header's contract.
+    unsafe { super::release(pool) };
+}

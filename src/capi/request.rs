@@ -1,0 +1,239 @@
+//! `omlx_request`: a running generation.
+
+use std::ffi::{c_char, c_void};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::callback::{self, UserData, omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
+use super::event::EventView;
+use super::pool::Dispatcher;
+use super::{SizedOptions, borrow, boundary, bytes, omlx_error, omlx_event, omlx_pool, output, split_options};
+use crate::engine::{Event, Request, RequestState, Wake};
+use crate::error::{Error, Result, Status};
+use crate::sync::lock;
+
+/// How a request is delivered. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct omlx_generate_options {
+    /// `sizeof(omlx_generate_options)`, set by `OMLX_GENERATE_OPTIONS_INIT`.
+    pub struct_size: u32,
+    /// Not 0: ignore keys of the request that the library does not know. 0 makes them `OMLX_E_INVALID_REQUEST`.
+    pub lenient: u32,
+    /// Receives the events. NULL: the host fetches them with `omlx_request_next` instead.
+    pub callback: omlx_event_fn,
+    /// Passed to `callback` and `destroy`.
+    pub user_data: *mut c_void,
+    /// NULL, or called exactly once: after the last callback, or when `omlx_generate` fails. Only if it refuses the
+    /// `struct_size` as too small, nothing is called.
+    pub destroy: omlx_destroy_fn,
+}
+
+impl Default for omlx_generate_options {
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            lenient: 0,
+            callback: None,
+            user_data: std::ptr::null_mut(),
+            destroy: None,
+        }
+    }
+}
+
+// SAFETY: repr(C), the size comes first, and every other field is an integer, a nullable pointer or function.
+unsafe impl SizedOptions for omlx_generate_options {
+    const MIN_SIZE: usize = size_of::<Self>();
+}
+
+/// A generation. Reference-counted; it does not need its pool's handle to live on.
+pub struct omlx_request {
+    state: Arc<RequestState>,
+    /// The event that the host reads in the pull form.
+    current: Mutex<Option<Box<EventView>>>,
+    pull: bool,
+}
+
+impl Drop for omlx_request {
+    fn drop(&mut self) {
+        if self.pull {
+            // Nobody can read the answer any more.
+            self.state.set_wake(None);
+            self.state.cancel();
+        }
+    }
+}
+
+/// Starts a generation and returns at once: loading the model, rendering and tokenising happen on other threads, and
+/// what fails there arrives in the done event.
+///
+/// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
+/// local servers have added to them:
+///
+///   what to answer   "messages" (with "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"), or
+///                    "prompt": a text, or an array of token ids
+///   by which model   "model": an id of `omlx_pool_models`
+///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
+///                    "presence_penalty", "frequency_penalty", "logit_bias"
+///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
+///   what to report   "logprobs", "top_logprobs"
+///
+/// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
+/// limit. Tool calls arrive as text. Requests on one model are answered one after another.
+///
+/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback.
+///
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_CLOSED`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_generate(
+    pool: *mut omlx_pool,
+    request_json: *const c_char,
+    request_len: usize,
+    options: *const omlx_generate_options,
+    request: *mut *mut omlx_request,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or sized options, by the header's contract.
+        let (options, newer) = unsafe { split_options(options, "options") }?;
+        // First of all, so that a failure below also runs the destroy function.
+        let user_data = UserData::new(options.user_data, options.destroy);
+        newer?;
+        if request.is_null() && options.callback.is_none() {
+            return Err(Error::invalid_argument("request is NULL, and there is no callback"));
+        }
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, json) = unsafe { (borrow(pool, "pool")?, bytes(request_json.cast(), request_len, "request_json")?) };
+        let state = pool.pool.generate(Request::from_json(json, options.lenient != 0)?)?;
+        if let Some(callback) = options.callback {
+            let dispatcher = pool.dispatchers.enter();
+            spawn_dispatcher(Arc::clone(&state), callback, user_data, dispatcher)?;
+        }
+        if !request.is_null() {
+            let handle = omlx_request { state, current: Mutex::default(), pull: options.callback.is_none() };
+            // SAFETY: not NULL.
+            unsafe { request.write(Arc::into_raw(Arc::new(handle)).cast_mut()) };
+        }
+        Ok(())
+    })
+}
+
+type EventCallback = unsafe extern "C" fn(*mut c_void, *const omlx_event) -> i32;
+
+/// Gives the request a thread that feeds its callback: a slow one then delays nobody else.
+fn spawn_dispatcher(
+    state: Arc<RequestState>,
+    callback: EventCallback,
+    user_data: UserData,
+    dispatcher: Dispatcher,
+) -> Result<()> {
+    let cancel = Arc::clone(&state);
+    let thread = std::thread::Builder::new().name("omlx-events".into()).spawn(move || {
+        callback::as_dispatcher(|| {
+            let mut refused = false;
+            while let Ok(event) = state.next(None) {
+                // A host that has had enough may have torn down what text would go to.
+                if refused && matches!(event, Event::Delta(_)) {
+                    continue;
+                }
+                let view = EventView::new(event);
+                // SAFETY: the host's function with its own data; the view outlives the call.
+                if unsafe { callback(user_data.pointer(), view.as_ptr()) } != 0 {
+                    refused = true;
+                    state.cancel();
+                }
+            }
+            drop(user_data);
+        });
+        drop(dispatcher);
+    });
+    thread.map(|_| ()).map_err(|e| {
+        cancel.cancel();
+        Error::io("starting a callback thread", &e)
+    })
+}
+
+/// Waits `timeout_ms` milliseconds for the next event of a request without callback; 0 never waits, a negative timeout
+/// waits for ever. `event` is valid until the next event is fetched or the request is released. Blocking unless
+/// `timeout_ms` is 0.
+///
+/// Errors: `OMLX_E_TIMEOUT` (none came in time), `OMLX_E_CLOSED` (the done event was fetched already).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_next(
+    request: *mut omlx_request,
+    timeout_ms: i64,
+    event: *mut *const omlx_event,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        let event = output(event, "event")?;
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let request = unsafe { borrow(request, "request") }?;
+        if !request.pull {
+            return Err(Error::invalid_argument("the events of this request go to its callback"));
+        }
+        let timeout = u64::try_from(timeout_ms).ok().map(|ms| Duration::from_millis(ms.min(MAX_WAIT_MS)));
+        let next = request.state.next(timeout).map_err(|status| match status {
+            Status::Timeout => Error::new(status, "no event came in time"),
+            _ => Error::new(status, "the request has ended and its done event was read"),
+        })?;
+        let view = Box::new(EventView::new(next));
+        let pointer = view.as_ptr();
+        *lock(&request.current) = Some(view);
+        // SAFETY: checked above not to be NULL.
+        unsafe { event.write(pointer) };
+        Ok(())
+    })
+}
+
+/// Longest finite wait, about a century: deadlines stay computable.
+const MAX_WAIT_MS: u64 = 100 * 366 * 24 * 3600 * 1000;
+
+/// Sets a function that is called when an event becomes available, before this returns if one is waiting already: for
+/// run loops that must not block. NULL removes it. `user_data` and `destroy` may be NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_set_wake(
+    request: *mut omlx_request,
+    wake: omlx_wake_fn,
+    user_data: *mut c_void,
+    destroy: omlx_destroy_fn,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        let user_data = UserData::new(user_data, destroy);
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let request = unsafe { borrow(request, "request") }?;
+        request.state.set_wake(wake.map(|wake| -> Wake {
+            Box::new(move || {
+                // SAFETY: the host's function with its own data, which lives as long as this closure.
+                unsafe { wake(user_data.pointer()) }
+            })
+        }));
+        Ok(())
+    })
+}
+
+/// Asks the request to end; its done event comes within one step of the model, or when the model is loaded. NULL and
+/// ended requests are ignored.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_cancel(request: *mut omlx_request) {
+    // SAFETY: NULL or a live handle, by the header's contract.
+    if let Some(request) = unsafe { request.as_ref() } {
+        request.state.cancel();
+    }
+}
+
+/// Adds a reference; NULL is ignored.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_retain(request: *mut omlx_request) {
+    // SAFETY: NULL or a live handle, by the header's contract.
+    unsafe { super::retain(request) };
+}
+
+/// Drops a reference; NULL is ignored. With the last one a request without callback is cancelled; one with a callback
+/// goes on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_release(request: *mut omlx_request) {
+    // SAFETY: NULL or a reference that the host owns, by the header's contract.
+    unsafe { super::release(request) };
+}

@@ -1,0 +1,304 @@
+//! Events of a request, from the engine's threads to the host: a queue per request that never blocks the producer.
+//!
+//! Text that the host has not fetched yet is merged into one event, so a slow reader costs memory for its text only.
+//! When too much is waiting, the sequence pauses until the reader catches up.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use super::Failure;
+use super::worker::Command;
+use crate::error::{Error, Status};
+use crate::sync::lock;
+
+/// Unread tokens at which a sequence pauses.
+const PAUSE_TOKENS: usize = 1024;
+
+/// Log-probability of a token and of the likeliest ones in its place, natural logarithms.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// Token id.
+    pub token: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// Its bytes as text; partial characters possible.
+    pub bytes: Vec<u8>,
+    /// The likeliest tokens, best first; empty unless asked for.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A piece of the answer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Delta {
+    /// Whole characters; may be empty while a character or a stop string is incomplete.
+    pub text: String,
+    /// The tokens sampled since the last event.
+    pub tokens: Vec<u32>,
+    /// One per token, if the request asked for them.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its turn, or a stop string or token came.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+    /// Cancelled by the host.
+    Cancelled,
+    /// The error in the event.
+    Error,
+}
+
+/// Counts and times of a request.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Prompt tokens that were not computed because the cache had them.
+    pub cached_tokens: usize,
+    /// Tokens sampled, an end-of-turn token included.
+    pub completion_tokens: usize,
+    /// From acceptance to the first token; 0 if none came.
+    pub seconds_to_first_token: f64,
+    /// Rate after the first token; 0 with fewer than two tokens.
+    pub tokens_per_second: f64,
+}
+
+/// The last event of every request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Done {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Set exactly when `reason` is `Error` or `Cancelled`.
+    pub error: Option<Error>,
+    /// Counts and times.
+    pub usage: Usage,
+}
+
+/// What a host sees of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Text and tokens.
+    Delta(Delta),
+    /// The end; nothing follows.
+    Done(Done),
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    /// At most one delta and one done: unread deltas merge.
+    events: VecDeque<Event>,
+    unread_tokens: usize,
+    /// A done event was queued.
+    ended: bool,
+}
+
+/// Called when an event becomes available to a queue that was empty.
+pub type Wake = Box<dyn Fn() + Send + Sync>;
+
+/// The two ends of a request: the host reads events and cancels, the engine writes through an [`EventSink`].
+pub struct RequestState {
+    accepted: Instant,
+    queue: Mutex<Queue>,
+    available: Condvar,
+    wake: Mutex<Option<Arc<Wake>>>,
+    cancelled: AtomicBool,
+    /// Set once a worker has the request: it must hear of a cancel and of new room in the queue.
+    worker: Mutex<Option<Sender<Command>>>,
+}
+
+impl std::fmt::Debug for RequestState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RequestState").field("cancelled", &self.is_cancelled()).finish_non_exhaustive()
+    }
+}
+
+impl RequestState {
+    /// A new request and its only writer; `failure` is the engine's reason cell.
+    pub fn new(failure: Failure) -> (Arc<Self>, EventSink) {
+        let state = Arc::new(Self {
+            accepted: Instant::now(),
+            queue: Mutex::default(),
+            available: Condvar::new(),
+            wake: Mutex::default(),
+            cancelled: AtomicBool::new(false),
+            worker: Mutex::default(),
+        });
+        (Arc::clone(&state), EventSink { state, failure, ended: false })
+    }
+
+    /// When the request was accepted.
+    pub fn accepted(&self) -> Instant {
+        self.accepted
+    }
+
+    /// Asks the engine to end the request at its next step.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.nudge_worker();
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// The next event, waiting up to `timeout` (`None`: for ever). `Err(Timeout)` when none came in time and
+    /// `Err(Closed)` after the done event was read.
+    pub fn next(&self, timeout: Option<Duration>) -> Result<Event, Status> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(event) = queue.events.pop_front() {
+                let was_paused = queue.unread_tokens >= PAUSE_TOKENS;
+                queue.unread_tokens = 0;
+                drop(queue);
+                if was_paused {
+                    self.nudge_worker();
+                }
+                return Ok(event);
+            }
+            if queue.ended {
+                return Err(Status::Closed);
+            }
+            queue = match deadline {
+                None => self.available.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner()),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Status::Timeout);
+                    }
+                    self.available.wait_timeout(queue, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0
+                }
+            };
+        }
+    }
+
+    /// Sets the function that is called whenever an event becomes available; at once if one is waiting.
+    ///
+    /// It runs on an engine thread and must not block. `None` removes it.
+    pub fn set_wake(&self, wake: Option<Wake>) {
+        let wake = wake.map(Arc::new);
+        let old = std::mem::replace(&mut *lock(&self.wake), wake.clone());
+        // With the lock released: dropping it may run the host's destroy function.
+        drop(old);
+        let waiting = !lock(&self.queue).events.is_empty();
+        if let Some(wake) = wake.filter(|_| waiting) {
+            wake();
+        }
+    }
+
+    pub(super) fn attach_worker(&self, worker: Sender<Command>) {
+        *lock(&self.worker) = Some(worker);
+    }
+
+    /// Whether the reader is so far behind that the sequence should pause.
+    pub(super) fn is_full(&self) -> bool {
+        lock(&self.queue).unread_tokens >= PAUSE_TOKENS
+    }
+
+    fn nudge_worker(&self) {
+        if let Some(worker) = &*lock(&self.worker) {
+            let _ = worker.send(Command::Wake);
+        }
+    }
+
+    fn push(&self, event: Event) {
+        let was_empty = {
+            let mut queue = lock(&self.queue);
+            let was_empty = queue.events.is_empty();
+            match event {
+                Event::Delta(delta) => {
+                    queue.unread_tokens += delta.tokens.len();
+                    match queue.events.back_mut() {
+                        Some(Event::Delta(last)) => {
+                            last.text.push_str(&delta.text);
+                            last.tokens.extend(delta.tokens);
+                            last.logprobs.extend(delta.logprobs);
+                        }
+                        _ => queue.events.push_back(Event::Delta(delta)),
+                    }
+                }
+                Event::Done(done) => {
+                    queue.ended = true;
+                    queue.events.push_back(Event::Done(done));
+                }
+            }
+            was_empty
+        };
+        self.available.notify_all();
+        if was_empty {
+            // Called without the lock held: it may be replaced from within.
+            let wake = lock(&self.wake).clone();
+            if let Some(wake) = wake {
+                wake();
+            }
+        }
+    }
+}
+
+/// The writing end of a request. There is one per request; it moves from thread to thread with the request, and
+/// if it is lost on the way it still writes the done event: every accepted request ends exactly once.
+#[derive(Debug)]
+pub struct EventSink {
+    state: Arc<RequestState>,
+    failure: Failure,
+    ended: bool,
+}
+
+impl EventSink {
+    /// The request this sink belongs to.
+    pub fn state(&self) -> &RequestState {
+        &self.state
+    }
+
+    /// The same, to keep.
+    pub(super) fn state_handle(&self) -> Arc<RequestState> {
+        Arc::clone(&self.state)
+    }
+
+    /// Sends a piece of the answer.
+    pub fn delta(&self, delta: Delta) {
+        self.state.push(Event::Delta(delta));
+    }
+
+    /// Ends the request.
+    pub fn done(mut self, done: Done) {
+        self.end(done);
+    }
+
+    /// Ends the request with `error` and nothing counted.
+    pub fn fail(self, error: Error) {
+        self.fail_with(error, Usage::default());
+    }
+
+    /// Ends the request with `error`; a cancelled request ends as cancelled.
+    pub fn fail_with(self, error: Error, usage: Usage) {
+        let reason = match error.status() {
+            Status::Cancelled => FinishReason::Cancelled,
+            _ => FinishReason::Error,
+        };
+        self.done(Done { reason, error: Some(error), usage });
+    }
+
+    fn end(&mut self, done: Done) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.state.push(Event::Done(done));
+            // The channel must not outlive the engine through a handle that the host keeps.
+            *lock(&self.state.worker) = None;
+        }
+    }
+}
+
+impl Drop for EventSink {
+    fn drop(&mut self) {
+        let error = self.failure.get().cloned().unwrap_or_else(|| Error::internal("the engine lost the request"));
+        self.end(Done { reason: FinishReason::Error, error: Some(error), usage: Usage::default() });
+    }
+}

@@ -1,0 +1,221 @@
+//! The thread between host and worker: renders, tokenises and resolves defaults, so that neither of them does.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+
+use crossbeam_channel::{Receiver, Sender};
+
+use super::events::EventSink;
+use super::request::{ChatInput, Input, Request};
+use super::sequence::{Prepared, cancelled};
+use super::worker::{Command, panic_message};
+use super::{EngineOptions, ModelSource, Shared};
+use crate::config::{GenerationDefaults, ModelConfig};
+use crate::error::{Error, Result, Status};
+use crate::fault;
+use crate::models;
+use crate::sampling::SamplingParams;
+use crate::sync::lock;
+use crate::text::{StopMatcher, TextModel, Tokenizer};
+
+/// What hosts and the pool ask of the intake thread.
+#[derive(Debug)]
+pub enum Message {
+    /// Prepare and run a request.
+    Submit(Box<Request>, EventSink),
+    /// Return.
+    Stop,
+}
+
+impl Message {
+    /// The sink of a submission that found no thread to take it.
+    pub fn fail(self, error: Error) {
+        if let Message::Submit(_, sink) = self {
+            sink.fail(error);
+        }
+    }
+}
+
+/// The model's text side, which needs no weights: tokenizer, templates, defaults and limits.
+#[derive(Debug)]
+pub struct EngineText {
+    /// Tokenizer and templates; absent for random weights.
+    model: Option<Arc<TextModel>>,
+    defaults: GenerationDefaults,
+    context: usize,
+    vocab: usize,
+}
+
+/// Text side of a model, loaded when first needed and shared by the engine and the pool.
+#[derive(Debug)]
+pub struct LazyText {
+    source: ModelSource,
+    context: Option<usize>,
+    loaded: Mutex<Option<Arc<EngineText>>>,
+}
+
+impl LazyText {
+    /// Nothing is read yet.
+    pub fn new(source: ModelSource, context: Option<usize>) -> Self {
+        Self { source, context, loaded: Mutex::default() }
+    }
+
+    /// The text side, read from disk the first time; blocks for that.
+    pub fn get(&self) -> Result<Arc<EngineText>> {
+        let mut loaded = lock(&self.loaded);
+        if let Some(text) = &*loaded {
+            return Ok(Arc::clone(text));
+        }
+        let text = Arc::new(EngineText::load(&self.source, self.context)?);
+        *loaded = Some(Arc::clone(&text));
+        Ok(text)
+    }
+}
+
+impl EngineText {
+    fn load(source: &ModelSource, context: Option<usize>) -> Result<Self> {
+        let (config, model, defaults) = match source {
+            ModelSource::Folder(folder) => {
+                let config = ModelConfig::load(folder)?;
+                models::check_supported(&config)?;
+                let defaults = GenerationDefaults::load(folder, &config)?;
+                (config, Some(Arc::new(TextModel::load(folder)?)), defaults)
+            }
+            ModelSource::Random(config) => (config.clone(), None, GenerationDefaults::from_config(config)?),
+        };
+        let context = models::context_length(&config, context)?;
+        Ok(Self { model, defaults, context, vocab: models::vocab_size(&config)? })
+    }
+
+    fn text_model(&self) -> Result<&TextModel> {
+        self.model.as_deref().ok_or_else(|| Error::unsupported("this model has no tokenizer; send token ids"))
+    }
+
+    /// The tokenizer, or why there is none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.text_model()?.tokenizer()
+    }
+
+    /// The prompt text of a chat.
+    pub fn render(&self, chat: &ChatInput) -> Result<String> {
+        self.text_model()?.templates().render(&crate::text::ChatInput {
+            messages: &chat.messages,
+            tools: chat.tools.as_ref(),
+            template: chat.template.as_deref(),
+            add_generation_prompt: chat.add_generation_prompt,
+            kwargs: Some(&chat.kwargs),
+        })
+    }
+
+    /// What turns sampled tokens into text, if the model has it.
+    fn decoder(&self) -> Option<Arc<TextModel>> {
+        self.model.clone().filter(|model| model.tokenizer().is_ok())
+    }
+
+    /// Prompt tokens of `input`.
+    fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
+        match input {
+            Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false),
+            Input::Text(text) => self.tokenizer()?.encode(text, true),
+            Input::Tokens(ids) => match ids.iter().find(|&&id| id as usize >= self.vocab) {
+                Some(id) => {
+                    Err(Error::invalid_request(format!("token {id} is not in the vocabulary of {}", self.vocab)))
+                }
+                None => Ok(ids.clone()),
+            },
+        }
+    }
+
+    /// Resolves everything the request left open and checks it against the model.
+    fn prepare(&self, request: Request, sink: EventSink) -> Result<Prepared, (Error, EventSink)> {
+        let prompt = match self.prompt(&request.input) {
+            Ok(prompt) if prompt.is_empty() => {
+                return Err((Error::invalid_request("the prompt has no tokens"), sink));
+            }
+            Ok(prompt) if prompt.len() >= self.context => {
+                let (have, limit) = (prompt.len(), self.context);
+                let what = format!("the prompt has {have} tokens, the context is {limit}");
+                return Err((Error::new(Status::ContextLength, what), sink));
+            }
+            Ok(prompt) => prompt,
+            Err(error) => return Err((error, sink)),
+        };
+        let defaults = &self.defaults;
+        let room = self.context - prompt.len();
+        let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
+        if !request.ignore_eos {
+            stop_tokens.extend(&defaults.eos);
+            if defaults.eos.is_empty() {
+                stop_tokens.extend(self.model.as_ref().and_then(|model| model.eos_token_id()));
+            }
+        }
+        let sampling = SamplingParams {
+            temperature: request.temperature.or(defaults.temperature).unwrap_or(0.0),
+            top_p: request.top_p.or(defaults.top_p).unwrap_or(1.0),
+            top_k: request.top_k.or(defaults.top_k).unwrap_or(0),
+            min_p: request.min_p.or(defaults.min_p).unwrap_or(0.0),
+            seed: request.seed.unwrap_or_else(fresh_seed),
+            repetition_penalty: request.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            presence_penalty: request.presence_penalty,
+            frequency_penalty: request.frequency_penalty,
+            logit_bias: request.logit_bias,
+            top_logprobs: request.top_logprobs,
+        };
+        if let Some((token, _)) = sampling.logit_bias.iter().find(|(token, _)| *token as usize >= self.vocab) {
+            return Err((Error::invalid_request(format!("\"logit_bias\": token {token} does not exist")), sink));
+        }
+        let stop = match StopMatcher::new(&request.stop) {
+            Ok(stop) => stop,
+            Err(error) => return Err((error, sink)),
+        };
+        Ok(Prepared {
+            max_tokens: request.max_tokens.or(defaults.max_tokens).unwrap_or(room).min(room),
+            prompt,
+            sampling,
+            stop_tokens,
+            stop,
+            sink,
+        })
+    }
+}
+
+/// A seed nobody chose: std's hasher keys come from the system's random numbers.
+fn fresh_seed() -> u64 {
+    RandomState::new().hash_one(std::time::Instant::now())
+}
+
+/// Serves until told to stop or the worker is gone.
+pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<Command>, shared: &Shared) {
+    while let Ok(Message::Submit(request, sink)) = inbox.recv() {
+        if sink.state().is_cancelled() {
+            sink.fail(cancelled());
+            continue;
+        }
+        // A panic costs the request only: text is prepared from immutable data. The sink reports it if it is lost.
+        let prepared = catch_unwind(AssertUnwindSafe(|| {
+            fault::point("intake.prepare", &options.id);
+            match options.text.get() {
+                Ok(text) => text.prepare(*request, sink).map(|prepared| (prepared, text.decoder())),
+                Err(error) => Err((error, sink)),
+            }
+        }));
+        match prepared {
+            Ok(Ok((prepared, text))) => {
+                let state = prepared.sink.state_handle();
+                state.attach_worker(worker.clone());
+                if let Err(rejected) = worker.send(Command::Admit(Box::new(prepared), text)) {
+                    if let Command::Admit(prepared, _) = rejected.into_inner() {
+                        prepared.sink.fail(shared.reason());
+                    }
+                }
+            }
+            Ok(Err((error, sink))) => sink.fail(error),
+            Err(panic) => tracing::error!(panic = panic_message(&*panic), "preparing a request failed"),
+        }
+    }
+    while let Ok(message) = inbox.try_recv() {
+        message.fail(shared.reason());
+    }
+}

@@ -1,0 +1,223 @@
+//! One engine per loaded model: a thread that prepares requests (template, tokens) and a thread that owns MLX.
+//!
+//! ```text
+//! submit ─▶ intake: render, tokenise, resolve defaults ─▶ worker: plan / run / commit ─▶ events
+//! ```
+//!
+//! Handles hold channels only; arrays never leave the worker.
+
+mod events;
+mod intake;
+mod request;
+mod runner;
+mod scheduler;
+mod sequence;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use events::{Delta, Done, Event, EventSink, FinishReason, RequestState, TokenLogprob, Usage, Wake};
+pub use intake::{EngineText, LazyText};
+pub use request::{ChatInput, Input, Request};
+pub use worker::panic_message;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::Sender;
+use mlx_rs::Dtype;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result, Status};
+use crate::mlx::Device;
+use crate::sync::lock;
+
+/// Where a model comes from.
+#[derive(Debug, Clone)]
+pub enum ModelSource {
+    /// A folder in Hugging Face layout.
+    Folder(PathBuf),
+    /// Random weights of this configuration, made in memory: for benchmarks.
+    Random(ModelConfig),
+}
+
+/// Everything an engine needs to know before it starts; all choices made.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// The model's id, for messages.
+    pub id: String,
+    /// Its files, or none.
+    pub source: ModelSource,
+    /// Where to compute.
+    pub device: Device,
+    /// Type of weights and activations; `None` keeps the checkpoint's.
+    pub dtype: Option<Dtype>,
+    /// Upper limit of the context in tokens; `None` takes the model's.
+    pub context: Option<usize>,
+    /// Prompt tokens in one forward pass.
+    pub prefill_chunk: usize,
+    /// Tokenizer, templates and defaults.
+    pub text: Arc<LazyText>,
+}
+
+/// Facts about a loaded model.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LoadedInfo {
+    /// Bytes of the weights.
+    pub weight_bytes: usize,
+    /// Seconds from start to ready.
+    pub load_seconds: f64,
+}
+
+/// Why an engine no longer serves; set once, read by whoever has to end a request without a better reason.
+pub type Failure = Arc<OnceLock<Error>>;
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Loading,
+    Ready(LoadedInfo),
+    Ended(Error),
+}
+
+/// State shared by an engine's handle and its threads.
+#[derive(Debug)]
+struct Shared {
+    phase: Mutex<Phase>,
+    changed: Condvar,
+    failure: Failure,
+}
+
+impl Shared {
+    fn set(&self, phase: Phase) {
+        if let Phase::Ended(error) = &phase {
+            // The first reason stays: later ones are its consequences.
+            let _ = self.failure.set(error.clone());
+        }
+        *lock(&self.phase) = phase;
+        self.changed.notify_all();
+    }
+
+    /// The reason this engine ended, or a general one.
+    fn reason(&self) -> Error {
+        self.failure.get().cloned().unwrap_or_else(stopped)
+    }
+}
+
+fn stopped() -> Error {
+    Error::new(Status::Closed, "the model was unloaded")
+}
+
+/// A handle to a running engine. Dropping it asks the engine to stop; [`Engine::join`] waits for that.
+#[derive(Debug)]
+pub struct Engine {
+    id: String,
+    intake: Sender<intake::Message>,
+    worker: Sender<worker::Command>,
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the engine's threads; the model loads on them, and requests may be submitted at once.
+    pub fn start(options: EngineOptions) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            phase: Mutex::new(Phase::Loading),
+            changed: Condvar::new(),
+            failure: Arc::new(OnceLock::new()),
+        });
+        let (intake, intake_inbox) = crossbeam_channel::unbounded();
+        let (worker, worker_inbox) = crossbeam_channel::unbounded();
+        let id = options.id.clone();
+        let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name).spawn(body).map_err(|e| Error::io("starting an engine thread", &e))
+        };
+        let worker_thread = {
+            let (options, shared) = (options.clone(), Arc::clone(&shared));
+            spawn(format!("omlx-run {id}"), Box::new(move || worker::main(&options, &worker_inbox, &shared)))?
+        };
+        let intake_thread = {
+            let (worker, shared) = (worker.clone(), Arc::clone(&shared));
+            spawn(format!("omlx-text {id}"), Box::new(move || intake::main(&options, &intake_inbox, &worker, &shared)))
+        };
+        let intake_thread = match intake_thread {
+            Ok(thread) => thread,
+            Err(error) => {
+                let _ = worker.send(worker::Command::Stop);
+                return Err(error);
+            }
+        };
+        let threads = Mutex::new(vec![intake_thread, worker_thread]);
+        Ok(Self { id, intake, worker, shared, threads })
+    }
+
+    /// The model's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The cell that events of this engine's requests fall back to when no better reason for an end is known.
+    pub fn failure(&self) -> Failure {
+        Arc::clone(&self.shared.failure)
+    }
+
+    /// Accepts a request; returns at once. Whatever happens to it is told through `sink`.
+    pub fn submit(&self, request: Request, sink: EventSink) {
+        if let Err(rejected) = self.intake.send(intake::Message::Submit(Box::new(request), sink)) {
+            rejected.into_inner().fail(self.shared.reason());
+        }
+    }
+
+    /// The error this engine ended with, if it ended.
+    pub fn ended(&self) -> Option<Error> {
+        match &*lock(&self.shared.phase) {
+            Phase::Ended(error) => Some(error.clone()),
+            Phase::Loading | Phase::Ready(_) => None,
+        }
+    }
+
+    /// Facts about the model once it is loaded.
+    pub fn loaded(&self) -> Option<LoadedInfo> {
+        match &*lock(&self.shared.phase) {
+            Phase::Ready(info) => Some(*info),
+            Phase::Loading | Phase::Ended(_) => None,
+        }
+    }
+
+    /// Blocks until the model is loaded, or returns why it could not be.
+    pub fn wait_ready(&self) -> Result<LoadedInfo> {
+        let mut phase = lock(&self.shared.phase);
+        loop {
+            match &*phase {
+                Phase::Ready(info) => return Ok(*info),
+                Phase::Ended(error) => return Err(error.clone()),
+                Phase::Loading => {
+                    phase = self.shared.changed.wait(phase).unwrap_or_else(|poisoned| poisoned.into_inner());
+                }
+            }
+        }
+    }
+
+    /// Asks the engine to end its requests with `reason` and stop; returns at once.
+    pub fn stop(&self, reason: Error) {
+        let _ = self.shared.failure.set(reason);
+        let _ = self.intake.send(intake::Message::Stop);
+        let _ = self.worker.send(worker::Command::Stop);
+    }
+
+    /// Waits until the threads of a stopped engine are gone and its memory is returned.
+    pub fn join(&self) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        for thread in threads {
+            // A panic was caught and reported inside the thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop(stopped());
+    }
+}

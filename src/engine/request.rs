@@ -1,0 +1,361 @@
+//! A request as hosts write it: JSON in the shape of OpenAI's chat completions, checked once.
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// Stop strings and tokens of one request at most.
+const MAX_STOPS: usize = 64;
+/// Bytes of one stop string at most.
+const MAX_STOP_BYTES: usize = 4096;
+/// Most likely tokens reported at most, as in OpenAI's API.
+const MAX_TOP_LOGPROBS: usize = 20;
+
+/// What the model continues.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// Messages, rendered by the model's chat template.
+    Chat(ChatInput),
+    /// Text as it is.
+    Text(String),
+    /// Token ids as they are.
+    Tokens(Vec<u32>),
+}
+
+/// The arguments of a chat template.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatInput {
+    /// An array of message objects.
+    pub messages: Value,
+    /// An array of tool definitions.
+    pub tools: Option<Value>,
+    /// Name of the template, for models with several.
+    pub template: Option<String>,
+    /// Ask for the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// Further template variables, such as `enable_thinking`.
+    pub kwargs: Map<String, Value>,
+}
+
+/// A checked request. What is `None` comes from the model's defaults.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Id of the model; the pool's default if absent.
+    pub model: Option<String>,
+    /// What to continue.
+    pub input: Input,
+    /// Tokens to sample at most.
+    pub max_tokens: Option<usize>,
+    /// See [`SamplingParams`](crate::sampling::SamplingParams) for this and the following.
+    pub temperature: Option<f32>,
+    /// Nucleus mass, above 0.
+    pub top_p: Option<f32>,
+    /// Tokens kept; 0 is all.
+    pub top_k: Option<u32>,
+    /// Least relative probability.
+    pub min_p: Option<f32>,
+    /// Seed of the noise.
+    pub seed: Option<u64>,
+    /// Above 0; 1 is off.
+    pub repetition_penalty: Option<f32>,
+    /// -2 to 2.
+    pub presence_penalty: f32,
+    /// -2 to 2.
+    pub frequency_penalty: f32,
+    /// Token id and what is added to its logit, -100 to 100.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Report log-probabilities, and of how many likeliest tokens.
+    pub top_logprobs: Option<usize>,
+    /// Strings that end the answer.
+    pub stop: Vec<String>,
+    /// Tokens that end the answer, beside the model's own.
+    pub stop_tokens: Vec<u32>,
+    /// Do not stop at the model's end-of-text tokens.
+    pub ignore_eos: bool,
+}
+
+/// The JSON object. Field names are the API.
+#[derive(Debug, Deserialize)]
+struct RawRequest {
+    model: Option<String>,
+    messages: Option<Vec<Value>>,
+    prompt: Option<Prompt>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+    response_format: Option<Value>,
+    chat_template: Option<String>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    add_generation_prompt: Option<bool>,
+    max_tokens: Option<usize>,
+    max_completion_tokens: Option<usize>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    seed: Option<i64>,
+    repetition_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<HashMap<String, f32>>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<usize>,
+    stop: Option<Stop>,
+    stop_token_ids: Option<Vec<u32>>,
+    ignore_eos: Option<bool>,
+    n: Option<u32>,
+    /// Accepted for compatibility: every request streams.
+    #[serde(rename = "stream")]
+    _stream: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl Request {
+    /// Parses and checks `json`. Keys that are not known are an error unless `lenient`.
+    pub fn from_json(json: &[u8], lenient: bool) -> Result<Self> {
+        let mut unknown = Vec::new();
+        let mut reader = serde_json::Deserializer::from_slice(json);
+        let raw: RawRequest = serde_ignored::deserialize(&mut reader, |path| unknown.push(path.to_string()))
+            .and_then(|raw| reader.end().map(|()| raw))
+            .map_err(|e| Error::invalid_request(format!("the request is not valid: {e}")))?;
+        if !lenient && !unknown.is_empty() {
+            unknown.truncate(8);
+            return Err(Error::invalid_request(format!("unknown keys: {}", unknown.join(", "))));
+        }
+        raw.check()
+    }
+}
+
+/// `value` if it lies in `range`, which also refuses NaN.
+fn within(name: &str, value: Option<f32>, low: f32, high: f32) -> Result<Option<f32>> {
+    match value {
+        Some(v) if !(low..=high).contains(&v) => {
+            Err(Error::invalid_request(format!("{name:?} must lie between {low} and {high}, not {v}")))
+        }
+        other => Ok(other),
+    }
+}
+
+impl RawRequest {
+    fn check(self) -> Result<Request> {
+        self.refuse_unsupported()?;
+        if self.max_tokens == Some(0) || self.max_completion_tokens == Some(0) {
+            return Err(Error::invalid_request("\"max_tokens\" must be at least 1"));
+        }
+        if self.top_p == Some(0.0) {
+            return Err(Error::invalid_request("\"top_p\" must be above 0"));
+        }
+        if self.repetition_penalty == Some(0.0) {
+            return Err(Error::invalid_request("\"repetition_penalty\" must be above 0"));
+        }
+        let top_logprobs = self.checked_logprobs()?;
+        let stop = self.checked_stop()?;
+        let logit_bias = self.checked_bias()?;
+        // -1 is a common spelling of "off".
+        let top_k = self.top_k.map(|k| if k == -1 { Ok(0) } else { u32::try_from(k) }).transpose();
+        let top_k = top_k.map_err(|_| Error::invalid_request("\"top_k\" must be a count, 0 for all"))?;
+        let stop_tokens = self.stop_token_ids.clone().unwrap_or_default();
+        if stop_tokens.len() > MAX_STOPS {
+            return Err(Error::invalid_request(format!("more than {MAX_STOPS} stop tokens")));
+        }
+        Ok(Request {
+            max_tokens: self.max_completion_tokens.or(self.max_tokens),
+            temperature: within("temperature", self.temperature, 0.0, 100.0)?,
+            top_p: within("top_p", self.top_p, 0.0, 1.0)?,
+            top_k,
+            min_p: within("min_p", self.min_p, 0.0, 1.0)?,
+            seed: self.seed.map(|seed| seed as u64),
+            repetition_penalty: within("repetition_penalty", self.repetition_penalty, 0.0, 100.0)?,
+            presence_penalty: within("presence_penalty", self.presence_penalty, -2.0, 2.0)?.unwrap_or(0.0),
+            frequency_penalty: within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?.unwrap_or(0.0),
+            logit_bias,
+            top_logprobs,
+            stop,
+            stop_tokens,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            model: self.model.clone(),
+            input: self.input()?,
+        })
+    }
+
+    /// What the API knows and this library does not do yet must not be ignored silently.
+    fn refuse_unsupported(&self) -> Result<()> {
+        if self.n.is_some_and(|n| n != 1) {
+            return Err(Error::unsupported("\"n\" other than 1 is not supported"));
+        }
+        match self.tool_choice.as_ref().map(|choice| choice.as_str()) {
+            None | Some(Some("auto" | "none")) => {}
+            Some(_) => {
+                return Err(Error::unsupported("\"tool_choice\" other than \"auto\" and \"none\" is not supported"));
+            }
+        }
+        if let Some(format) = &self.response_format {
+            if format.get("type").and_then(Value::as_str) != Some("text") {
+                return Err(Error::unsupported("\"response_format\" other than text is not supported"));
+            }
+        }
+        let has_image = |message: &Value| {
+            let parts = message.get("content").and_then(Value::as_array);
+            parts.is_some_and(|parts| parts.iter().any(|p| p.get("type").and_then(Value::as_str) != Some("text")))
+        };
+        if self.messages.iter().flatten().any(has_image) {
+            return Err(Error::unsupported("message parts other than text are not supported"));
+        }
+        Ok(())
+    }
+
+    fn checked_logprobs(&self) -> Result<Option<usize>> {
+        match (self.logprobs.unwrap_or(false), self.top_logprobs) {
+            (false, None) => Ok(None),
+            (false, Some(_)) => Err(Error::invalid_request("\"top_logprobs\" needs \"logprobs\": true")),
+            (true, n) if n.unwrap_or(0) <= MAX_TOP_LOGPROBS => Ok(Some(n.unwrap_or(0))),
+            (true, _) => Err(Error::invalid_request(format!("\"top_logprobs\" is at most {MAX_TOP_LOGPROBS}"))),
+        }
+    }
+
+    fn checked_stop(&self) -> Result<Vec<String>> {
+        let stop = match &self.stop {
+            None => return Ok(Vec::new()),
+            Some(Stop::One(one)) => vec![one.clone()],
+            Some(Stop::Many(many)) => many.clone(),
+        };
+        if stop.len() > MAX_STOPS || stop.iter().any(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+            let bounds = format!("at most {MAX_STOPS} stop strings of 1 to {MAX_STOP_BYTES} bytes");
+            return Err(Error::invalid_request(bounds));
+        }
+        Ok(stop)
+    }
+
+    fn checked_bias(&self) -> Result<Vec<(u32, f32)>> {
+        let entries = self.logit_bias.iter().flatten().map(|(token, &bias)| {
+            let token: u32 = token
+                .parse()
+                .map_err(|_| Error::invalid_request(format!("\"logit_bias\": {token:?} is not a token id")))?;
+            within("logit_bias", Some(bias), -100.0, 100.0)?;
+            Ok((token, bias))
+        });
+        entries.collect()
+    }
+
+    fn input(self) -> Result<Input> {
+        match (self.messages, self.prompt) {
+            (Some(_), Some(_)) => Err(Error::invalid_request("either \"messages\" or \"prompt\", not both")),
+            (None, None) => Err(Error::invalid_request("\"messages\" is missing")),
+            (Some(messages), None) if messages.is_empty() => Err(Error::invalid_request("\"messages\" is empty")),
+            (Some(messages), None) => {
+                if let Some(bad) = messages.iter().position(|m| !m.get("role").is_some_and(Value::is_string)) {
+                    return Err(Error::invalid_request(format!("message {bad} is not an object with a \"role\"")));
+                }
+                let no_tools = self.tool_choice.as_ref().and_then(Value::as_str) == Some("none");
+                Ok(Input::Chat(ChatInput {
+                    messages: Value::Array(messages),
+                    tools: self.tools.filter(|tools| !tools.is_empty() && !no_tools).map(Value::Array),
+                    template: self.chat_template,
+                    add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
+                    kwargs: self.chat_template_kwargs.unwrap_or_default(),
+                }))
+            }
+            (None, Some(_)) if self.tools.is_some() => {
+                Err(Error::invalid_request("\"tools\" goes with \"messages\", not with \"prompt\""))
+            }
+            (None, Some(Prompt::Text(text))) if text.is_empty() => Err(Error::invalid_request("\"prompt\" is empty")),
+            (None, Some(Prompt::Text(text))) => Ok(Input::Text(text)),
+            (None, Some(Prompt::Tokens(ids))) if ids.is_empty() => Err(Error::invalid_request("\"prompt\" is empty")),
+            (None, Some(Prompt::Tokens(ids))) => Ok(Input::Tokens(ids)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+
+    fn parse(json: &str) -> Result<Request> {
+        Request::from_json(json.as_bytes(), false)
+    }
+
+    #[test]
+    fn the_usual_fields_arrive() {
+        let request = parse(
+            r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"temperature":0.5,"top_k":-1,"seed":-3,
+                "stop":"END","logit_bias":{"7":-100},"logprobs":true,"top_logprobs":2,"max_completion_tokens":9,
+                "stream":true,"chat_template_kwargs":{"enable_thinking":false}}"#,
+        )
+        .unwrap();
+        assert_eq!((request.temperature, request.top_k, request.max_tokens), (Some(0.5), Some(0), Some(9)));
+        assert_eq!((request.stop, request.logit_bias), (vec!["END".to_owned()], vec![(7, -100.0)]));
+        assert_eq!((request.top_logprobs, request.seed), (Some(2), Some(-3i64 as u64)));
+        let Input::Chat(chat) = request.input else { panic!("not a chat") };
+        assert!(chat.add_generation_prompt && chat.tools.is_none());
+        assert_eq!(chat.kwargs["enable_thinking"], false);
+    }
+
+    #[test]
+    fn prompts_may_be_text_or_tokens() {
+        assert_eq!(parse(r#"{"prompt":"x"}"#).unwrap().input, Input::Text("x".into()));
+        assert_eq!(parse(r#"{"prompt":[1,2]}"#).unwrap().input, Input::Tokens(vec![1, 2]));
+    }
+
+    #[test]
+    fn unknown_keys_are_named_unless_lenient() {
+        let json = r#"{"prompt":"x","store":true}"#;
+        assert!(parse(json).unwrap_err().message().contains("store"));
+        assert!(Request::from_json(json.as_bytes(), true).is_ok());
+    }
+
+    #[test]
+    fn bad_requests_are_refused() {
+        let deep = format!(r#"{{"messages":[{}1{}]}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        for (json, status) in [
+            ("", Status::InvalidRequest),
+            ("null", Status::InvalidRequest),
+            ("{}", Status::InvalidRequest),
+            (r#"{"messages":[]}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"content":"no role"}]}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"role":"user"}],"prompt":"x"}"#, Status::InvalidRequest),
+            (r#"{"prompt":""}"#, Status::InvalidRequest),
+            (r#"{"prompt":[]}"#, Status::InvalidRequest),
+            (r#"{"prompt":[-1]}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x"} trailing"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","temperature":1e999}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","temperature":1e38}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","temperature":-1}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","top_p":0}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","top_k":99999999999}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","max_tokens":0}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","max_tokens":-5}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","max_tokens":1e400}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","logit_bias":{"one":1}}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","stop":[""]}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","top_logprobs":3}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","logprobs":true,"top_logprobs":21}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","prompt":"y"}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","n":2}"#, Status::Unsupported),
+            (r#"{"prompt":"x","response_format":{"type":"json_object"}}"#, Status::Unsupported),
+            (r#"{"prompt":"x","tool_choice":"required"}"#, Status::Unsupported),
+            (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, Status::Unsupported),
+            (deep.as_str(), Status::InvalidRequest),
+        ] {
+            let shown: String = json.chars().take(60).collect();
+            assert_eq!(parse(json).map(|_| ()).map_err(|e| e.status()), Err(status), "{shown}");
+        }
+        assert!(Request::from_json(b"{\"prompt\":\"\xff\"}", false).is_err(), "invalid UTF-8 was accepted");
+        assert!(Request::from_json(b"{\"prompt\":\"a\0b\"}", false).is_err(), "a raw NUL byte was accepted");
+    }
+}

@@ -1,0 +1,245 @@
+//! Engines over tiny models with token prompts: what comes out, and what happens when something breaks.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::pool::{EnginePool, PoolOptions};
+
+/// Long enough for anything here on a busy machine; a test that waits longer has hung.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+}
+
+/// A pool with one tiny model under an id that no other test uses, so that armed faults hit this test only.
+fn pool(id: &str) -> EnginePool {
+    let pool = EnginePool::open(PoolOptions { device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    pool.add_model(&fixture("qwen3-f32"), Some(id)).unwrap();
+    pool
+}
+
+fn request(json: &str) -> Request {
+    Request::from_json(json.as_bytes(), false).unwrap()
+}
+
+fn generate(pool: &EnginePool, id: &str, max_tokens: usize) -> Arc<RequestState> {
+    pool.generate(request(&format!(r#"{{"model":"{id}","prompt":[1,2,3,4,5],"max_tokens":{max_tokens}}}"#))).unwrap()
+}
+
+/// All tokens and the done event; fails if there is not exactly one at the end.
+fn finish(state: &RequestState) -> (Vec<u32>, Done) {
+    let mut tokens = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match state.next(Some(deadline - Instant::now())).expect("an event") {
+            Event::Delta(delta) => tokens.extend(delta.tokens),
+            Event::Done(done) => {
+                assert_eq!(
+                    state.next(Some(Duration::ZERO)),
+                    Err(Status::Closed),
+                    "something came after the done event"
+                );
+                return (tokens, done);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_pipelined_engine_gives_the_reference_tokens() {
+    let pool = EnginePool::open(PoolOptions { device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    for name in ["qwen3-4bit", "llama-f32", "mistral-sliding-window"] {
+        pool.add_model(&fixture(name), None).unwrap();
+        let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let ids = |tensor: &str| -> Vec<u32> {
+            let words = tensors.tensor(tensor).unwrap().data().chunks_exact(4);
+            words.map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+        };
+        let (prompt, expected) = (ids("prompt"), ids("greedy"));
+        let json = format!(r#"{{"model":"{name}","prompt":{prompt:?},"max_tokens":{}}}"#, expected.len());
+        let (tokens, done) = finish(&pool.generate(request(&json)).unwrap());
+        assert_eq!(tokens, expected, "{name}");
+        assert_eq!((done.reason, done.usage.prompt_tokens), (FinishReason::Length, prompt.len()));
+    }
+}
+
+#[test]
+fn prompts_in_chunks_give_the_same_tokens() {
+    let whole = finish(&generate(&pool("whole"), "whole", 12)).0;
+    let options = PoolOptions { device: Some(Device::Cpu), prefill_chunk: Some(2), ..Default::default() };
+    let chunked = EnginePool::open(options).unwrap();
+    chunked.add_model(&fixture("qwen3-f32"), Some("chunked")).unwrap();
+    assert_eq!(finish(&generate(&chunked, "chunked", 12)).0, whole);
+}
+
+/// A fault at `point` ends one request with `Internal`; the other model and later requests are untouched.
+fn survives(point: &'static str, id: &str) {
+    let pool = pool(id);
+    let bystander = format!("{id}-bystander");
+    pool.add_model(&fixture("llama-f32"), Some(&bystander)).unwrap();
+    let healthy = finish(&generate(&pool, id, 8)).0;
+    crate::fault::arm(point, id, 3);
+    let (hit, beside) = (generate(&pool, id, 400), generate(&pool, &bystander, 30));
+    let (tokens, done) = finish(&hit);
+    let error = done.error.expect("the request failed");
+    assert_eq!((done.reason, error.status()), (FinishReason::Error, Status::Internal), "{error}");
+    assert!(error.message().contains(&format!("injected at {point}")), "{error}");
+    assert!(tokens.len() < 10, "the fault came late: {} tokens", tokens.len());
+    assert_eq!(finish(&beside).1.reason, FinishReason::Length, "the other engine was hit");
+    assert_eq!(finish(&generate(&pool, id, 8)).0, healthy, "the model does not come back");
+}
+
+#[test]
+fn a_panic_in_the_worker_ends_the_request_only() {
+    survives("worker.step", "panic-worker");
+}
+
+#[test]
+fn a_panic_in_a_kernel_ends_the_request_only() {
+    survives("kernel", "panic-kernel");
+}
+
+#[test]
+fn a_panic_while_preparing_ends_the_request_only() {
+    let pool = pool("panic-intake");
+    crate::fault::arm("intake.prepare", "panic-intake", 0);
+    let (_, done) = finish(&generate(&pool, "panic-intake", 4));
+    assert_eq!(done.error.map(|e| e.status()), Some(Status::Internal));
+    assert_eq!(finish(&generate(&pool, "panic-intake", 4)).1.reason, FinishReason::Length);
+}
+
+#[test]
+fn a_cancelled_request_ends_as_cancelled() {
+    let pool = pool("cancel");
+    let (first, second) = (generate(&pool, "cancel", 500), generate(&pool, "cancel", 500));
+    // The second waits behind the first and is cancelled there.
+    second.cancel();
+    assert_eq!(finish(&second).1.reason, FinishReason::Cancelled);
+    assert!(matches!(first.next(Some(PATIENCE)), Ok(Event::Delta(_))));
+    first.cancel();
+    let (_, done) = finish(&first);
+    assert_eq!((done.reason, done.error.map(|e| e.status())), (FinishReason::Cancelled, Some(Status::Cancelled)));
+}
+
+#[test]
+fn unloading_and_closing_end_running_requests() {
+    let pool = pool("unload");
+    let running = generate(&pool, "unload", 500);
+    assert!(matches!(running.next(Some(PATIENCE)), Ok(Event::Delta(_))));
+    pool.unload("unload").unwrap();
+    assert_eq!(finish(&running).1.reason, FinishReason::Cancelled);
+    let again = generate(&pool, "unload", 500);
+    pool.close();
+    assert_eq!(finish(&again).1.error.map(|e| e.status()), Some(Status::Closed));
+    let refused = pool.generate(request(r#"{"model":"unload","prompt":[1]}"#)).unwrap_err();
+    assert_eq!(refused.status(), Status::Closed);
+}
+
+#[test]
+fn prompts_that_do_not_fit_are_refused_with_numbers() {
+    let pool = pool("context");
+    let prompt: Vec<u32> = (0..512).map(|i| i % 80).collect();
+    let (_, done) = finish(&pool.generate(request(&format!(r#"{{"prompt":{prompt:?}}}"#))).unwrap());
+    let error = done.error.unwrap();
+    assert_eq!(error.status(), Status::ContextLength);
+    assert!(error.message().contains("512"), "{error}");
+    // One token less leaves room for exactly one.
+    let (tokens, done) = finish(&pool.generate(request(&format!(r#"{{"prompt":{:?}}}"#, &prompt[1..]))).unwrap());
+    assert_eq!((tokens.len(), done.reason), (1, FinishReason::Length));
+    let (_, done) = finish(&pool.generate(request(r#"{"prompt":[80]}"#)).unwrap());
+    assert_eq!(done.error.map(|e| e.status()), Some(Status::InvalidRequest), "a token outside the vocabulary");
+}
+
+#[test]
+fn stop_tokens_end_the_answer_and_are_not_part_of_it() {
+    let pool = pool("stop");
+    let free = finish(&generate(&pool, "stop", 12)).0;
+    let at = free.iter().position(|t| *t != free[0]).expect("two different tokens");
+    let json = format!(r#"{{"prompt":[1,2,3,4,5],"max_tokens":12,"stop_token_ids":[{}]}}"#, free[at]);
+    let (tokens, done) = finish(&pool.generate(request(&json)).unwrap());
+    assert_eq!((tokens.as_slice(), done.reason), (&free[..at], FinishReason::Stop));
+    assert_eq!(done.usage.completion_tokens, at + 1);
+}
+
+#[test]
+fn logprobs_come_with_every_token() {
+    let pool = pool("logprobs");
+    let json = r#"{"prompt":[1,2,3],"max_tokens":3,"logprobs":true,"top_logprobs":4}"#;
+    let state = pool.generate(request(json)).unwrap();
+    let mut seen = 0;
+    while let Ok(Event::Delta(delta)) = state.next(Some(PATIENCE)) {
+        assert_eq!(delta.logprobs.len(), delta.tokens.len());
+        for (token, logprob) in delta.tokens.iter().zip(&delta.logprobs) {
+            seen += 1;
+            assert_eq!((logprob.token, logprob.top.len()), (*token, 4));
+            // Greedy: the drawn token is the likeliest.
+            assert_eq!((logprob.top[0].token, logprob.top[0].logprob), (*token, logprob.logprob));
+            assert!(logprob.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob) && logprob.logprob <= 0.0);
+        }
+    }
+    assert_eq!(seen, 3);
+}
+
+#[test]
+fn a_reader_that_sleeps_pauses_its_sequence_and_loses_nothing() {
+    // Rotary embeddings reach any position: a longer context needs no other weights.
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture("qwen3-f32").join(file), folder.path().join(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+    let longer = config.replace(r#""max_position_embeddings": 512"#, r#""max_position_embeddings": 4096"#);
+    assert_ne!(config, longer);
+    std::fs::write(folder.path().join("config.json"), longer).unwrap();
+    let pool = EnginePool::open(PoolOptions { device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    pool.add_model(folder.path(), Some("pause")).unwrap();
+    let state = generate(&pool, "pause", 1500);
+    let deadline = Instant::now() + PATIENCE;
+    while !state.is_full() {
+        assert!(Instant::now() < deadline, "the queue never filled");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Paused: the engine is idle, and what waits does not grow any more.
+    std::thread::sleep(Duration::from_millis(300));
+    let Ok(Event::Delta(first)) = state.next(Some(Duration::ZERO)) else { panic!("nothing is waiting") };
+    assert!(first.tokens.len() < 1100, "{} tokens piled up", first.tokens.len());
+    let (rest, done) = finish(&state);
+    assert_eq!((first.tokens.len() + rest.len(), done.reason), (1500, FinishReason::Length));
+}
+
+#[test]
+fn a_lost_sink_still_ends_its_request() {
+    let (state, sink) = RequestState::new(Failure::default());
+    drop(sink);
+    assert_eq!(finish(&state).1.error.map(|e| e.status()), Some(Status::Internal));
+    let (state, sink) = RequestState::new(Failure::default());
+    sink.done(Done { reason: FinishReason::Stop, error: None, usage: Usage::default() });
+    assert_eq!(finish(&state).1.reason, FinishReason::Stop);
+}
+
+#[test]
+fn the_wake_function_is_called_for_new_and_for_waiting_events() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let calls = Arc::new(AtomicUsize::new(0));
+    let wake = |calls: &Arc<AtomicUsize>| -> Option<Wake> {
+        let calls = Arc::clone(calls);
+        Some(Box::new(move || {
+            calls.fetch_add(1, Ordering::SeqCst);
+        }))
+    };
+    let (state, sink) = RequestState::new(Failure::default());
+    state.set_wake(wake(&calls));
+    sink.delta(Delta { text: "a".into(), ..Delta::default() });
+    sink.delta(Delta { text: "b".into(), ..Delta::default() });
+    assert_eq!(calls.load(Ordering::SeqCst), 1, "one call for the first unread event");
+    state.set_wake(wake(&calls));
+    assert_eq!(calls.load(Ordering::SeqCst), 2, "an event was waiting");
+    let Ok(Event::Delta(merged)) = state.next(None) else { panic!("no text") };
+    assert_eq!(merged.text, "ab");
+    drop(sink);
+    assert_eq!(calls.load(Ordering::SeqCst), 3, "the done event");
+}

@@ -1,0 +1,68 @@
+//! Faults on demand, for tests: a panic at a named point of one engine. Compiled to nothing outside unit tests.
+
+#[cfg(test)]
+pub use armed::{arm, in_graph, point};
+
+/// Panics if a test armed this point for the engine `id`.
+#[cfg(not(test))]
+#[inline(always)]
+pub fn point(_name: &str, _id: &str) {}
+
+/// `array` itself; in tests, a graph node that copies it and has a fault point of its own.
+#[cfg(not(test))]
+#[inline(always)]
+pub fn in_graph(_name: &'static str, _id: &str, array: mlx_rs::Array) -> crate::error::Result<mlx_rs::Array> {
+    Ok(array)
+}
+
+#[cfg(test)]
+mod armed {
+    use std::sync::Mutex;
+
+    use mlx_rs::{Array, Dtype};
+
+    use crate::error::Result;
+    use crate::kernels::{CpuKernel, Input, Output, node};
+    use crate::sync::lock;
+
+    /// Armed points: name, engine, and how many passes are let through first.
+    static ARMED: Mutex<Vec<(&'static str, String, usize)>> = Mutex::new(Vec::new());
+
+    /// Arms `name` in the engine `id`: the pass after `passes` harmless ones panics, once.
+    pub fn arm(name: &'static str, id: &str, passes: usize) {
+        lock(&ARMED).push((name, id.to_owned(), passes));
+    }
+
+    /// Panics if a test armed this point for the engine `id`.
+    pub fn point(name: &str, id: &str) {
+        let mut armed = lock(&ARMED);
+        let Some(index) = armed.iter().position(|(n, i, _)| *n == name && i == id) else { return };
+        if armed[index].2 > 0 {
+            armed[index].2 -= 1;
+            return;
+        }
+        armed.swap_remove(index);
+        drop(armed);
+        panic!("injected at {name}");
+    }
+
+    struct Copy {
+        name: &'static str,
+        id: String,
+    }
+
+    impl CpuKernel for Copy {
+        fn run(&self, inputs: &[Input<'_>], output: Output<'_>) -> Result<()> {
+            point(self.name, &self.id);
+            output.into_f32().copy_from_slice(inputs[0].as_f32()?);
+            Ok(())
+        }
+    }
+
+    /// `array`, f32, through a kernel with a fault point of its own.
+    pub fn in_graph(name: &'static str, id: &str, array: Array) -> Result<Array> {
+        let shape = array.shape().to_vec();
+        let id = id.to_owned();
+        node(Copy { name, id }, &[&array.contiguous()?], &shape, Dtype::Float32)
+    }
+}

@@ -1,0 +1,423 @@
+//! The seam to MLX: the few calls that `mlx-rs` does not offer, start-up checks, and error conversion.
+//!
+//! Everything else uses `mlx-rs` directly. MLX's default error handler ends the process, so [`init`] must run
+//! before any other MLX call; the engine worker and the pool call it first.
+
+use std::cell::RefCell;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::Mutex;
+
+use mlx_rs::{Array, Dtype, Stream};
+
+use crate::error::{Error, Result, Status};
+
+/// The only MLX version whose binary interface this library was built against.
+pub const VERSION: &str = "0.32.2";
+
+impl From<mlx_rs::error::Exception> for Error {
+    fn from(e: mlx_rs::error::Exception) -> Self {
+        Error::backend(format!("MLX: {}", e.what()))
+    }
+}
+
+/// Where an engine computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The CPU backend.
+    Cpu,
+    /// Metal or CUDA, whichever the loaded MLX offers.
+    Gpu,
+}
+
+impl Device {
+    /// Lower-case name for events and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Gpu => "gpu",
+        }
+    }
+}
+
+thread_local! {
+    /// Message of the last failed MLX call on this thread.
+    static LAST_ERROR: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+unsafe extern "C" {
+    /// mlx-rs's own handler, which feeds the errors of its wrappers.
+    fn default_mlx_error_handler(message: *const c_char, data: *mut c_void);
+}
+
+/// Keeps the message for [`checked`] and passes it on to mlx-rs.
+extern "C" fn error_handler(message: *const c_char, data: *mut c_void) {
+    // SAFETY: MLX passes a NUL-terminated string that lives for the call; the callee copies it.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    LAST_ERROR.with(|slot| *slot.borrow_mut() = Some(text));
+    // SAFETY: the same string, within the same call.
+    unsafe { default_mlx_error_handler(message, data) };
+}
+
+/// Installs the error handler and checks the version of the `libmlx` that was loaded. Cheap after the first call.
+///
+/// A library of another version is reported here at the latest; usually the dynamic linker refuses it earlier.
+pub fn init() -> Result<()> {
+    static STATE: Mutex<Option<Result<()>>> = Mutex::new(None);
+    let mut state = STATE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    state.get_or_insert_with(init_once).clone()
+}
+
+fn init_once() -> Result<()> {
+    // mlx-rs registers its handler on its first guarded call; ours must come after it to stay in place.
+    mlx_rs::memory::active_memory()?;
+    // SAFETY: a plain function pointer without data; it stays valid for the life of the process.
+    unsafe { mlx_sys::mlx_set_error_handler(Some(error_handler), std::ptr::null_mut(), None) };
+    let found = version()?;
+    if found != VERSION {
+        return Err(Error::backend(format!(
+            "the loaded libmlx is version {found}, but this library needs exactly {VERSION}; install that version or \
+             remove the other one from the library path"
+        )));
+    }
+    Ok(())
+}
+
+/// The version of the loaded `libmlx`.
+pub fn version() -> Result<String> {
+    // SAFETY: the string handle is created, filled, read and freed here.
+    unsafe {
+        let mut text = mlx_sys::mlx_string_new();
+        let code = mlx_sys::mlx_version(&mut text);
+        let result =
+            checked(code).map(|()| CStr::from_ptr(mlx_sys::mlx_string_data(text)).to_string_lossy().into_owned());
+        mlx_sys::mlx_string_free(text);
+        result
+    }
+}
+
+/// Whether the loaded MLX has a usable GPU.
+pub fn gpu_available() -> bool {
+    let mut available = false;
+    // SAFETY: the handle is created and freed here, the flag outlives the call.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        let code = mlx_sys::mlx_device_is_available(&mut available, device);
+        mlx_sys::mlx_device_free(device);
+        code == 0 && available
+    }
+}
+
+/// Whether the loaded MLX computes with CUDA.
+fn cuda_available() -> bool {
+    let mut available = false;
+    // SAFETY: the flag outlives the call.
+    unsafe { mlx_sys::mlx_cuda_is_available(&mut available) == 0 && available }
+}
+
+/// What MLX's CUDA backend reads from the environment, and better values than its defaults for many small steps:
+/// the graph cache fails when it overflows, and larger buffers halve the host's share of a small step.
+const CUDA_ENVIRONMENT: [(&str, &str); 3] =
+    [("MLX_CUDA_GRAPH_CACHE_SIZE", "4096"), ("MLX_MAX_OPS_PER_BUFFER", "100"), ("MLX_MAX_MB_PER_BUFFER", "100000")];
+
+/// Sets the variables of [`CUDA_ENVIRONMENT`] that are not set, once per process and on CUDA only.
+pub fn set_environment() {
+    static SET: std::sync::Once = std::sync::Once::new();
+    SET.call_once(|| {
+        if !cuda_available() {
+            return;
+        }
+        for (name, value) in CUDA_ENVIRONMENT {
+            if std::env::var_os(name).is_none() {
+                // SAFETY: a race with a host thread that reads the environment through C is possible, which is why
+                // the header lists the variables and has an option against it.
+                unsafe { std::env::set_var(name, value) };
+            }
+        }
+    });
+}
+
+/// Runs `body` with its MLX operations on a new stream on `device`, and destroys this thread's streams after it: MLX
+/// keeps a thread of its own for each, which would outlive ours. No array may leave `body` unevaluated.
+pub fn on_device<T>(device: Device, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let device = match device {
+        Device::Cpu => mlx_rs::Device::cpu(),
+        Device::Gpu => mlx_rs::Device::gpu(),
+    };
+    let _streams = ThreadStreams;
+    // Not the thread's default stream: MLX does not make that again once it was destroyed.
+    let stream = Stream::new_with_device(&device);
+    mlx_rs::with_stream(&stream, body)
+}
+
+/// Destroys the MLX streams of the thread it is dropped on.
+struct ThreadStreams;
+
+impl Drop for ThreadStreams {
+    fn drop(&mut self) {
+        // SAFETY: takes nothing; the arrays of this thread are gone or evaluated.
+        let code = unsafe { mlx_sys::mlx_clear_streams() };
+        if let Err(error) = checked(code) {
+            tracing::warn!(%error, "MLX streams could not be destroyed");
+        }
+    }
+}
+
+fn checked(code: i32) -> Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let message = LAST_ERROR.with(|slot| slot.borrow_mut().take());
+    Err(Error::backend(format!("MLX: {}", message.as_deref().unwrap_or("unknown error"))))
+}
+
+/// Wraps an MLX C function that writes one array.
+fn array_from(op: impl FnOnce(*mut mlx_sys::mlx_array, mlx_sys::mlx_stream) -> i32) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    // SAFETY: an empty handle; `op` fills it or leaves it empty, and `Array` frees it in both cases.
+    unsafe {
+        let mut raw = mlx_sys::mlx_array_new();
+        let code = op(&mut raw, stream.as_ptr());
+        let array = Array::from_ptr(raw);
+        checked(code).map(|()| array)
+    }
+}
+
+/// An absent optional array in MLX's C interface.
+fn no_array() -> mlx_sys::mlx_array {
+    mlx_sys::mlx_array { ctx: std::ptr::null_mut() }
+}
+
+fn some_int(value: usize) -> mlx_sys::mlx_optional_int {
+    mlx_sys::mlx_optional_int { value: value as i32, has_value: true }
+}
+
+/// A quantisation format of MLX: how many weights share a scale, bits per weight, and the number format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct QuantFormat {
+    /// Weights in a group along the input axis.
+    pub group_size: usize,
+    /// Bits per weight.
+    pub bits: usize,
+    /// Number format.
+    pub mode: QuantMode,
+}
+
+/// Number format of quantised weights, as MLX names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QuantMode {
+    /// Integers with a scale and a bias per group.
+    Affine,
+    /// 4-bit floats (E2M1) with one E8M0 scale per 32.
+    Mxfp4,
+    /// 8-bit floats (E4M3) with one E8M0 scale per 32.
+    Mxfp8,
+    /// 4-bit floats (E2M1) with one E4M3 scale per 16.
+    Nvfp4,
+}
+
+impl QuantMode {
+    fn c_name(self) -> &'static CStr {
+        match self {
+            QuantMode::Affine => c"affine",
+            QuantMode::Mxfp4 => c"mxfp4",
+            QuantMode::Mxfp8 => c"mxfp8",
+            QuantMode::Nvfp4 => c"nvfp4",
+        }
+    }
+}
+
+/// A weight matrix `[out, in]` in MLX's packed form.
+#[derive(Debug)]
+pub struct QuantizedMatrix {
+    /// Packed words, `[out, in * bits / 32]` u32.
+    pub weight: Array,
+    /// `[out, in / group_size]`; the activations' type for affine, u8 otherwise.
+    pub scales: Array,
+    /// Same shape as `scales`; affine only.
+    pub biases: Option<Array>,
+    /// Format of the three arrays.
+    pub format: QuantFormat,
+}
+
+impl QuantizedMatrix {
+    fn biases_ptr(&self) -> mlx_sys::mlx_array {
+        self.biases.as_ref().map_or_else(no_array, Array::as_ptr)
+    }
+
+    /// `x [.., in] -> [.., out]`: the product with the transposed matrix.
+    pub fn matmul(&self, x: &Array) -> Result<Array> {
+        // SAFETY: every handle is alive for the call; MLX copies what it keeps.
+        array_from(|out, stream| unsafe {
+            mlx_sys::mlx_quantized_matmul(
+                out,
+                x.as_ptr(),
+                self.weight.as_ptr(),
+                self.scales.as_ptr(),
+                self.biases_ptr(),
+                true,
+                some_int(self.format.group_size),
+                some_int(self.format.bits),
+                self.format.mode.c_name().as_ptr(),
+                stream,
+            )
+        })
+    }
+
+    /// The rows `ids [n]` unpacked to `dtype`: `[n, in]`.
+    pub fn rows(&self, ids: &Array, dtype: Dtype) -> Result<Array> {
+        let weight = self.weight.take_axis(ids, 0)?;
+        let scales = self.scales.take_axis(ids, 0)?;
+        let biases = self.biases.as_ref().map(|b| b.take_axis(ids, 0)).transpose()?;
+        let dtype = mlx_sys::mlx_optional_dtype { value: dtype.into(), has_value: true };
+        // SAFETY: every handle is alive for the call; MLX copies what it keeps.
+        array_from(|out, stream| unsafe {
+            mlx_sys::mlx_dequantize(
+                out,
+                weight.as_ptr(),
+                scales.as_ptr(),
+                biases.as_ref().map_or_else(no_array, Array::as_ptr),
+                some_int(self.format.group_size),
+                some_int(self.format.bits),
+                self.format.mode.c_name().as_ptr(),
+                no_array(),
+                dtype,
+                stream,
+            )
+        })
+    }
+}
+
+/// `target` with `update` written at `start..stop` of its first axis, in place when nothing else refers to `target`.
+pub fn write_rows(target: Array, update: &Array, start: usize, stop: usize) -> Result<Array> {
+    let mut from = vec![0i32; target.ndim()];
+    let mut to = target.shape().to_vec();
+    let steps = vec![1i32; target.ndim()];
+    from[0] = start as i32;
+    to[0] = stop as i32;
+    // SAFETY: the index arrays have one entry per axis and outlive the call.
+    array_from(|out, stream| unsafe {
+        mlx_sys::mlx_slice_update(
+            out,
+            target.as_ptr(),
+            update.as_ptr(),
+            from.as_ptr(),
+            from.len(),
+            to.as_ptr(),
+            to.len(),
+            steps.as_ptr(),
+            steps.len(),
+            stream,
+        )
+    })
+}
+
+/// Rows `start..stop` of the first axis; a view, nothing is copied.
+pub fn rows(source: &Array, start: usize, stop: usize) -> Result<Array> {
+    let mut from = vec![0i32; source.ndim()];
+    let mut to = source.shape().to_vec();
+    let steps = vec![1i32; source.ndim()];
+    from[0] = start as i32;
+    to[0] = stop as i32;
+    // SAFETY: the index arrays have one entry per axis and outlive the call.
+    array_from(|out, stream| unsafe {
+        mlx_sys::mlx_slice(
+            out,
+            source.as_ptr(),
+            from.as_ptr(),
+            from.len(),
+            to.as_ptr(),
+            to.len(),
+            steps.as_ptr(),
+            steps.len(),
+            stream,
+        )
+    })
+}
+
+/// `shape` uniformly random 32-bit words from `key`.
+pub fn random_words(shape: &[i32], key: &Array) -> Result<Array> {
+    // SAFETY: shape and key outlive the call.
+    array_from(|out, stream| unsafe {
+        mlx_sys::mlx_random_bits(out, shape.as_ptr(), shape.len(), 4, key.as_ptr(), stream)
+    })
+}
+
+/// A host buffer on a page boundary, so that a GPU that shares memory can use it without a copy.
+#[derive(Debug)]
+pub struct HostBuffer {
+    pointer: std::ptr::NonNull<u8>,
+    layout: std::alloc::Layout,
+    len: usize,
+}
+
+/// Page size of Apple's GPUs; a multiple of Linux's.
+const PAGE: usize = 16 * 1024;
+
+impl HostBuffer {
+    /// `len` zeroed bytes.
+    pub fn new(len: usize) -> Result<Self> {
+        let too_large = || Error::new(Status::OutOfMemory, format!("cannot allocate {len} bytes for a tensor"));
+        let size = len.max(1).checked_next_multiple_of(PAGE).ok_or_else(too_large)?;
+        let layout = std::alloc::Layout::from_size_align(size, PAGE).map_err(|_| too_large())?;
+        // SAFETY: the layout's size is not zero.
+        let pointer = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(too_large)?;
+        Ok(Self { pointer, layout, len })
+    }
+
+    /// The bytes.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: `len` initialised bytes, uniquely borrowed through `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+
+    /// Hands the bytes to MLX as an array of `shape` and `dtype`; freed when the last user of the array is gone.
+    ///
+    /// Errors when the sizes do not agree.
+    pub fn into_array(self, shape: &[i32], dtype: Dtype) -> Result<Array> {
+        let elements: usize = shape.iter().map(|&n| n as usize).product();
+        if elements * item_size(dtype) != self.len {
+            return Err(Error::internal(format!("{} bytes do not make {shape:?} of {dtype:?}", self.len)));
+        }
+        let owner = Box::into_raw(Box::new(self));
+        // SAFETY: the pointer stays valid until `drop_host_buffer` runs, once, when MLX lets go of the data.
+        unsafe {
+            let raw = mlx_sys::mlx_array_new_data_managed_payload(
+                (*owner).pointer.as_ptr().cast(),
+                shape.as_ptr(),
+                shape.len() as i32,
+                dtype.into(),
+                owner.cast(),
+                Some(drop_host_buffer),
+            );
+            if raw.ctx.is_null() {
+                return Err(checked(1).err().unwrap_or_else(|| Error::backend("MLX refused a host buffer")));
+            }
+            Ok(Array::from_ptr(raw))
+        }
+    }
+}
+
+extern "C" fn drop_host_buffer(owner: *mut c_void) {
+    // SAFETY: the pointer came from `Box::into_raw` in `into_array` and is passed here exactly once.
+    drop(unsafe { Box::from_raw(owner.cast::<HostBuffer>()) });
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { std::alloc::dealloc(self.pointer.as_ptr(), self.layout) };
+    }
+}
+
+// SAFETY: plain bytes with one owner.
+unsafe impl Send for HostBuffer {}
+
+/// Bytes of one element.
+pub fn item_size(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::Bool | Dtype::Uint8 | Dtype::Int8 => 1,
+        Dtype::Uint16 | Dtype::Int16 | Dtype::Float16 | Dtype::Bfloat16 => 2,
+        Dtype::Uint32 | Dtype::Int32 | Dtype::Float32 => 4,
+        Dtype::Uint64 | Dtype::Int64 | Dtype::Float64 | Dtype::Complex64 => 8,
+    }
+}

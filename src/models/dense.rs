@@ -1,0 +1,127 @@
+//! What the configs of dense Llama-like models have in common.
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::nn::{AttentionSpec, DecoderSpec, LayerSpec, RopeSpec};
+use crate::weights::Weights;
+
+/// The shared fields of `config.json`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct DenseConfig {
+    pub hidden_size: usize,
+    pub num_hidden_layers: usize,
+    pub intermediate_size: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: Option<usize>,
+    pub head_dim: Option<usize>,
+    pub rms_norm_eps: f32,
+    pub vocab_size: usize,
+    pub tie_word_embeddings: Option<bool>,
+    pub hidden_act: Option<String>,
+    pub attention_bias: Option<bool>,
+    pub mlp_bias: Option<bool>,
+    pub sliding_window: Option<usize>,
+    pub use_sliding_window: Option<bool>,
+    pub max_window_layers: Option<usize>,
+    pub layer_types: Option<Vec<String>>,
+    #[serde(flatten)]
+    pub rope: RopeSpec,
+}
+
+/// Upper bound of any size in a config: keeps the products of two of them far from overflow.
+const MAX_SIZE: usize = 1 << 24;
+
+impl DenseConfig {
+    fn check(&self) -> Result<()> {
+        let sizes = [
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.kv_heads()),
+            ("head_dim", self.head_dim()),
+            ("vocab_size", self.vocab_size),
+        ];
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, n)| n == 0 || n > MAX_SIZE) {
+            return Err(Error::invalid_model(format!("config.json: {name:?} is {size}")));
+        }
+        if self.num_attention_heads % self.kv_heads() != 0 {
+            return Err(Error::invalid_model("config.json: attention heads are not a multiple of key/value heads"));
+        }
+        if self.head_dim() % 2 != 0 {
+            return Err(Error::invalid_model("config.json: \"head_dim\" must be even"));
+        }
+        match self.hidden_act.as_deref() {
+            None | Some("silu" | "swish") => Ok(()),
+            Some(other) => Err(Error::unsupported(format!("activation {other:?} is not supported"))),
+        }
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    /// The sliding window of `layer`: from `layer_types` where given, else from `default`.
+    fn window(&self, layer: usize, default: Option<usize>) -> Result<Option<usize>> {
+        let Some(types) = &self.layer_types else { return Ok(default) };
+        match types.get(layer).map(String::as_str) {
+            Some("full_attention") => Ok(None),
+            Some("sliding_attention") => self
+                .sliding_window
+                .map(Some)
+                .ok_or_else(|| Error::invalid_model("config.json: a sliding layer needs \"sliding_window\"")),
+            Some(other) => Err(Error::unsupported(format!("layer type {other:?} is not supported"))),
+            None => Err(Error::invalid_model("config.json: \"layer_types\" has fewer entries than layers")),
+        }
+    }
+
+    /// The declaration of a model whose layers are all alike but for their window; `default_window` gives the
+    /// window of a layer by its index where the config has no `layer_types`. Other traits are set by the caller.
+    pub fn decoder(
+        &self,
+        context: usize,
+        weights: &Weights,
+        default_window: impl Fn(usize) -> Option<usize>,
+    ) -> Result<DecoderSpec> {
+        self.check()?;
+        let attention = |window| AttentionSpec {
+            heads: self.num_attention_heads,
+            kv_heads: self.kv_heads(),
+            head_dim: self.head_dim(),
+            qkv_bias: self.attention_bias.unwrap_or(false),
+            output_bias: self.attention_bias.unwrap_or(false),
+            qk_norm_eps: None,
+            window,
+        };
+        let layers = (0..self.num_hidden_layers)
+            .map(|layer| {
+                Ok(LayerSpec {
+                    attention: attention(self.window(layer, default_window(layer))?),
+                    mlp: self.intermediate_size,
+                    mlp_bias: self.mlp_bias.unwrap_or(false),
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(DecoderSpec {
+            hidden: self.hidden_size,
+            vocab: self.vocab_size,
+            norm_eps: self.rms_norm_eps,
+            // Families disagree on the default; the checkpoint itself does not.
+            tied_head: self.tie_word_embeddings.unwrap_or_else(|| !weights.contains("lm_head.weight")),
+            context,
+            rope: self.rope.clone(),
+            layers,
+        })
+    }
+
+    /// Qwen's rule: with `use_sliding_window`, the layers from `max_window_layers` on slide.
+    pub fn qwen_window(&self, layer: usize) -> Option<usize> {
+        let slides = self.use_sliding_window.unwrap_or(false) && layer >= self.max_window_layers.unwrap_or(0);
+        self.sliding_window.filter(|_| slides)
+    }
+}

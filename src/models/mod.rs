@@ -1,0 +1,107 @@
+//! Model architectures: one file each, one line each in [`ARCHITECTURES`].
+
+mod dense;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use mlx_rs::Array;
+
+use crate::cache::KvLayout;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::nn::{Decoder, Step};
+use crate::weights::Weights;
+
+/// A loaded language model. Owned by one thread, as all MLX arrays are.
+pub trait Model {
+    /// Keys and values that a token of a sequence stores.
+    fn kv_layout(&self) -> &KvLayout;
+
+    /// Runs the step's `T` tokens: hidden states `[T, hidden]` before the final norm.
+    fn hidden(&self, step: &mut Step<'_>) -> Result<Array>;
+
+    /// Logits `[n, vocab]` of the last `n` rows of `hidden [T, hidden]`.
+    fn logits(&self, hidden: &Array, n: usize) -> Result<Array>;
+}
+
+impl Model for Decoder {
+    fn kv_layout(&self) -> &KvLayout {
+        Decoder::kv_layout(self)
+    }
+
+    fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
+        Decoder::hidden(self, step)
+    }
+
+    fn logits(&self, hidden: &Array, n: usize) -> Result<Array> {
+        Decoder::logits(self, hidden, n)
+    }
+}
+
+/// One supported `model_type`.
+struct Architecture {
+    model_type: &'static str,
+    /// Takes the model's tensors; the second argument is the context the engine will serve, in tokens.
+    load: fn(&ModelConfig, usize, &mut Weights) -> Result<Box<dyn Model>>,
+}
+
+const ARCHITECTURES: &[Architecture] = &[
+    Architecture { model_type: "llama", load: llama::load },
+    Architecture { model_type: "mistral", load: mistral::load },
+    Architecture { model_type: "qwen2", load: qwen2::load },
+    Architecture { model_type: "qwen3", load: qwen3::load },
+];
+
+/// The supported values of `model_type`.
+pub fn supported_types() -> impl Iterator<Item = &'static str> {
+    ARCHITECTURES.iter().map(|a| a.model_type)
+}
+
+fn find(config: &ModelConfig) -> Result<&'static Architecture> {
+    let wanted = config.model_type();
+    ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
+        let known: Vec<_> = supported_types().collect();
+        Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
+    })
+}
+
+/// Whether `config` names a known architecture; the error lists the known ones.
+pub fn check_supported(config: &ModelConfig) -> Result<()> {
+    find(config).map(|_| ())
+}
+
+/// The context of a model: what its config declares, or `limit` if that is smaller.
+pub fn context_length(config: &ModelConfig, limit: Option<usize>) -> Result<usize> {
+    let declared = config
+        .integer("max_position_embeddings")
+        .filter(|&n| n > 0)
+        .ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\" is missing"))?;
+    Ok(limit.map_or(declared, |limit| limit.min(declared)))
+}
+
+/// Number of token ids, from the config.
+pub fn vocab_size(config: &ModelConfig) -> Result<usize> {
+    config
+        .integer("vocab_size")
+        .filter(|&n| n > 0)
+        .ok_or_else(|| Error::invalid_model("config.json: \"vocab_size\" is missing"))
+}
+
+/// A model and what its weights weigh.
+pub struct Loaded {
+    /// The model.
+    pub model: Box<dyn Model>,
+    /// Bytes of its tensors on the device.
+    pub weight_bytes: usize,
+}
+
+/// Builds the model that `config` names from `weights`, every tensor of which must be used.
+pub fn load(config: &ModelConfig, context: usize, mut weights: Weights) -> Result<Loaded> {
+    let architecture = find(config)?;
+    let model = (architecture.load)(config, context, &mut weights)?;
+    let weight_bytes = weights.bytes();
+    weights.finish()?;
+    Ok(Loaded { model, weight_bytes })
+}

@@ -1,0 +1,117 @@
+//! Multi-head attention with grouped key and value heads over a sequence's cache.
+
+use mlx_rs::Array;
+use mlx_rs::fast::{ScaledDotProductAttentionMask as Mask, scaled_dot_product_attention};
+
+use super::{Linear, RmsNorm, Rope, Step};
+use crate::error::Result;
+use crate::weights::Weights;
+
+/// What an architecture declares about its attention.
+#[derive(Debug, Clone)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub output_bias: bool,
+    /// RMS norm on every query and key head (`q_norm`, `k_norm`), with this epsilon.
+    pub qk_norm_eps: Option<f32>,
+    /// Tokens a query sees, itself included; `None` is all.
+    pub window: Option<usize>,
+}
+
+/// An attention layer with its projections.
+#[derive(Debug)]
+pub struct Attention {
+    spec: AttentionSpec,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    query_norm: Option<RmsNorm>,
+    key_norm: Option<RmsNorm>,
+    rope: Rope,
+    layer: usize,
+}
+
+impl Attention {
+    /// Takes `q_proj`, `k_proj`, `v_proj`, `o_proj` (and the norms) under `path`; `layer` is its place in the cache.
+    pub fn load(
+        weights: &mut Weights,
+        path: &str,
+        hidden: usize,
+        layer: usize,
+        spec: &AttentionSpec,
+        rope: Rope,
+    ) -> Result<Self> {
+        let queries = spec.heads * spec.head_dim;
+        let keys = spec.kv_heads * spec.head_dim;
+        let norm = |name: &str, weights: &mut Weights| {
+            spec.qk_norm_eps
+                .map(|eps| RmsNorm::load(weights, &format!("{path}.{name}"), spec.head_dim, eps))
+                .transpose()
+        };
+        Ok(Self {
+            query_norm: norm("q_norm", weights)?,
+            key_norm: norm("k_norm", weights)?,
+            query: Linear::load(weights, &format!("{path}.q_proj"), hidden, queries, spec.qkv_bias)?,
+            key: Linear::load(weights, &format!("{path}.k_proj"), hidden, keys, spec.qkv_bias)?,
+            value: Linear::load(weights, &format!("{path}.v_proj"), hidden, keys, spec.qkv_bias)?,
+            output: Linear::load(weights, &format!("{path}.o_proj"), queries, hidden, spec.output_bias)?,
+            spec: spec.clone(),
+            rope,
+            layer,
+        })
+    }
+
+    /// `x [T, hidden]`, same shape out; appends the step's keys and values to the cache.
+    pub fn forward(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let AttentionSpec { heads, kv_heads, head_dim, window, .. } = self.spec;
+        let tokens = x.dim(0);
+        let split = |y: Array, heads: usize| y.reshape(&[tokens, heads as i32, head_dim as i32]);
+        let mut queries = split(self.query.forward(x)?, heads)?;
+        let mut keys = split(self.key.forward(x)?, kv_heads)?;
+        let values = split(self.value.forward(x)?, kv_heads)?;
+        if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
+            queries = query_norm.forward(&queries)?;
+            keys = key_norm.forward(&keys)?;
+        }
+        let queries = self.rope.forward(&queries, step.positions)?;
+        let keys = self.rope.forward(&keys, step.positions)?;
+        let (keys, values) = step.cache.append(self.layer, &keys, &values)?;
+        // From token-major [n, heads, width] to MLX's [1, heads, n, width]; views, nothing is copied.
+        let by_head = |y: &Array| y.transpose_axes(&[1, 0, 2])?.expand_dims(0);
+        let length = keys.dim(0) as usize;
+        let scale = (head_dim as f32).powf(-0.5);
+        let (queries, keys, values) = (by_head(&queries)?, by_head(&keys)?, by_head(&values)?);
+        let attended = match window.filter(|&window| length > window) {
+            Some(window) => {
+                let mask = window_mask(tokens as usize, length, window)?;
+                scaled_dot_product_attention(&queries, &keys, &values, scale, &mask, None)?
+            }
+            None if tokens > 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
+            None => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
+        };
+        let joined = attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?;
+        self.output.forward(&joined.reshape(&[tokens, (heads * head_dim) as i32])?)
+    }
+}
+
+/// `[queries, length]` booleans: the last `queries` of `length` tokens each see themselves and what is less than
+/// `window` tokens before them.
+fn window_mask(queries: usize, length: usize, window: usize) -> Result<Array> {
+    let first = length - queries;
+    let own: Vec<i32> = (first..length).map(|i| i as i32).collect();
+    let all: Vec<i32> = (0..length as i32).collect();
+    let own = Array::from_slice(&own, &[queries as i32, 1]);
+    let all = Array::from_slice(&all, &[1, length as i32]);
+    let causal = all.le(&own)?;
+    let near = own.subtract(&all)?.lt(Array::from_int(window as i32))?;
+    Ok(causal.logical_and(near)?)
+}

@@ -1,0 +1,138 @@
+//! The decoder-only transformer that dense models share: what differs between them is a [`DecoderSpec`].
+
+use mlx_rs::Array;
+
+use super::{Attention, AttentionSpec, Embedding, Linear, RmsNorm, RopeSpec, SwiGlu};
+use crate::cache::{KvLayout, SequenceCache};
+use crate::error::Result;
+use crate::mlx;
+use crate::weights::Weights;
+
+/// One forward pass: which tokens, where they stand, and the cache they extend.
+pub struct Step<'a> {
+    /// Token ids `[T]`, u32.
+    pub tokens: &'a Array,
+    /// Positions in their sequence `[T]`, i32.
+    pub positions: &'a Array,
+    /// Keys and values so far; the step appends its own.
+    pub cache: &'a mut SequenceCache,
+    /// Receives each layer's output `[T, hidden]` when set (parity tests).
+    pub trace: Option<&'a mut Vec<Array>>,
+}
+
+/// A dense decoder as its architecture declares it.
+#[derive(Debug, Clone)]
+pub struct DecoderSpec {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Entries of the vocabulary.
+    pub vocab: usize,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f32,
+    /// Whether the embedding table is also the output head.
+    pub tied_head: bool,
+    /// Positions the engine serves.
+    pub context: usize,
+    /// Rotary embedding.
+    pub rope: RopeSpec,
+    /// The layers, first to last.
+    pub layers: Vec<LayerSpec>,
+}
+
+/// One decoder layer.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
+    /// Its attention.
+    pub attention: AttentionSpec,
+    /// Width inside the feed-forward layer.
+    pub mlp: usize,
+    /// Biases in the feed-forward layer.
+    pub mlp_bias: bool,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: RmsNorm,
+    attention: Attention,
+    mlp_norm: RmsNorm,
+    mlp: SwiGlu,
+}
+
+/// A loaded dense decoder, with the tensor names of Hugging Face's Llama family.
+#[derive(Debug)]
+pub struct Decoder {
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Option<Linear>,
+    layout: KvLayout,
+}
+
+impl Decoder {
+    /// Takes all weights that `spec` describes.
+    pub fn load(weights: &mut Weights, spec: &DecoderSpec) -> Result<Self> {
+        let hidden = spec.hidden;
+        // Old exports carry the rotary tables, and some tied models a copy of their head.
+        weights
+            .discard(|name| name.ends_with("rotary_emb.inv_freq") || (spec.tied_head && name.starts_with("lm_head.")));
+        let embedding = Embedding::load(weights, "model.embed_tokens", spec.vocab, hidden)?;
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (index, layer) in spec.layers.iter().enumerate() {
+            let path = format!("model.layers.{index}");
+            let rope = spec.rope.build(layer.attention.head_dim, spec.context)?;
+            let norm = |weights: &mut Weights, name: &str| {
+                RmsNorm::load(weights, &format!("{path}.{name}"), hidden, spec.norm_eps)
+            };
+            layers.push(Layer {
+                attention_norm: norm(weights, "input_layernorm")?,
+                attention: Attention::load(
+                    weights,
+                    &format!("{path}.self_attn"),
+                    hidden,
+                    index,
+                    &layer.attention,
+                    rope,
+                )?,
+                mlp_norm: norm(weights, "post_attention_layernorm")?,
+                mlp: SwiGlu::load(weights, &format!("{path}.mlp"), hidden, layer.mlp, layer.mlp_bias)?,
+            });
+        }
+        let norm = RmsNorm::load(weights, "model.norm", hidden, spec.norm_eps)?;
+        let head =
+            (!spec.tied_head).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false)).transpose()?;
+        let layout =
+            KvLayout { layers: spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect() };
+        Ok(Self { embedding, layers, norm, head, layout })
+    }
+
+    /// Shapes of the keys and values that a sequence keeps.
+    pub fn kv_layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Runs the layers over the step's tokens: `[T, hidden]` before the final norm.
+    pub fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
+        let mut x = self.embedding.forward(step.tokens)?;
+        for layer in &self.layers {
+            let attended = layer.attention.forward(&layer.attention_norm.forward(&x)?, step)?;
+            x = x.add(&attended)?;
+            x = x.add(layer.mlp.forward(&layer.mlp_norm.forward(&x)?)?)?;
+            if let Some(trace) = step.trace.as_deref_mut() {
+                trace.push(x.clone());
+            }
+        }
+        step.cache.advance(step.tokens.dim(0) as usize);
+        Ok(x)
+    }
+
+    /// Logits `[n, vocab]` of the last `n` rows of `hidden [T, hidden]`.
+    pub fn logits(&self, hidden: &Array, n: usize) -> Result<Array> {
+        let tokens = hidden.dim(0) as usize;
+        let rows = mlx::rows(hidden, tokens - n, tokens)?;
+        let normed = self.norm.forward(&rows)?;
+        match &self.head {
+            Some(head) => head.forward(&normed),
+            None => self.embedding.as_head(&normed),
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Building blocks of models on MLX arrays.
+//!
+//! Activations are packed: a step's `T` tokens, of whatever sequences, are the rows of one `[T, hidden]` array.
+//! Only attention knows which rows belong together.
+
+mod attention;
+mod decoder;
+mod embedding;
+mod linear;
+mod mlp;
+mod norm;
+mod rope;
+
+pub use attention::{Attention, AttentionSpec};
+pub use decoder::{Decoder, DecoderSpec, LayerSpec, Step};
+pub use embedding::Embedding;
+pub use linear::Linear;
+pub use mlp::SwiGlu;
+pub use norm::RmsNorm;
+pub use rope::{Rope, RopeSpec};

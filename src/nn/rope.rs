@@ -1,0 +1,219 @@
+//! Rotary position embeddings (Su et al. 2021) and the ways models stretch them.
+
+use mlx_rs::Array;
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+
+/// The rotary settings of a `config.json`, in any of the spellings that exist.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RopeSpec {
+    rope_theta: Option<f32>,
+    #[serde(default)]
+    rope_traditional: bool,
+    rope_scaling: Option<Scaling>,
+    /// Where transformers 5 keeps both of the above.
+    rope_parameters: Option<Scaling>,
+    max_position_embeddings: Option<usize>,
+}
+
+/// Frequencies may be given once or per pair of dimensions.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Factors {
+    One(f32),
+    Each(Vec<f32>),
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+struct Scaling {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f32>,
+    factor: Option<f32>,
+    original_max_position_embeddings: Option<usize>,
+    low_freq_factor: Option<f32>,
+    high_freq_factor: Option<f32>,
+    beta_fast: Option<f32>,
+    beta_slow: Option<f32>,
+    mscale: Option<f32>,
+    mscale_all_dim: Option<f32>,
+    attention_factor: Option<f32>,
+    short_factor: Option<Factors>,
+    long_factor: Option<Factors>,
+    partial_rotary_factor: Option<f32>,
+}
+
+/// Rotates the first `dims` of every head by angles that grow with the token's position.
+#[derive(Debug)]
+pub struct Rope {
+    dims: i32,
+    traditional: bool,
+    base: Option<f32>,
+    /// Multiplies positions.
+    scale: f32,
+    /// Wavelengths over 2 pi, `[dims / 2]`, instead of `base`.
+    wavelengths: Option<Array>,
+    /// Multiplies the input (the "attention factor" of YaRN and LongRoPE).
+    magnitude: f32,
+}
+
+const DEFAULT_THETA: f32 = 10_000.0;
+
+impl RopeSpec {
+    /// The rotation of heads whose first `dims` dimensions turn, for contexts of up to `context` tokens.
+    pub fn build(&self, dims: usize, context: usize) -> Result<Rope> {
+        let scaling = self.rope_scaling.clone().or_else(|| self.rope_parameters.clone()).unwrap_or_default();
+        let nested_theta = self.rope_parameters.as_ref().and_then(|p| p.rope_theta);
+        let theta = self.rope_theta.or(nested_theta).or(scaling.rope_theta).unwrap_or(DEFAULT_THETA);
+        if scaling.partial_rotary_factor.is_some_and(|f| f != 1.0) {
+            return Err(Error::unsupported("partial rotary embeddings are not supported by this architecture"));
+        }
+        let mut rope = Rope {
+            dims: dims as i32,
+            traditional: self.rope_traditional,
+            base: Some(theta),
+            scale: 1.0,
+            wavelengths: None,
+            magnitude: 1.0,
+        };
+        let kind = scaling.rope_type.as_deref().unwrap_or("default");
+        match kind {
+            "default" => {}
+            "linear" => rope.scale = 1.0 / scaling.need_factor(kind)?,
+            "llama3" => rope.set_wavelengths(llama3(dims, theta, &scaling)?),
+            "yarn" => {
+                let (wavelengths, magnitude) = yarn(dims, theta, &scaling)?;
+                rope.set_wavelengths(wavelengths);
+                rope.magnitude = magnitude;
+            }
+            "longrope" | "su" => {
+                let trained = self.max_position_embeddings.unwrap_or(context);
+                let (wavelengths, magnitude) = longrope(dims, theta, &scaling, trained, context)?;
+                rope.set_wavelengths(wavelengths);
+                rope.magnitude = magnitude;
+            }
+            other => {
+                return Err(Error::unsupported(format!(
+                    "rope scaling {other:?} is not supported (known: default, linear, llama3, yarn, longrope)"
+                )));
+            }
+        }
+        Ok(rope)
+    }
+}
+
+impl Scaling {
+    fn need_factor(&self, kind: &str) -> Result<f32> {
+        match self.factor {
+            Some(factor) if factor.is_finite() && factor > 0.0 => Ok(factor),
+            other => Err(Error::invalid_model(format!("rope scaling {kind:?} has no usable \"factor\": {other:?}"))),
+        }
+    }
+}
+
+/// `theta^(2i / dims)` for every pair of dimensions.
+fn plain_wavelengths(dims: usize, theta: f32) -> Vec<f32> {
+    (0..dims).step_by(2).map(|i| theta.powf(i as f32 / dims as f32)).collect()
+}
+
+/// Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated.
+fn llama3(dims: usize, theta: f32, scaling: &Scaling) -> Result<Vec<f32>> {
+    let factor = scaling.need_factor("llama3")?;
+    let low = scaling.low_freq_factor.unwrap_or(1.0);
+    let high = scaling.high_freq_factor.unwrap_or(4.0);
+    if high <= low {
+        return Err(Error::invalid_model("rope scaling \"llama3\" needs high_freq_factor above low_freq_factor"));
+    }
+    let original = scaling.original_max_position_embeddings.unwrap_or(8192) as f32;
+    let stretch = |w: f32| {
+        let length = 2.0 * std::f32::consts::PI * w;
+        if length > original / low {
+            w * factor
+        } else if length > original / high {
+            let smooth = (original / length - low) / (high - low);
+            w / ((1.0 - smooth) / factor + smooth)
+        } else {
+            w
+        }
+    };
+    Ok(plain_wavelengths(dims, theta).into_iter().map(stretch).collect())
+}
+
+/// YaRN (Peng et al. 2023): a linear ramp between kept and stretched wavelengths, and a factor on the input.
+fn yarn(dims: usize, theta: f32, scaling: &Scaling) -> Result<(Vec<f32>, f32)> {
+    let factor = scaling.need_factor("yarn")?;
+    let original = scaling.original_max_position_embeddings.unwrap_or(4096) as f32;
+    let dimension_of =
+        |rotations: f32| dims as f32 * (original / (rotations * 2.0 * std::f32::consts::PI)).ln() / (2.0 * theta.ln());
+    let low = dimension_of(scaling.beta_fast.unwrap_or(32.0)).floor().max(0.0);
+    let mut high = dimension_of(scaling.beta_slow.unwrap_or(1.0)).ceil().min(dims as f32 - 1.0);
+    if high == low {
+        high += 0.001;
+    }
+    let wavelengths = plain_wavelengths(dims, theta)
+        .into_iter()
+        .enumerate()
+        .map(|(i, kept)| {
+            let stretched = factor * kept;
+            let keep = 1.0 - ((i as f32 - low) / (high - low)).clamp(0.0, 1.0);
+            (stretched * kept) / (stretched * keep + kept * (1.0 - keep))
+        })
+        .collect();
+    let magnitude_of = |m: f32| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+    let computed = magnitude_of(scaling.mscale.unwrap_or(1.0)) / magnitude_of(scaling.mscale_all_dim.unwrap_or(0.0));
+    Ok((wavelengths, scaling.attention_factor.unwrap_or(computed)))
+}
+
+/// LongRoPE (Ding et al. 2024). The choice between short and long factors is made once, by the context the engine
+/// serves: switching in mid-sequence would contradict keys that are already in the cache.
+fn longrope(dims: usize, theta: f32, scaling: &Scaling, trained: usize, context: usize) -> Result<(Vec<f32>, f32)> {
+    let missing = |what: &str| Error::invalid_model(format!("rope scaling \"longrope\" has no {what:?}"));
+    let original =
+        scaling.original_max_position_embeddings.ok_or_else(|| missing("original_max_position_embeddings"))?;
+    let (name, factors) = if context > original {
+        ("long_factor", scaling.long_factor.as_ref())
+    } else {
+        ("short_factor", scaling.short_factor.as_ref())
+    };
+    let factors = match factors.ok_or_else(|| missing(name))? {
+        Factors::One(factor) => vec![*factor; dims / 2],
+        Factors::Each(each) if each.len() == dims / 2 => each.clone(),
+        Factors::Each(each) => {
+            return Err(Error::invalid_model(format!("{name:?} has {} entries instead of {}", each.len(), dims / 2)));
+        }
+    };
+    let wavelengths = plain_wavelengths(dims, theta).iter().zip(&factors).map(|(w, f)| w * f).collect();
+    let ratio = scaling.factor.unwrap_or(trained as f32 / original as f32);
+    let computed = if ratio <= 1.0 { 1.0 } else { (1.0 + ratio.ln() / (original as f32).ln()).sqrt() };
+    Ok((wavelengths, scaling.attention_factor.unwrap_or(computed)))
+}
+
+impl Rope {
+    fn set_wavelengths(&mut self, wavelengths: Vec<f32>) {
+        self.base = None;
+        self.wavelengths = Some(Array::from_slice(&wavelengths, &[wavelengths.len() as i32]));
+    }
+
+    /// Rotates `x [T, heads, width]`; `positions [T]` i32 are the tokens' places in their sequences.
+    pub fn forward(&self, x: &Array, positions: &Array) -> Result<Array> {
+        let shape = x.shape().to_vec();
+        let x = if self.magnitude == 1.0 {
+            x.clone()
+        } else {
+            x.multiply(Array::from_f32(self.magnitude).as_dtype(x.dtype())?)?
+        };
+        // MLX rotates along the axis before the last; tokens become the batch so that each has its own offset.
+        let x = x.reshape(&[shape[0], shape[1], 1, shape[2]])?;
+        let rotated = mlx_rs::fast::rope_dynamic(
+            &x,
+            self.dims,
+            self.traditional,
+            self.base,
+            self.scale,
+            positions,
+            self.wavelengths.as_ref(),
+        )?;
+        Ok(rotated.reshape(&shape)?)
+    }
+}

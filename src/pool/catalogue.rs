@@ -1,0 +1,190 @@
+//! The models a pool knows: found in a folder or added one by one.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::config::ModelConfig;
+use crate::engine::ModelSource;
+use crate::error::{Error, Result};
+use crate::models;
+
+/// One model, usable or not.
+#[derive(Debug, Clone)]
+pub struct ModelEntry {
+    /// Name in requests: the folder's name, or `org/model`.
+    pub id: String,
+    /// Its folder; `None` for random weights.
+    pub folder: Option<PathBuf>,
+    /// Architecture, where the config could be read.
+    pub model_type: Option<String>,
+    /// Tokens of context, where known.
+    pub context_length: Option<usize>,
+    /// Bytes of its weight files.
+    pub file_bytes: u64,
+    /// Bits per weight of the default quantisation; `None` for dense weights.
+    pub quantization_bits: Option<usize>,
+    /// Why it cannot be loaded, if that is already known.
+    pub problem: Option<Error>,
+    config: Option<ModelConfig>,
+}
+
+impl ModelEntry {
+    /// Where its weights come from, or why it cannot be loaded.
+    pub fn source(&self) -> Result<ModelSource> {
+        match (&self.problem, &self.folder, &self.config) {
+            (Some(problem), _, _) => Err(problem.clone()),
+            (None, Some(folder), _) => Ok(ModelSource::Folder(folder.clone())),
+            (None, None, Some(config)) => Ok(ModelSource::Random(config.clone())),
+            (None, None, None) => Err(Error::internal("a model without folder and config")),
+        }
+    }
+
+    fn new(id: String, folder: Option<PathBuf>, config: Result<ModelConfig>) -> Self {
+        let checked = config.and_then(|config| {
+            models::check_supported(&config)?;
+            Ok((models::context_length(&config, None)?, config))
+        });
+        let file_bytes = folder.as_deref().map_or(0, weight_bytes);
+        let (known, problem) = match checked {
+            Ok(known) => (Some(known), None),
+            Err(problem) => (None, Some(problem)),
+        };
+        let config = known.as_ref().map(|(_, config)| config);
+        Self {
+            id,
+            model_type: config.map(|c| c.model_type().to_owned()),
+            context_length: known.as_ref().map(|(context, _)| *context),
+            file_bytes,
+            quantization_bits: config.and_then(|c| c.quantization()).map(|q| q.default_format().bits),
+            problem,
+            // Kept only where there is no file to read it from again.
+            config: known.map(|(_, config)| config).filter(|_| folder.is_none()),
+            folder,
+        }
+    }
+}
+
+/// Bytes of the safetensors files in `folder`; 0 if it cannot be read.
+fn weight_bytes(folder: &Path) -> u64 {
+    let Ok(files) = std::fs::read_dir(folder) else { return 0 };
+    let weights = files.flatten().filter(|file| file.path().extension().is_some_and(|e| e == "safetensors"));
+    weights.filter_map(|file| std::fs::metadata(file.path()).ok()).map(|meta| meta.len()).sum()
+}
+
+/// Models by id, in the order of their ids.
+#[derive(Debug, Default)]
+pub struct Catalogue {
+    entries: BTreeMap<String, ModelEntry>,
+}
+
+impl Catalogue {
+    /// The models in `folder`: itself if it holds a `config.json`, else its children and grandchildren that do.
+    pub fn scan(folder: &Path) -> Result<Self> {
+        let mut catalogue = Self::default();
+        if is_model(folder) {
+            catalogue.add_folder(folder, None)?;
+            return Ok(catalogue);
+        }
+        for child in subfolders(folder)? {
+            if is_model(&child) {
+                catalogue.insert(name(&child)?, child);
+                continue;
+            }
+            let Ok(grandchildren) = subfolders(&child) else { continue };
+            for grandchild in grandchildren.into_iter().filter(|g| is_model(g)) {
+                catalogue.insert(format!("{}/{}", name(&child)?, name(&grandchild)?), grandchild);
+            }
+        }
+        Ok(catalogue)
+    }
+
+    fn insert(&mut self, id: String, folder: PathBuf) {
+        let config = ModelConfig::load(&folder);
+        self.entries.insert(id.clone(), ModelEntry::new(id, Some(folder), config));
+    }
+
+    /// Adds a model folder; its config must be readable and of a known type.
+    pub fn add_folder(&mut self, folder: &Path, id: Option<&str>) -> Result<String> {
+        let id = id.map_or_else(|| name(folder), |id| Ok(id.to_owned()))?;
+        self.check_free(&id)?;
+        if !folder.is_dir() {
+            return Err(Error::not_found(format!("{}: no such model folder", folder.display())));
+        }
+        let entry = ModelEntry::new(id.clone(), Some(folder.to_owned()), ModelConfig::load(folder));
+        if let Some(problem) = &entry.problem {
+            return Err(problem.clone());
+        }
+        self.entries.insert(id.clone(), entry);
+        Ok(id)
+    }
+
+    /// Adds a model of random weights.
+    pub fn add_random(&mut self, id: &str, config: ModelConfig) -> Result<()> {
+        self.check_free(id)?;
+        let entry = ModelEntry::new(id.to_owned(), None, Ok(config));
+        if let Some(problem) = &entry.problem {
+            return Err(problem.clone());
+        }
+        self.entries.insert(id.to_owned(), entry);
+        Ok(())
+    }
+
+    fn check_free(&self, id: &str) -> Result<()> {
+        if id.is_empty() {
+            return Err(Error::invalid_argument("a model id must not be empty"));
+        }
+        match self.entries.contains_key(id) {
+            true => Err(Error::invalid_argument(format!("there is a model {id:?} already"))),
+            false => Ok(()),
+        }
+    }
+
+    /// All models.
+    pub fn entries(&self) -> impl Iterator<Item = &ModelEntry> {
+        self.entries.values()
+    }
+
+    /// The model named `id`.
+    pub fn find(&self, id: &str) -> Result<&ModelEntry> {
+        self.entries.get(id).ok_or_else(|| {
+            let known: Vec<_> = self.entries.keys().take(20).map(String::as_str).collect();
+            Error::not_found(format!("no model {id:?}; known models: {}", known.join(", ")))
+        })
+    }
+
+    /// The only usable model, for requests that name none.
+    pub fn only(&self) -> Result<&ModelEntry> {
+        let mut usable = self.entries.values().filter(|entry| entry.problem.is_none());
+        match (usable.next(), usable.next()) {
+            (Some(only), None) => Ok(only),
+            (None, _) => Err(Error::not_found("the pool has no usable model")),
+            (Some(_), Some(_)) => {
+                Err(Error::invalid_request("\"model\" is missing, and the pool has more than one model"))
+            }
+        }
+    }
+}
+
+fn is_model(folder: &Path) -> bool {
+    folder.join("config.json").is_file()
+}
+
+/// The folder's name in UTF-8.
+fn name(folder: &Path) -> Result<String> {
+    // "models/x/." and "models/x" are the same folder.
+    let folder = folder.canonicalize().map_err(|e| Error::io(folder.display(), &e))?;
+    folder
+        .file_name()
+        .and_then(|name| name.to_str())
+        .map(str::to_owned)
+        .ok_or_else(|| Error::invalid_argument(format!("{}: not a usable folder name", folder.display())))
+}
+
+/// Folders in `folder`, hidden ones left out, in the order of their names.
+fn subfolders(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder.display(), &e))?;
+    let hidden = |path: &Path| path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let mut folders: Vec<_> = entries.flatten().map(|e| e.path()).filter(|p| p.is_dir() && !hidden(p)).collect();
+    folders.sort();
+    Ok(folders)
+}

@@ -1,0 +1,235 @@
+//! The engine pool: which models there are, which are loaded, and where a request goes.
+
+mod catalogue;
+
+pub use catalogue::{Catalogue, ModelEntry};
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use mlx_rs::Dtype;
+
+use crate::config::ModelConfig;
+use crate::engine::{Engine, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState};
+use crate::error::{Error, Result, Status};
+use crate::mlx::{self, Device};
+use crate::sync::lock;
+
+/// Options of a pool; `Default` is what a host gets that sets nothing.
+#[derive(Debug, Clone, Default)]
+pub struct PoolOptions {
+    /// Folder of model folders (flat or `org/model`), or one model folder; `None` opens an empty pool.
+    pub models_dir: Option<PathBuf>,
+    /// Model of requests that name none; `None` takes the only usable one.
+    pub default_model: Option<String>,
+    /// Where to compute; `None` takes the GPU if there is one.
+    pub device: Option<Device>,
+    /// Type of weights and activations; `None` is f32 on the CPU, whose 16-bit kernels accumulate in 16 bits,
+    /// and the checkpoint's own on a GPU.
+    pub dtype: Option<Dtype>,
+    /// Upper limit of every model's context in tokens.
+    pub context: Option<usize>,
+    /// Prompt tokens in one forward pass; `None` is [`DEFAULT_PREFILL_CHUNK`].
+    pub prefill_chunk: Option<usize>,
+    /// Do not set the environment variables that MLX reads.
+    pub keep_environment: bool,
+}
+
+/// Large enough to fill a GPU, small enough that a cancel is heard soon.
+pub const DEFAULT_PREFILL_CHUNK: usize = 512;
+
+/// Several models in one process. All methods may be called from any thread.
+#[derive(Debug)]
+pub struct EnginePool {
+    device: Device,
+    dtype: Option<Dtype>,
+    context: Option<usize>,
+    prefill_chunk: usize,
+    default_model: Option<String>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    catalogue: Catalogue,
+    engines: HashMap<String, Slot>,
+    closed: bool,
+}
+
+/// A model in use: its text side, and its engine while that lives.
+#[derive(Debug)]
+struct Slot {
+    text: Arc<LazyText>,
+    engine: Option<Arc<Engine>>,
+}
+
+impl EnginePool {
+    /// Checks MLX and lists the models; loads nothing.
+    pub fn open(options: PoolOptions) -> Result<Self> {
+        mlx::init()?;
+        if !options.keep_environment {
+            mlx::set_environment();
+        }
+        let device = match options.device {
+            Some(Device::Gpu) if !mlx::gpu_available() => {
+                return Err(Error::unsupported("a GPU was asked for, but the loaded MLX has none"));
+            }
+            Some(device) => device,
+            None if mlx::gpu_available() => Device::Gpu,
+            None => Device::Cpu,
+        };
+        let catalogue = match &options.models_dir {
+            Some(folder) => Catalogue::scan(folder)?,
+            None => Catalogue::default(),
+        };
+        Ok(Self {
+            device,
+            dtype: options.dtype.or((device == Device::Cpu).then_some(Dtype::Float32)),
+            context: options.context,
+            prefill_chunk: options.prefill_chunk.unwrap_or(DEFAULT_PREFILL_CHUNK),
+            default_model: options.default_model,
+            state: Mutex::new(State { catalogue, engines: HashMap::new(), closed: false }),
+        })
+    }
+
+    /// Where this pool computes.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Adds the model in `folder` under `id`, by default the folder's name; returns the id.
+    pub fn add_model(&self, folder: &Path, id: Option<&str>) -> Result<String> {
+        lock(&self.state).catalogue.add_folder(folder, id)
+    }
+
+    /// Adds a model with random weights of `config`, for benchmarks.
+    pub fn add_random_model(&self, id: &str, config: ModelConfig) -> Result<()> {
+        lock(&self.state).catalogue.add_random(id, config)
+    }
+
+    /// All models with what is known of them, and whether each is loaded.
+    pub fn models(&self) -> Vec<(ModelEntry, Option<LoadedInfo>)> {
+        let state = lock(&self.state);
+        let loaded = |id: &str| state.engines.get(id)?.engine.as_ref()?.loaded();
+        state.catalogue.entries().map(|entry| (entry.clone(), loaded(&entry.id))).collect()
+    }
+
+    /// Accepts a request and returns at once; loading, rendering and tokenising happen on the engine's threads.
+    ///
+    /// Errors only for what can be told at once: an unknown model, a closed pool.
+    pub fn generate(&self, request: Request) -> Result<Arc<RequestState>> {
+        let engine = self.engine(request.model.as_deref())?;
+        let (handle, sink) = RequestState::new(engine.failure());
+        engine.submit(request, sink);
+        Ok(handle)
+    }
+
+    /// Loads a model and blocks until it is ready.
+    pub fn load(&self, id: &str) -> Result<LoadedInfo> {
+        self.engine(Some(id))?.wait_ready()
+    }
+
+    /// Ends the model's requests and blocks until its memory is returned. Not loaded is not an error.
+    pub fn unload(&self, id: &str) -> Result<()> {
+        let slot = {
+            let mut state = lock(&self.state);
+            state.catalogue.find(id)?;
+            state.engines.remove(id)
+        };
+        if let Some(engine) = slot.and_then(|slot| slot.engine) {
+            engine.stop(Error::new(Status::Cancelled, format!("model {id:?} was unloaded")));
+            engine.join();
+        }
+        Ok(())
+    }
+
+    /// Token ids of `text`; blocks while the tokenizer is read for the first time.
+    pub fn tokenize(&self, model: Option<&str>, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        self.text(model)?.get()?.tokenizer()?.encode(text, add_special_tokens)
+    }
+
+    /// Text of `ids`, special tokens included; blocks like [`tokenize`](Self::tokenize).
+    pub fn detokenize(&self, model: Option<&str>, ids: &[u32]) -> Result<String> {
+        self.text(model)?.get()?.tokenizer()?.decode(ids, false)
+    }
+
+    /// The prompt that the model's chat template makes of a request; blocks like [`tokenize`](Self::tokenize).
+    pub fn render(&self, request: &Request) -> Result<String> {
+        let crate::engine::Input::Chat(chat) = &request.input else {
+            return Err(Error::invalid_request("only a request with \"messages\" has a template to render"));
+        };
+        self.text(request.model.as_deref())?.get()?.render(chat)
+    }
+
+    /// Ends all requests and refuses new ones; returns at once. The engines stop in the background.
+    pub fn begin_close(&self) -> Vec<Arc<Engine>> {
+        let mut state = lock(&self.state);
+        state.closed = true;
+        let engines: Vec<_> = state.engines.drain().filter_map(|(_, slot)| slot.engine).collect();
+        for engine in &engines {
+            engine.stop(closed());
+        }
+        engines
+    }
+
+    /// Ends all requests and blocks until every engine is gone.
+    pub fn close(&self) {
+        for engine in self.begin_close() {
+            engine.join();
+        }
+    }
+
+    /// The running engine of a model, started if need be; a failed one is replaced.
+    fn engine(&self, id: Option<&str>) -> Result<Arc<Engine>> {
+        let mut state = lock(&self.state);
+        let (id, source) = self.resolve(&state, id)?;
+        let slot = state.engines.entry(id.clone()).or_insert_with(|| self.slot(&source));
+        if let Some(engine) = slot.engine.as_ref().filter(|engine| engine.ended().is_none()) {
+            return Ok(Arc::clone(engine));
+        }
+        let engine = Arc::new(Engine::start(EngineOptions {
+            id,
+            source,
+            device: self.device,
+            dtype: self.dtype,
+            context: self.context,
+            prefill_chunk: self.prefill_chunk,
+            text: Arc::clone(&slot.text),
+        })?);
+        slot.engine = Some(Arc::clone(&engine));
+        Ok(engine)
+    }
+
+    fn text(&self, id: Option<&str>) -> Result<Arc<LazyText>> {
+        let mut state = lock(&self.state);
+        let (id, source) = self.resolve(&state, id)?;
+        Ok(Arc::clone(&state.engines.entry(id).or_insert_with(|| self.slot(&source)).text))
+    }
+
+    fn slot(&self, source: &ModelSource) -> Slot {
+        Slot { text: Arc::new(LazyText::new(source.clone(), self.context)), engine: None }
+    }
+
+    /// The id and source of the model a request means.
+    fn resolve(&self, state: &State, id: Option<&str>) -> Result<(String, ModelSource)> {
+        if state.closed {
+            return Err(closed());
+        }
+        let entry = match id.or(self.default_model.as_deref()) {
+            Some(id) => state.catalogue.find(id)?,
+            None => state.catalogue.only()?,
+        };
+        Ok((entry.id.clone(), entry.source()?))
+    }
+}
+
+impl Drop for EnginePool {
+    fn drop(&mut self) {
+        self.begin_close();
+    }
+}
+
+fn closed() -> Error {
+    Error::new(Status::Closed, "the pool is closed")
+}

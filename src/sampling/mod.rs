@@ -1,0 +1,214 @@
+//! Choosing the next token, on MLX arrays, for all rows of a step in one graph.
+//!
+//! Order of operations, as in Hugging Face and vLLM: logit bias and penalties, temperature, then the filters (top-k,
+//! top-p, min-p) on the tempered distribution. Noise depends on a row's seed and the number of tokens it has drawn,
+//! and belongs to token ids: what else is in the batch does not change what a row draws.
+
+mod params;
+
+pub use params::SamplingParams;
+
+use mlx_rs::Array;
+use mlx_rs::ops::indexing::argmax_axis;
+use mlx_rs::ops::{concatenate, select};
+
+use crate::error::Result;
+
+/// The sampling state of one sequence; its arrays follow the tokens without reading them back.
+#[derive(Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    vocab: usize,
+    drawn: u64,
+    /// Added to the logits, `[1, vocab]`.
+    bias: Option<Array>,
+    /// Tokens of prompt and answer so far, `[1, vocab]` bool; with a repetition penalty only.
+    seen: Option<Array>,
+    /// Occurrences in the answer, `[1, vocab]` f32; with presence or frequency penalty only.
+    counts: Option<Array>,
+}
+
+/// What a step drew; arrays that are not evaluated yet.
+#[derive(Debug)]
+pub struct Drawn {
+    /// Token ids `[rows]`, u32.
+    pub tokens: Array,
+    /// Present when any row asked for log-probabilities.
+    pub logprobs: Option<DrawnLogprobs>,
+}
+
+/// Log-probabilities under the model's own distribution, before bias, penalties, temperature and filters.
+#[derive(Debug)]
+pub struct DrawnLogprobs {
+    /// Of the drawn tokens, `[rows]` f32.
+    pub drawn: Array,
+    /// The most likely token ids, `[rows, n]` u32, in no order; `None` when only the drawn token's is wanted.
+    pub top: Option<(Array, Array)>,
+}
+
+impl Sampler {
+    /// The state of a sequence that begins with `prompt`.
+    pub fn new(params: SamplingParams, prompt: &[u32], vocab: usize) -> Self {
+        let row = [1, vocab as i32];
+        let bias = (!params.logit_bias.is_empty()).then(|| {
+            let mut bias = vec![0f32; vocab];
+            for &(token, value) in &params.logit_bias {
+                if let Some(slot) = bias.get_mut(token as usize) {
+                    *slot += value;
+                }
+            }
+            Array::from_slice(&bias, &row)
+        });
+        let seen = (params.repetition_penalty != 1.0).then(|| {
+            let mut seen = vec![false; vocab];
+            for &token in prompt {
+                if let Some(slot) = seen.get_mut(token as usize) {
+                    *slot = true;
+                }
+            }
+            Array::from_slice(&seen, &row)
+        });
+        let counts = params.counts_answer().then(|| Array::from_slice(&vec![0f32; vocab], &row));
+        Self { params, vocab, drawn: 0, bias, seen, counts }
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// This row's logits `[1, vocab]` with bias and penalties.
+    fn adjust(&self, logits: Array) -> Result<Array> {
+        let mut logits = logits;
+        if let Some(bias) = &self.bias {
+            logits = logits.add(bias)?;
+        }
+        if let Some(seen) = &self.seen {
+            let penalty = Array::from_f32(self.params.repetition_penalty);
+            let positive = logits.gt(Array::from_f32(0.0))?;
+            let penalised = select(&positive, &logits.divide(&penalty)?, &logits.multiply(&penalty)?)?;
+            logits = select(seen, &penalised, &logits)?;
+        }
+        if let Some(counts) = &self.counts {
+            let frequency = counts.multiply(Array::from_f32(self.params.frequency_penalty))?;
+            let present = counts.gt(Array::from_f32(0.0))?.as_type::<f32>()?;
+            let presence = present.multiply(Array::from_f32(self.params.presence_penalty))?;
+            logits = logits.subtract(frequency)?.subtract(presence)?;
+        }
+        Ok(logits)
+    }
+
+    /// Standard Gumbel noise `[1, vocab]` for the next draw.
+    fn noise(&self) -> Result<Array> {
+        let key = mlx_rs::random::key(mix(self.params.seed, self.drawn))?;
+        Ok(mlx_rs::random::gumbel::<f32>(&[1, self.vocab as i32], &key)?)
+    }
+
+    /// Takes note of the token `[1, 1]` that was drawn.
+    fn advance(&mut self, token: &Array) -> Result<()> {
+        self.drawn += 1;
+        if self.seen.is_none() && self.counts.is_none() {
+            return Ok(());
+        }
+        let ids: Vec<u32> = (0..self.vocab as u32).collect();
+        let hit = Array::from_slice(&ids, &[1, self.vocab as i32]).eq(token)?;
+        self.seen = self.seen.take().map(|seen| seen.logical_or(&hit)).transpose()?;
+        self.counts = self.counts.take().map(|counts| counts.add(hit.as_type::<f32>()?)).transpose()?;
+        Ok(())
+    }
+}
+
+/// SplitMix64 over seed and draw number, so that neighbouring seeds give unrelated streams.
+fn mix(seed: u64, drawn: u64) -> u64 {
+    let mut z = seed.wrapping_add(drawn.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Draws one token per row of `logits [rows, vocab]`; `rows` holds the samplers in the same order.
+pub fn sample(logits: &Array, rows: &mut [&mut Sampler]) -> Result<Drawn> {
+    let raw = logits.as_type::<f32>()?;
+    let adjusted = adjust_rows(&raw, rows)?;
+    let greedy = argmax_axis(&adjusted, -1, true)?;
+    let tokens = if rows.iter().all(|row| row.params.temperature == 0.0) {
+        greedy
+    } else {
+        let column = |value: fn(&SamplingParams) -> f32| column(rows, value);
+        let temperature = column(|p| if p.temperature > 0.0 { p.temperature } else { 1.0 });
+        let tempered = adjusted.divide(temperature)?;
+        let drawn = draw(&tempered, rows)?;
+        select(&column(|p| p.temperature).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
+    };
+    let logprobs = report(&raw, &tokens, rows)?;
+    for (index, row) in rows.iter_mut().enumerate() {
+        row.advance(&crate::mlx::rows(&tokens, index, index + 1)?)?;
+    }
+    Ok(Drawn { tokens: tokens.squeeze_axes(&[1])?, logprobs })
+}
+
+/// One value per row as `[rows, 1]`.
+fn column(rows: &[&mut Sampler], value: fn(&SamplingParams) -> f32) -> Array {
+    let values: Vec<f32> = rows.iter().map(|row| value(&row.params)).collect();
+    Array::from_slice(&values, &[values.len() as i32, 1])
+}
+
+fn adjust_rows(raw: &Array, rows: &[&mut Sampler]) -> Result<Array> {
+    if rows.iter().all(|row| row.bias.is_none() && row.seen.is_none() && row.counts.is_none()) {
+        return Ok(raw.clone());
+    }
+    let adjusted = rows
+        .iter()
+        .enumerate()
+        .map(|(index, row)| row.adjust(crate::mlx::rows(raw, index, index + 1)?))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(concatenate(&adjusted, 0)?)
+}
+
+/// Gumbel-max over what the filters keep: `[rows, 1]`.
+fn draw(tempered: &Array, rows: &[&mut Sampler]) -> Result<Array> {
+    let noise = rows.iter().map(|row| row.noise()).collect::<Result<Vec<_>>>()?;
+    let noise = concatenate(&noise, 0)?;
+    let best = tempered.max_axis(-1, true)?;
+    // ln(0) is minus infinity: a row without min-p keeps everything.
+    let least = best.add(column(rows, |p| p.min_p.ln()))?;
+    let minus_infinity = Array::from_f32(f32::NEG_INFINITY);
+    let kept = select(&tempered.ge(&least)?, tempered, &minus_infinity)?;
+    if !rows.iter().any(|row| row.params.sorts()) {
+        return Ok(argmax_axis(kept.add(&noise)?, -1, true)?);
+    }
+    let order = mlx_rs::ops::argsort_axis(tempered.negative()?, -1)?;
+    let sorted = tempered.take_along_axis(&order, -1)?;
+    let probabilities = mlx_rs::ops::softmax_axis(&sorted, -1, true)?;
+    let before = probabilities.cumsum(-1, false, false)?;
+    let in_nucleus = before.lt(column(rows, |p| if p.top_p < 1.0 { p.top_p } else { f32::INFINITY }))?;
+    let vocab = tempered.dim(1);
+    let ranks: Vec<f32> = (0..vocab).map(|rank| rank as f32).collect();
+    let in_top_k = Array::from_slice(&ranks, &[1, vocab])
+        .lt(column(rows, |p| if p.top_k > 0 { p.top_k as f32 } else { f32::INFINITY }))?;
+    let first = Array::from_slice(&ranks, &[1, vocab]).lt(Array::from_f32(1.0))?;
+    let keep = in_nucleus.logical_and(in_top_k)?.logical_or(first)?;
+    let filtered = select(&keep, &kept.take_along_axis(&order, -1)?, &minus_infinity)?;
+    let place = argmax_axis(filtered.add(noise.take_along_axis(&order, -1)?)?, -1, true)?;
+    Ok(order.take_along_axis(&place, -1)?)
+}
+
+fn report(raw: &Array, tokens: &Array, rows: &[&mut Sampler]) -> Result<Option<DrawnLogprobs>> {
+    let Some(wanted) = rows.iter().filter_map(|row| row.params.top_logprobs).max() else { return Ok(None) };
+    let logprobs = raw.subtract(mlx_rs::ops::logsumexp_axis(raw, -1, true)?)?;
+    let drawn = logprobs.take_along_axis(tokens, -1)?.squeeze_axes(&[1])?;
+    let wanted = wanted.min(raw.dim(1) as usize) as i32;
+    let top = if wanted == 0 {
+        None
+    } else {
+        let order = mlx_rs::ops::argpartition_axis(logprobs.negative()?, wanted - 1, -1)?;
+        let indices: Vec<u32> = (0..wanted as u32).collect();
+        let ids = order.take_axis(Array::from_slice(&indices, &[wanted]), -1)?;
+        let values = logprobs.take_along_axis(&ids, -1)?;
+        Some((ids, values))
+    };
+    Ok(Some(DrawnLogprobs { drawn, top }))
+}
+
+#[cfg(test)]
+mod tests;
