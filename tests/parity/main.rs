@@ -1,0 +1,5 @@
+//! The same numbers as the reference implementations.
+
+mod models;
+mod templates;
+mod tiny_chat;

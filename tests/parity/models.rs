@@ -1,0 +1,177 @@
+//! Logits, hidden states and greedy tokens of every architecture against mlx-lm (or transformers, where the fixture
+//! says so), in f32. The fixtures and their makers are in `tests/fixtures`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use mlx_rs::{Array, Dtype};
+use omlx::cache::SequenceCache;
+use omlx::config::ModelConfig;
+use omlx::error::Result;
+use omlx::mlx::{self, Device};
+use omlx::models::{self, Model};
+use omlx::nn::Step;
+use omlx::weights::Weights;
+use safetensors::SafeTensors;
+
+/// Largest error over the largest reference value.
+const TOLERANCE: f32 = 1e-4;
+
+struct Expected {
+    ints: HashMap<String, Vec<u32>>,
+    floats: HashMap<String, Vec<f32>>,
+}
+
+impl Expected {
+    fn load(folder: &Path) -> Self {
+        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let mut expected = Expected { ints: HashMap::new(), floats: HashMap::new() };
+        for (name, view) in tensors.tensors() {
+            let words = view.data().chunks_exact(4).map(|word| <[u8; 4]>::try_from(word).unwrap());
+            match view.dtype() {
+                safetensors::Dtype::I32 => {
+                    expected.ints.insert(name, words.map(u32::from_le_bytes).collect());
+                }
+                safetensors::Dtype::F32 => {
+                    expected.floats.insert(name, words.map(f32::from_le_bytes).collect());
+                }
+                other => panic!("{name} has type {other:?}"),
+            }
+        }
+        expected
+    }
+}
+
+/// `max |a - b| / max |b|`; infinite for values that are not numbers or lengths that differ.
+fn normalised_error(actual: &[f32], expected: &[f32]) -> f32 {
+    if actual.len() != expected.len() || actual.iter().any(|v| !v.is_finite()) {
+        return f32::INFINITY;
+    }
+    let difference = actual.iter().zip(expected).map(|(a, e)| (a - e).abs()).fold(0.0, f32::max);
+    difference / expected.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()))
+}
+
+fn host(array: &Array) -> Vec<f32> {
+    array.contiguous().unwrap().as_slice::<f32>().to_vec()
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32
+}
+
+struct Run {
+    model: Box<dyn Model>,
+    cache: SequenceCache,
+}
+
+impl Run {
+    fn open(folder: &Path, context: Option<usize>) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let context = models::context_length(&config, context)?;
+        let weights = Weights::open(folder, &config, Some(Dtype::Float32))?;
+        let model = models::load(&config, context, weights)?.model;
+        let cache = SequenceCache::new(model.kv_layout());
+        Ok(Self { model, cache })
+    }
+
+    /// Logits of all `tokens`, which continue the sequence.
+    fn logits(&mut self, tokens: &[u32], trace: Option<&mut Vec<Array>>) -> Vec<f32> {
+        let start = self.cache.len() as i32;
+        let count = tokens.len() as i32;
+        let positions: Vec<i32> = (start..start + count).collect();
+        let ids = Array::from_slice(tokens, &[count]);
+        let positions = Array::from_slice(&positions, &[count]);
+        let mut step = Step { tokens: &ids, positions: &positions, cache: &mut self.cache, trace };
+        let hidden = self.model.hidden(&mut step).unwrap();
+        host(&self.model.logits(&hidden, tokens.len()).unwrap())
+    }
+}
+
+/// Everything that the fixture in `folder` holds; returns the largest error seen.
+fn check(folder: &Path) -> f32 {
+    let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+    let expected = Expected::load(folder);
+    // The factors of LongRoPE follow the context that is served; this fixture is one that needs no stretching.
+    let context = (name == "llama-rope-longrope-short").then_some(64);
+    let mut run = Run::open(folder, context).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let prompt = &expected.ints["prompt"];
+    let mut trace = Vec::new();
+    let logits = run.logits(prompt, Some(&mut trace));
+    let vocab = logits.len() / prompt.len();
+    let mut worst = normalised_error(&logits, &expected.floats["logits"]);
+    assert!(worst <= TOLERANCE, "{name}: logits differ by {worst}");
+    for (layer, hidden) in trace.iter().enumerate() {
+        let error = normalised_error(&host(hidden), &expected.floats[&format!("hidden.{layer}")]);
+        assert!(error <= TOLERANCE, "{name}: hidden states after layer {layer} differ by {error}");
+        worst = worst.max(error);
+    }
+    assert!(!expected.floats.contains_key(&format!("hidden.{}", trace.len())), "{name}: a layer is missing");
+
+    let mut token = argmax(&logits[logits.len() - vocab..]);
+    let mut greedy = Vec::new();
+    let mut decoded = Vec::new();
+    for _ in 0..expected.ints["greedy"].len() {
+        greedy.push(token);
+        let row = run.logits(&[token], None);
+        token = argmax(&row);
+        decoded.extend(row);
+    }
+    assert_eq!(greedy, expected.ints["greedy"], "{name}: greedy tokens differ");
+    let error = normalised_error(&decoded, &expected.floats["decode_logits"]);
+    assert!(error <= TOLERANCE, "{name}: logits of decode steps differ by {error}");
+
+    // A prompt in chunks is the same prompt.
+    let mut chunked = Run::open(folder, context).unwrap();
+    let parts: Vec<f32> = prompt.chunks(7).flat_map(|part| chunked.logits(part, None)).collect();
+    let error = normalised_error(&parts, &expected.floats["logits"]);
+    assert!(error <= TOLERANCE, "{name}: logits of a chunked prompt differ by {error}");
+    worst.max(error)
+}
+
+fn fixtures() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+    let mut folders: Vec<_> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    folders
+}
+
+fn on_cpu(body: impl FnOnce()) {
+    mlx::init().unwrap();
+    mlx::on_device(Device::Cpu, || {
+        body();
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn every_fixture_matches_its_reference() {
+    let folders = fixtures();
+    for architecture in models::supported_types() {
+        for format in ["f32", "4bit", "8bit"] {
+            let name = format!("{architecture}-{format}");
+            assert!(folders.iter().any(|f| f.ends_with(&name)), "there is no fixture {name}");
+        }
+    }
+    on_cpu(|| {
+        for folder in folders {
+            let worst = check(&folder);
+            println!("{}: {worst:.1e}", folder.file_name().unwrap().to_string_lossy());
+        }
+    });
+}
+
+#[test]
+fn a_wrong_model_fails_the_comparison() {
+    on_cpu(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+        let expected = Expected::load(&root.join("llama-rope-yarn"));
+        let mut other = Run::open(&root.join("llama-rope-linear"), None).unwrap();
+        let logits = other.logits(&expected.ints["prompt"], None);
+        assert!(normalised_error(&logits, &expected.floats["logits"]) > 100.0 * TOLERANCE);
+        let mut shifted = expected.floats["logits"].clone();
+        shifted[17] += 2.0 * TOLERANCE * shifted.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        assert!(normalised_error(&shifted, &expected.floats["logits"]) > TOLERANCE);
+    });
+}

@@ -1,0 +1,66 @@
+//! The bundled model through the whole library, against mlx-lm in f32: same prompt tokens, same answer.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use omlx::engine::{Event, FinishReason, Request, RequestState};
+use omlx::mlx::Device;
+use omlx::pool::{EnginePool, PoolOptions};
+use serde_json::{Value, json};
+
+/// A hung engine fails the test instead of the CI's clock.
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn answer(state: &Arc<RequestState>) -> (String, Vec<u32>, FinishReason) {
+    let (mut text, mut tokens) = (String::new(), Vec::new());
+    loop {
+        match state.next(PATIENCE).expect("an event") {
+            Event::Delta(delta) => {
+                text.push_str(&delta.text);
+                tokens.extend(delta.tokens);
+            }
+            Event::Done(done) => {
+                assert_eq!(done.error, None);
+                return (text, tokens, done.reason);
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_prompts_give_the_reference_answers() {
+    let bytes = std::fs::read(root().join("tests/fixtures/tiny-chat.json")).unwrap();
+    let fixture: Value = serde_json::from_slice(&bytes).unwrap();
+    let cases = fixture["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 10);
+    let models_dir = Some(root().join("models"));
+    let pool = EnginePool::open(PoolOptions { models_dir, device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    for case in cases {
+        let mut object = json!({
+            "messages": case["messages"],
+            "max_tokens": fixture["max_tokens"],
+            "temperature": 0,
+            "chat_template_kwargs": { "enable_thinking": fixture["enable_thinking"] },
+        });
+        if case.get("tools").is_some_and(|tools| !tools.is_null()) {
+            object["tools"] = case["tools"].clone();
+        }
+        let request = Request::from_json(object.to_string().as_bytes(), false).unwrap();
+        let ids = |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
+        let prompt = pool.render(&request).unwrap();
+        assert_eq!(pool.tokenize(None, &prompt, false).unwrap(), ids("prompt_ids"), "{}", case["name"]);
+        let (text, tokens, reason) = answer(&pool.generate(request).unwrap());
+        let mut expected = ids("greedy_ids");
+        if reason == FinishReason::Stop {
+            // The reference lists the end token; here it is not part of the answer.
+            expected.pop();
+        }
+        assert_eq!(tokens, expected, "{}: {text:?}", case["name"]);
+        assert_eq!(text.trim_end(), case["text"].as_str().unwrap().trim_end(), "{}", case["name"]);
+    }
+}
