@@ -1,0 +1,219 @@
+//! Times a model: JSON lines on standard output.
+//!
+//! ```text
+//! cargo run --release --example bench -- models/tiny-chat --prompt 128 --steps 32
+//! cargo run --release --example bench -- --random qwen3-0.6b-4bit --prompt 512,2048 --batch 1,4,8
+//! ```
+//!
+//! Options: `--prompt N,..` prompt lengths (default 512), `--steps N` tokens after the first (default 32), `--batch N,..`
+//! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
+//! `--dtype f32|f16|bf16`.
+//!
+//! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request has its
+//! first token, over that time. Random weights are as fast as real ones; every weight is a buffer of its own.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mlx_rs::Dtype;
+use omlx::config::ModelConfig;
+use omlx::engine::{Event, Request, RequestState};
+use omlx::error::{Error, Result};
+use omlx::mlx::Device;
+use omlx::pool::{EnginePool, PoolOptions};
+use serde_json::{Value, json};
+
+/// Qwen3 shapes: name, hidden, layers, mlp, query heads, key/value heads, tied head.
+const SHAPES: [(&str, usize, usize, usize, usize, usize, bool); 5] = [
+    ("qwen3-tiny", 256, 8, 768, 4, 2, true),
+    ("qwen3-0.6b", 1024, 28, 3072, 16, 8, true),
+    ("qwen3-1.7b", 2048, 28, 6144, 16, 8, true),
+    ("qwen3-4b", 2560, 36, 9728, 32, 8, true),
+    ("qwen3-8b", 4096, 36, 12288, 32, 8, false),
+];
+
+struct Options {
+    folder: Option<String>,
+    random: Option<String>,
+    prompts: Vec<usize>,
+    steps: usize,
+    batches: Vec<usize>,
+    context: usize,
+    device: Option<Device>,
+    dtype: Option<Dtype>,
+}
+
+fn numbers(text: &str) -> Result<Vec<usize>> {
+    let parsed: std::result::Result<_, _> = text.split(',').map(|part| part.trim().parse()).collect();
+    parsed.map_err(|_| Error::invalid_argument(format!("{text:?} is not a list of numbers")))
+}
+
+fn number(text: &str) -> Result<usize> {
+    text.parse().map_err(|_| Error::invalid_argument(format!("{text:?} is not a number")))
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let mut options = Self {
+            folder: None,
+            random: None,
+            prompts: vec![512],
+            steps: 32,
+            batches: vec![1],
+            context: 512,
+            device: None,
+            dtype: None,
+        };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or_else(|| Error::invalid_argument(format!("{arg} needs a value")));
+            match arg.as_str() {
+                "--random" => options.random = Some(value()?),
+                "--prompt" => options.prompts = numbers(&value()?)?,
+                "--steps" => options.steps = number(&value()?)?.max(1),
+                "--batch" => options.batches = numbers(&value()?)?,
+                "--context" => options.context = number(&value()?)?.max(1),
+                "--device" => {
+                    options.device = Some(match value()?.as_str() {
+                        "cpu" => Device::Cpu,
+                        "gpu" => Device::Gpu,
+                        other => return Err(Error::invalid_argument(format!("no device {other:?}"))),
+                    });
+                }
+                "--dtype" => {
+                    options.dtype = Some(match value()?.as_str() {
+                        "f32" => Dtype::Float32,
+                        "f16" => Dtype::Float16,
+                        "bf16" => Dtype::Bfloat16,
+                        other => return Err(Error::invalid_argument(format!("no dtype {other:?}"))),
+                    });
+                }
+                _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
+                _ => options.folder = Some(arg),
+            }
+        }
+        Ok(options)
+    }
+}
+
+/// The configuration of `qwen3-0.6b-4bit` and the like; `bf16` for dense weights.
+fn random_config(name: &str) -> Result<ModelConfig> {
+    let known = || {
+        let shapes: Vec<_> = SHAPES.iter().map(|shape| shape.0).collect();
+        Error::invalid_argument(format!("{name:?} is none of {} with -4bit, -8bit or -bf16", shapes.join(", ")))
+    };
+    let (shape, format) = name.rsplit_once('-').ok_or_else(known)?;
+    let &(_, hidden, layers, mlp, heads, kv_heads, tied) = SHAPES.iter().find(|s| s.0 == shape).ok_or_else(known)?;
+    let mut config = json!({
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": if shape == "qwen3-tiny" { 64 } else { 128 },
+        "vocab_size": if shape == "qwen3-tiny" { 4096 } else { 151_936 },
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40_960, "tie_word_embeddings": tied,
+    });
+    match format {
+        "4bit" => config["quantization"] = json!({ "group_size": 64, "bits": 4 }),
+        "8bit" => config["quantization"] = json!({ "group_size": 64, "bits": 8 }),
+        "bf16" => {}
+        _ => return Err(known()),
+    }
+    ModelConfig::from_value(config)
+}
+
+/// A prompt of `len` tokens that no other `salt` shares a prefix with.
+fn request(len: usize, salt: usize, tokens: usize) -> Result<Request> {
+    let ids: Vec<usize> = (0..len).map(|i| 7 + (i * 31 + salt * 97) % 900).collect();
+    let json = json!({
+        "model": "bench", "prompt": ids, "max_tokens": tokens, "ignore_eos": true, "temperature": 0,
+    });
+    Request::from_json(json.to_string().as_bytes(), false)
+}
+
+/// When each token of a request arrived.
+fn arrivals(state: &RequestState) -> Result<Vec<Instant>> {
+    let mut times = Vec::new();
+    loop {
+        match state.next(None) {
+            Ok(Event::Delta(delta)) => times.extend(delta.tokens.iter().map(|_| Instant::now())),
+            Ok(Event::Done(done)) => return done.error.map_or(Ok(times), Err),
+            Err(_) => return Err(Error::internal("the request ended without a done event")),
+        }
+    }
+}
+
+fn emit(device: Device, name: &str, batch: usize, tokens: usize, time: Duration) {
+    let rate = (tokens as f64 / time.as_secs_f64() * 100.0).round() / 100.0;
+    line(json!({ "engine": "omlx", "device": device.name(), "name": name, "batch": batch, "tok_s": rate }));
+}
+
+fn line(value: Value) {
+    println!("{value}");
+}
+
+/// Time to the first token of a prompt of `len` tokens; on a GPU of the second such prompt, since the first makes MLX
+/// compile kernels.
+fn prefill(pool: &EnginePool, len: usize) -> Result<Duration> {
+    let mut time = Duration::ZERO;
+    for salt in 0..if pool.device() == Device::Gpu { 2 } else { 1 } {
+        let sent = Instant::now();
+        let times = arrivals(&*pool.generate(request(len, salt, 1)?)?)?;
+        time = *times.first().ok_or_else(|| Error::internal("no token came"))? - sent;
+    }
+    Ok(time)
+}
+
+/// Tokens and time of `batch` requests decoding together.
+fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, Duration)> {
+    let states: Vec<Arc<RequestState>> = (0..batch)
+        .map(|salt| pool.generate(request(options.context, salt, options.steps + 1)?))
+        .collect::<Result<_>>()?;
+    let readers: Vec<_> = states.into_iter().map(|state| std::thread::spawn(move || arrivals(&state))).collect();
+    let times: Vec<Vec<Instant>> = readers
+        .into_iter()
+        .map(|reader| reader.join().unwrap_or_else(|_| Err(Error::internal("a reader failed"))))
+        .collect::<Result<_>>()?;
+    let start = times.iter().filter_map(|t| t.first()).max().copied().unwrap_or_else(Instant::now);
+    let end = times.iter().filter_map(|t| t.last()).max().copied().unwrap_or(start);
+    let counted = times.iter().flatten().filter(|time| **time > start).count();
+    Ok((counted, end - start))
+}
+
+fn run() -> Result<()> {
+    let options = Options::parse()?;
+    let pool = EnginePool::open(PoolOptions { device: options.device, dtype: options.dtype, ..Default::default() })?;
+    match (&options.random, &options.folder) {
+        (Some(name), None) => pool.add_random_model("bench", random_config(name)?)?,
+        (None, Some(folder)) => drop(pool.add_model(Path::new(folder), Some("bench"))?),
+        _ => return Err(Error::invalid_argument("give a model folder or --random NAME")),
+    }
+    let device = pool.device();
+    let info = pool.load("bench")?;
+    line(json!({
+        "engine": "omlx", "device": device.name(), "name": "load",
+        "seconds": info.load_seconds, "weight_bytes": info.weight_bytes,
+    }));
+    arrivals(&*pool.generate(request(16, 99, 2)?)?)?;
+    for &len in &options.prompts {
+        emit(device, &format!("prefill{len}"), 1, len, prefill(&pool, len)?);
+    }
+    for &batch in &options.batches {
+        let (tokens, time) = decode(&pool, &options, batch)?;
+        emit(device, "decode", batch, tokens, time);
+    }
+    let peak = mlx_rs::memory::peak_memory()?;
+    line(json!({ "engine": "omlx", "device": device.name(), "name": "memory", "peak_bytes": peak }));
+    pool.close();
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

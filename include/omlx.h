@@ -1,0 +1,505 @@
+// omlx.h - local language models as a library.
+//
+// This header is generated from the Rust sources by cbindgen: see cbindgen.toml. Do not edit it by hand.
+//
+// libomlx runs language models inside the calling process, computing with Apple's MLX on a CPU or a GPU. A host opens
+// an engine pool over a folder of models, submits requests as JSON, and receives the tokens as they are made. A
+// complete host is examples/c/chat.c.
+//
+// Contract of every function
+//
+//   Results      Most functions return an `omlx_status`. Outputs are written only on success. The last parameter,
+//                `omlx_error **error`, may be NULL; otherwise it receives details when the call fails, and only then.
+//                The host frees them with `omlx_error_release`. Nothing is printed, and a defect of the library comes
+//                back as `OMLX_E_INTERNAL`; the process goes on.
+//   Pointers     are NULL or valid. NULL where its parameter is not said to take NULL is `OMLX_E_INVALID_ARGUMENT`; in
+//                functions without status it is ignored or gives an empty value. A pointer with a length or count
+//                points to that many values, and strings without length end with a NUL byte. All text is UTF-8.
+//   Handles      (`omlx_pool`, `omlx_request`) are reference-counted: the function that creates one gives the host one
+//                reference, `_retain` adds one, `_release` drops one, in any order among handles. Everything else that
+//                the library hands out through `**` has one owner, the host, and is freed by its `_release` function.
+//                Data that the host passes in is copied before the call returns.
+//   Threads      Every function may be called from any thread, several at once. Only the release of the last reference
+//                must not race with another use of the same handle, and one thread at a time reads a request.
+//   Callbacks    run on threads of the library with no lock held, so they may call any function that is not marked
+//                blocking. `user_data` must be usable from any thread; its `destroy` function is called exactly once,
+//                also when the call that takes it fails, and follows the rules of callbacks.
+//   Blocking     functions are marked "Blocking". All others return at once and never wait for a model.
+//   Options      Structs start with `struct_size` and only ever grow at their end; zero in a field means default. Start
+//                from the `_INIT` macro. Bytes behind the end that the library knows must be zero.
+//   Numbers      Fields and parameters of type uint32_t that hold an enumeration say which one. New enumerators may
+//                appear: hosts ignore event kinds that they do not know.
+//   Requests     are JSON objects in the shape of OpenAI's chat completions; see `omlx_generate`:
+//                {"model": "tiny-chat", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+//   Environment  The first pool may set variables that MLX reads; see `omlx_pool_options.keep_environment`.
+//   Processes    The library starts no child processes. After fork() the child must not use it before exec().
+
+#ifndef OMLX_H
+#define OMLX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// An enumeration `name` whose values are stored as `type`.
+#if defined(__cplusplus)
+#define OMLX_ENUM(name, type) enum name : type
+#elif defined(__STDC_VERSION__) && __STDC_VERSION__ >= 202311L
+#define OMLX_ENUM(name, type) enum name : type; typedef enum name name; enum name : type
+#else
+#define OMLX_ENUM(name, type) typedef type name; enum name
+#endif
+
+// Version ---------------------------------------------------------------------------------------------------
+
+/// Version of the binary interface that this header describes. 0: it may still change from version to version.
+#define OMLX_ABI_VERSION 0
+
+/// The library's version, such as "0.1.0"; static memory.
+const char *omlx_version(void);
+
+/// The version of MLX that this build needs, exactly; static memory.
+const char *omlx_mlx_version(void);
+
+/// The binary interface that the loaded library offers; `omlx_check_abi` compares it with `OMLX_ABI_VERSION`.
+uint32_t omlx_abi_version(void);
+
+// Status and errors -----------------------------------------------------------------------------------------
+
+/// Outcome of a call. `0` is success, everything else names a class of failure a host can act on.
+///
+/// The numbers are part of the ABI: new ones are appended, none is ever reused.
+OMLX_ENUM(omlx_status, int32_t) {
+    /// Success.
+    OMLX_OK = 0,
+    /// A NULL or unusable pointer, an unknown `struct_size`, an option out of range.
+    OMLX_E_INVALID_ARGUMENT = 1,
+    /// The request's JSON is malformed, has an unknown key, or a value out of range.
+    OMLX_E_INVALID_REQUEST = 2,
+    /// No such model, file or folder.
+    OMLX_E_NOT_FOUND = 3,
+    /// The model type, weight format or request feature is not supported by this build.
+    OMLX_E_UNSUPPORTED = 4,
+    /// The model folder is damaged or inconsistent (config, weights, tokenizer).
+    OMLX_E_INVALID_MODEL = 5,
+    /// The prompt does not fit the model's context.
+    OMLX_E_CONTEXT_LENGTH = 6,
+    /// The request was cancelled by the host.
+    OMLX_E_CANCELLED = 7,
+    /// The pool is closed or closing.
+    OMLX_E_CLOSED = 8,
+    /// A queue is full; try again later.
+    OMLX_E_BUSY = 9,
+    /// The memory limit does not allow it.
+    OMLX_E_OUT_OF_MEMORY = 10,
+    /// The operating system refused an input or output operation.
+    OMLX_E_IO = 11,
+    /// The time allowed for a wait has passed; nothing is lost, call again.
+    OMLX_E_TIMEOUT = 12,
+    /// The chat template failed or refused the messages.
+    OMLX_E_TEMPLATE = 13,
+    /// The compute backend (MLX) failed or has the wrong version.
+    OMLX_E_BACKEND = 14,
+    /// A defect of this library (a panic was caught). The engine concerned is discarded.
+    OMLX_E_INTERNAL = 15,
+};
+
+/// Name of a status, such as "OMLX_E_NOT_FOUND"; "OMLX_E_UNKNOWN" for a number that is none; static memory.
+const char *omlx_status_name(int32_t status);
+
+/// Details of a failed call. Owned by the host, freed with `omlx_error_release`.
+typedef struct omlx_error omlx_error;
+
+/// The status that the failed call returned; `OMLX_OK` for NULL.
+omlx_status omlx_error_status(const omlx_error *error);
+
+/// What went wrong, for people; alive as long as the error; "" for NULL.
+const char *omlx_error_message(const omlx_error *error);
+
+/// Frees an error; NULL is ignored.
+void omlx_error_release(omlx_error *error);
+
+/// Checks that the loaded library fits the header the host was compiled with: pass `OMLX_ABI_VERSION`.
+///
+/// `OMLX_E_UNSUPPORTED` if it does not; nothing else of the library may then be used.
+omlx_status omlx_check_abi(uint32_t header_version, omlx_error **error);
+
+// Returned text and token ids -------------------------------------------------------------------------------
+
+/// Text that the library returned. Owned by the host, freed with `omlx_string_release`.
+typedef struct omlx_string omlx_string;
+
+/// The text: UTF-8, NUL-terminated, alive as long as the string; "" for NULL.
+const char *omlx_string_data(const omlx_string *string);
+
+/// Bytes of the text without the final NUL; 0 for NULL.
+size_t omlx_string_len(const omlx_string *string);
+
+/// Frees a string; NULL is ignored.
+void omlx_string_release(omlx_string *string);
+
+/// Token ids that the library returned. Owned by the host, freed with `omlx_tokens_release`.
+typedef struct omlx_tokens omlx_tokens;
+
+/// The ids, alive as long as `tokens`; NULL for NULL and if there are none.
+const uint32_t *omlx_tokens_data(const omlx_tokens *tokens);
+
+/// Number of ids; 0 for NULL.
+size_t omlx_tokens_count(const omlx_tokens *tokens);
+
+/// Frees token ids; NULL is ignored.
+void omlx_tokens_release(omlx_tokens *tokens);
+
+// Pools -----------------------------------------------------------------------------------------------------
+
+/// Where to compute.
+OMLX_ENUM(omlx_device, uint32_t) {
+    /// The GPU if there is one, else the CPU.
+    OMLX_DEVICE_AUTO = 0,
+    /// The CPU.
+    OMLX_DEVICE_CPU = 1,
+    /// The GPU; `OMLX_E_UNSUPPORTED` if there is none.
+    OMLX_DEVICE_GPU = 2,
+};
+
+/// Number format of weights that are not quantised, and of all activations.
+OMLX_ENUM(omlx_dtype, uint32_t) {
+    /// 32 bits on the CPU, the model's own format on a GPU.
+    OMLX_DTYPE_AUTO = 0,
+    /// 32-bit floats.
+    OMLX_DTYPE_F32 = 1,
+    /// 16-bit floats.
+    OMLX_DTYPE_F16 = 2,
+    /// 16-bit brain floats.
+    OMLX_DTYPE_BF16 = 3,
+};
+
+/// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
+typedef struct omlx_pool_options {
+    /// `sizeof(omlx_pool_options)`, set by `OMLX_POOL_OPTIONS_INIT`.
+    uint32_t struct_size;
+    /// An `omlx_device`.
+    uint32_t device;
+    /// An `omlx_dtype`.
+    uint32_t dtype;
+    /// Upper limit of every model's context in tokens; 0 is the model's own.
+    uint32_t context_length;
+    /// A folder of model folders (flat or `org/model`), or one model folder. NULL takes the models that come with the
+    /// library, in `share/omlx/models` or `models` in or above the folder of its file; without them the pool is empty.
+    const char *models_dir;
+    /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
+    const char *default_model;
+    /// Prompt tokens in one forward pass; 0 is 512. Smaller values hear a cancel sooner.
+    uint32_t prefill_chunk;
+    /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
+    /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
+    /// that are not set. No other thread may call getenv() or setenv() meanwhile.
+    uint32_t keep_environment;
+} omlx_pool_options;
+
+/// Initialiser of `omlx_pool_options`: all defaults.
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0 }
+
+/// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
+typedef struct omlx_pool omlx_pool;
+
+/// Opens a pool and lists its models, loading none. `options` may be NULL. Blocking while the folders are read.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (no such folder), `OMLX_E_UNSUPPORTED` (no GPU), `OMLX_E_BACKEND` (MLX of another
+/// version).
+omlx_status omlx_pool_open(const omlx_pool_options *options, omlx_pool **pool, omlx_error **error);
+
+/// Ends all requests (their done events have `OMLX_E_CLOSED`), unloads all models, and waits until the engines' threads
+/// are gone and all callbacks have returned. Call it before the process exits. The handle stays valid, refuses further
+/// work with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same,
+/// and does not wait for callbacks then.
+omlx_status omlx_pool_close(omlx_pool *pool, omlx_error **error);
+
+/// Adds a reference; NULL is ignored.
+void omlx_pool_retain(omlx_pool *pool);
+
+/// Drops a reference; NULL is ignored. The last one closes the pool without waiting for its threads.
+void omlx_pool_release(omlx_pool *pool);
+
+// Models ----------------------------------------------------------------------------------------------------
+
+/// All models of the pool as a JSON array, ordered by id. Each object has "id", "loaded", "file_bytes" and, where
+/// known, "folder", "model_type", "context_length" (tokens), "quantization_bits"; "problem" says why a model cannot be
+/// loaded; a loaded one has "device" ("cpu" or "gpu"), "weight_bytes" and "load_seconds". More keys may come.
+omlx_status omlx_pool_models(omlx_pool *pool, omlx_string **models_json, omlx_error **error);
+
+/// Adds the model in `folder` under `id`; an `id` of NULL takes the folder's name. Loads nothing, but reads the model's
+/// config. Blocking for that.
+///
+/// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_MODEL` (damaged config), `OMLX_E_UNSUPPORTED` (unknown type; the
+/// message lists the known ones), `OMLX_E_INVALID_ARGUMENT` (id in use).
+omlx_status omlx_pool_add_model(omlx_pool *pool, const char *folder, const char *id, omlx_error **error);
+
+/// Loads a model and waits until it is ready. Requests load their model by themselves; this does it before them.
+/// Blocking.
+///
+/// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_MODEL` (the message names what is missing or damaged),
+/// `OMLX_E_UNSUPPORTED`, `OMLX_E_CLOSED`.
+omlx_status omlx_model_load(omlx_pool *pool, const char *id, omlx_error **error);
+
+/// Cancels the model's requests, frees its memory and waits for that. A model that is not loaded is no error; the next
+/// request loads it again. Blocking.
+omlx_status omlx_model_unload(omlx_pool *pool, const char *id, omlx_error **error);
+
+// Events ----------------------------------------------------------------------------------------------------
+
+/// Kinds of events. Hosts ignore kinds they do not know.
+OMLX_ENUM(omlx_event_kind, uint32_t) {
+    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character or a possible
+    /// stop string is incomplete.
+    OMLX_EVENT_KIND_TEXT = 1,
+    /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
+    OMLX_EVENT_KIND_DONE = 2,
+};
+
+/// Why a request ended.
+OMLX_ENUM(omlx_finish_reason, uint32_t) {
+    /// It has not ended.
+    OMLX_FINISH_REASON_NONE = 0,
+    /// The model ended its turn, or a stop string or stop token came.
+    OMLX_FINISH_REASON_STOP = 1,
+    /// `max_tokens` or the end of the context was reached.
+    OMLX_FINISH_REASON_LENGTH = 2,
+    /// The host cancelled it, or its model was unloaded.
+    OMLX_FINISH_REASON_CANCELLED = 3,
+    /// See `status` and `error_message`.
+    OMLX_FINISH_REASON_ERROR = 4,
+};
+
+/// Log-probability of a token: natural logarithm, of the model's own distribution before penalties and temperature.
+typedef struct omlx_token_logprob {
+    /// Token id.
+    uint32_t token;
+    /// Its log-probability.
+    float logprob;
+    /// The token's bytes; may hold a part of a character. Not NUL-terminated.
+    const uint8_t *bytes;
+    /// Number of bytes.
+    size_t byte_count;
+    /// The likeliest tokens in its place, best first; NULL unless asked for. Their own `top` is NULL.
+    const struct omlx_token_logprob *top;
+    /// Number of likeliest tokens.
+    size_t top_count;
+} omlx_token_logprob;
+
+/// Counts and times of a request.
+typedef struct omlx_usage {
+    /// Tokens of the prompt.
+    uint64_t prompt_tokens;
+    /// Prompt tokens that a cache had already.
+    uint64_t cached_tokens;
+    /// Tokens sampled, an end-of-turn token included.
+    uint64_t completion_tokens;
+    /// From `omlx_generate` to the first token, loading the model included; 0 if none came.
+    double seconds_to_first_token;
+    /// Rate of the tokens after the first, per second; 0 with fewer than two.
+    double tokens_per_second;
+} omlx_usage;
+
+/// One event. It and all it points to live until the callback returns, or until the next call of
+/// `omlx_request_next` on the same request.
+typedef struct omlx_event {
+    /// Bytes of this struct in the library that fills it; fields behind the end are not there.
+    uint32_t struct_size;
+    /// An `omlx_event_kind`.
+    uint32_t kind;
+    /// Which of several answers; 0 for the only one.
+    uint32_t choice;
+    /// An `omlx_finish_reason`.
+    uint32_t finish_reason;
+    /// Whole UTF-8 characters, NUL-terminated; never NULL. May contain NUL characters: use `text_len`.
+    const char *text;
+    /// Bytes of text.
+    size_t text_len;
+    /// Ids of the tokens sampled since the last event; NULL if there are none.
+    const uint32_t *tokens;
+    /// Number of tokens.
+    size_t token_count;
+    /// One per token if the request asked for log-probabilities, else NULL.
+    const omlx_token_logprob *logprobs;
+    /// Number of log-probabilities.
+    size_t logprob_count;
+    /// An `omlx_status`: why the request failed or was cancelled, else `OMLX_OK`.
+    int32_t status;
+    /// Reserved, zero.
+    uint32_t reserved;
+    /// Details of the failure, NUL-terminated; never NULL.
+    const char *error_message;
+    /// Filled in the done event.
+    omlx_usage usage;
+} omlx_event;
+
+// Requests --------------------------------------------------------------------------------------------------
+
+/// Receives the events of a request, one call at a time, the done event last. Return 0 to go on; anything else
+/// cancels the request, and only its done event follows. A slow callback delays its own request only: text that waits
+/// is merged into one event.
+typedef int32_t (*omlx_event_fn)(void *user_data, const omlx_event *event);
+
+/// Told that an event is available where none was: fetch events with a timeout of 0 until `OMLX_E_TIMEOUT` or
+/// `OMLX_E_CLOSED`, in the call or later elsewhere. It may come late, for an event that was fetched already. It must
+/// return quickly: the model waits for it.
+typedef void (*omlx_wake_fn)(void *user_data);
+
+/// Called exactly once, when the library will not use `user_data` again.
+typedef void (*omlx_destroy_fn)(void *user_data);
+
+/// How a request is delivered. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
+typedef struct omlx_generate_options {
+    /// `sizeof(omlx_generate_options)`, set by `OMLX_GENERATE_OPTIONS_INIT`.
+    uint32_t struct_size;
+    /// Not 0: ignore keys of the request that the library does not know. 0 makes them `OMLX_E_INVALID_REQUEST`.
+    uint32_t lenient;
+    /// Receives the events. NULL: the host fetches them with `omlx_request_next` instead.
+    omlx_event_fn callback;
+    /// Passed to `callback` and `destroy`.
+    void *user_data;
+    /// NULL, or called exactly once: after the last callback, or when `omlx_generate` fails. Only if it refuses the
+    /// `struct_size` as too small, nothing is called.
+    omlx_destroy_fn destroy;
+} omlx_generate_options;
+
+/// Initialiser of `omlx_generate_options`: all defaults.
+#define OMLX_GENERATE_OPTIONS_INIT { sizeof(omlx_generate_options), 0, NULL, NULL, NULL }
+
+/// A generation. Reference-counted; it does not need its pool's handle to live on.
+typedef struct omlx_request omlx_request;
+
+/// Starts a generation and returns at once: loading the model, rendering and tokenising happen on other threads, and
+/// what fails there arrives in the done event.
+///
+/// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
+/// local servers have added to them:
+///
+///   what to answer   "messages" (with "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"), or
+///                    "prompt": a text, or an array of token ids
+///   by which model   "model": an id of `omlx_pool_models`
+///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
+///                    "presence_penalty", "frequency_penalty", "logit_bias"
+///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
+///   what to report   "logprobs", "top_logprobs"
+///
+/// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
+/// limit. Tool calls arrive as text. Requests on one model are answered one after another.
+///
+/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback.
+///
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_CLOSED`.
+omlx_status omlx_generate(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    const omlx_generate_options *options,
+    omlx_request **request,
+    omlx_error **error);
+
+/// Waits `timeout_ms` milliseconds for the next event of a request without callback; 0 never waits, a negative timeout
+/// waits for ever. `event` is valid until the next event is fetched or the request is released. Blocking unless
+/// `timeout_ms` is 0.
+///
+/// Errors: `OMLX_E_TIMEOUT` (none came in time), `OMLX_E_CLOSED` (the done event was fetched already).
+omlx_status omlx_request_next(
+    omlx_request *request,
+    int64_t timeout_ms,
+    const omlx_event **event,
+    omlx_error **error);
+
+/// Sets a function that is called when an event becomes available, before this returns if one is waiting already: for
+/// run loops that must not block. NULL removes it. `user_data` and `destroy` may be NULL.
+omlx_status omlx_request_set_wake(
+    omlx_request *request,
+    omlx_wake_fn wake,
+    void *user_data,
+    omlx_destroy_fn destroy,
+    omlx_error **error);
+
+/// Asks the request to end; its done event comes within one step of the model, or when the model is loaded. NULL and
+/// ended requests are ignored.
+void omlx_request_cancel(omlx_request *request);
+
+/// Adds a reference; NULL is ignored.
+void omlx_request_retain(omlx_request *request);
+
+/// Drops a reference; NULL is ignored. With the last one a request without callback is cancelled; one with a callback
+/// goes on.
+void omlx_request_release(omlx_request *request);
+
+// Tokens and templates --------------------------------------------------------------------------------------
+
+/// Token ids of a text. A `model` of NULL is the default model. With `add_special_tokens` not 0 the tokenizer adds what
+/// it puts around a text, often a token at its beginning. No weights are loaded. Blocking while the tokenizer is read.
+omlx_status omlx_tokenize(
+    omlx_pool *pool,
+    const char *model,
+    const char *text,
+    size_t text_len,
+    int32_t add_special_tokens,
+    omlx_tokens **tokens,
+    omlx_error **error);
+
+/// Text of token ids, special tokens included; what is not UTF-8 becomes U+FFFD. A `model` of NULL is the default
+/// model. Blocking while the tokenizer is read.
+omlx_status omlx_detokenize(
+    omlx_pool *pool,
+    const char *model,
+    const uint32_t *tokens,
+    size_t token_count,
+    omlx_string **text,
+    omlx_error **error);
+
+/// The prompt that a chat template makes of a request, which is JSON as for `omlx_generate`, with "messages". Blocking
+/// while the tokenizer is read.
+///
+/// Errors: `OMLX_E_TEMPLATE` (the template failed or refused the messages), and those of `omlx_generate`.
+omlx_status omlx_render_template(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    omlx_string **text,
+    omlx_error **error);
+
+// Log -------------------------------------------------------------------------------------------------------
+
+/// How serious a log line is.
+OMLX_ENUM(omlx_log_level, uint32_t) {
+    /// Something failed.
+    OMLX_LOG_LEVEL_ERROR = 1,
+    /// Something is not as it should be; the library copes.
+    OMLX_LOG_LEVEL_WARN = 2,
+    /// What a user may want to know.
+    OMLX_LOG_LEVEL_INFO = 3,
+    /// What a developer may want to know.
+    OMLX_LOG_LEVEL_DEBUG = 4,
+};
+
+/// Receives one log line: an `omlx_log_level` and a text that lives for the call. Called on any thread, several at
+/// once. It must not call the library.
+typedef void (*omlx_log_fn)(void *user_data, uint32_t level, const char *message);
+
+/// Sets the log hook of the process, which receives lines up to `max_level` (an `omlx_log_level`). NULL removes it:
+/// the library is then silent. `user_data` and `destroy` may be NULL.
+///
+/// Errors: `OMLX_E_INVALID_ARGUMENT` (no such level), `OMLX_E_UNSUPPORTED` (the host is a Rust program with a
+/// `tracing` subscriber of its own; the lines go there).
+omlx_status omlx_set_log_hook(
+    omlx_log_fn hook,
+    uint32_t max_level,
+    void *user_data,
+    omlx_destroy_fn destroy,
+    omlx_error **error);
+
+#undef OMLX_ENUM
+
+#ifdef __cplusplus
+} // extern "C"
+#endif
+
+#endif // OMLX_H
