@@ -19,14 +19,15 @@ fn main() {
     }
     // The number is the ABI's (OMLX_ABI_VERSION).
     let (file, linked, flag) = match macos {
-        true => ("libomlx.dylib", "libomlx.0.dylib", "-install_name,@rpath/libomlx.0.dylib"),
-        false => ("libomlx.so", "libomlx.so.0", "-soname,libomlx.so.0"),
+        true => ("deps/libomlx.dylib", "libomlx.0.dylib", "-install_name,@rpath/libomlx.0.dylib"),
+        false => ("deps/libomlx.so", "libomlx.so.0", "-soname,libomlx.so.0"),
     };
     println!("cargo:rustc-cdylib-link-arg=-Wl,{flag}");
     link_by_its_own_name(file, linked);
 }
 
-/// Programs look the library up by the name it calls itself, which cargo does not give the file.
+/// Programs look the library up by the name it calls itself, which cargo does not give the file. The one in `deps` is
+/// always the newest: `cargo test` does not renew the other.
 fn link_by_its_own_name(file: &str, linked: &str) {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     // <target>/<profile>/build/<package>/out

@@ -379,8 +379,8 @@ typedef struct omlx_request omlx_request;
 /// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
 /// local servers have added to them:
 ///
-///   what to answer   "messages" (with "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"), or
-///                    "prompt": a text, or an array of token ids
+///   what to answer   "messages", with "tools" and what the chat template takes: "chat_template" (the name of one of the
+///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"

@@ -190,7 +190,7 @@ struct GenerationConfigFile {
     do_sample: Option<bool>,
     temperature: Option<f32>,
     top_p: Option<f32>,
-    top_k: Option<u32>,
+    top_k: Option<i64>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
     max_new_tokens: Option<usize>,
@@ -229,14 +229,16 @@ impl GenerationDefaults {
         };
         // Hugging Face's meaning: without do_sample the sampling fields are present but unused.
         let sampling = file.do_sample.unwrap_or(false);
+        // The ranges of requests; what lies outside is left out, as if the file did not have it.
+        let within = |value: Option<f32>, low: f32, high: f32| value.filter(|v| (low..=high).contains(v));
         Ok(Self {
             eos,
-            temperature: sampling.then_some(file.temperature.unwrap_or(1.0)),
-            top_p: file.top_p.filter(|_| sampling),
-            top_k: file.top_k.filter(|_| sampling),
-            min_p: file.min_p.filter(|_| sampling),
-            repetition_penalty: file.repetition_penalty,
-            max_tokens: file.max_new_tokens,
+            temperature: sampling.then_some(within(file.temperature, 0.0, 100.0).unwrap_or(1.0)),
+            top_p: within(file.top_p, f32::MIN_POSITIVE, 1.0).filter(|_| sampling),
+            top_k: file.top_k.and_then(|k| u32::try_from(k).ok()).filter(|_| sampling),
+            min_p: within(file.min_p, 0.0, 1.0).filter(|_| sampling),
+            repetition_penalty: within(file.repetition_penalty, f32::MIN_POSITIVE, 100.0),
+            max_tokens: file.max_new_tokens.filter(|&n| n > 0),
         })
     }
 }
@@ -295,5 +297,8 @@ mod tests {
             GenerationDefaults::new(file(json!({"do_sample": true, "top_k": 20, "eos_token_id": [1, 2]})), &config)
                 .unwrap();
         assert_eq!((sampled.temperature, sampled.top_k, sampled.eos), (Some(1.0), Some(20), vec![1, 2]));
+        let odd = json!({"do_sample": true, "top_k": -1, "top_p": 0, "repetition_penalty": 0, "max_new_tokens": 0});
+        let odd = GenerationDefaults::new(file(odd), &config).unwrap();
+        assert_eq!((odd.top_k, odd.top_p, odd.repetition_penalty, odd.max_tokens), (None, None, None, None));
     }
 }

@@ -54,13 +54,16 @@ mod armed {
     impl CpuKernel for Copy {
         fn run(&self, inputs: &[Input<'_>], output: Output<'_>) -> Result<()> {
             point(self.name, &self.id);
-            output.into_f32().copy_from_slice(inputs[0].as_f32()?);
+            output.into_f32()?.copy_from_slice(inputs[0].as_f32()?);
             Ok(())
         }
     }
 
     /// `array`, f32, through a kernel with a fault point of its own.
     pub fn in_graph(name: &'static str, id: &str, array: Array) -> Result<Array> {
+        if !lock(&ARMED).iter().any(|(n, i, _)| *n == name && i == id) {
+            return Ok(array);
+        }
         let shape = array.shape().to_vec();
         let id = id.to_owned();
         node(Copy { name, id }, &[&array.contiguous()?], &shape, Dtype::Float32)

@@ -13,6 +13,7 @@ pub mod kernels;
 pub mod mlx;
 pub mod models;
 pub mod nn;
+mod panics;
 pub mod pool;
 pub mod sampling;
 mod sync;

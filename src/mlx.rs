@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use mlx_rs::{Array, Dtype, Stream};
 
 use crate::error::{Error, Result, Status};
+use crate::sync::lock;
 
 /// The only MLX version whose binary interface this library was built against.
 pub const VERSION: &str = "0.32.2";
@@ -30,6 +31,13 @@ pub enum Device {
 }
 
 impl Device {
+    fn mlx(self) -> mlx_rs::Device {
+        match self {
+            Device::Cpu => mlx_rs::Device::cpu(),
+            Device::Gpu => mlx_rs::Device::gpu(),
+        }
+    }
+
     /// Lower-case name for events and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -63,8 +71,7 @@ extern "C" fn error_handler(message: *const c_char, data: *mut c_void) {
 /// A library of another version is reported here at the latest; usually the dynamic linker refuses it earlier.
 pub fn init() -> Result<()> {
     static STATE: Mutex<Option<Result<()>>> = Mutex::new(None);
-    let mut state = STATE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    state.get_or_insert_with(init_once).clone()
+    lock(&STATE).get_or_insert_with(init_once).clone()
 }
 
 fn init_once() -> Result<()> {
@@ -92,6 +99,14 @@ pub fn version() -> Result<String> {
             checked(code).map(|()| CStr::from_ptr(mlx_sys::mlx_string_data(text)).to_string_lossy().into_owned());
         mlx_sys::mlx_string_free(text);
         result
+    }
+}
+
+/// Has `hook` called when the process exits normally, before the destructors of static objects that exist by now.
+pub fn at_exit(hook: extern "C" fn()) {
+    // SAFETY: a plain function that lives as long as the library; it may not unwind, which `extern "C"` enforces.
+    if unsafe { libc::atexit(hook) } != 0 {
+        tracing::warn!("no room for an exit hook: close pools before the process exits");
     }
 }
 
@@ -136,29 +151,83 @@ pub fn set_environment() {
     });
 }
 
-/// Runs `body` with its MLX operations on a new stream on `device`, and destroys this thread's streams after it: MLX
-/// keeps a thread of its own for each, which would outlive ours. No array may leave `body` unevaluated.
+/// Runs `body` with its MLX operations on `device`. No array may leave `body` unevaluated.
+///
+/// MLX gives every stream of the CPU a thread of its own, which it never ends, and makes default streams for every
+/// thread that evaluates. So this lends the thread streams of the process for both devices, and takes them back.
 pub fn on_device<T>(device: Device, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let device = match device {
-        Device::Cpu => mlx_rs::Device::cpu(),
-        Device::Gpu => mlx_rs::Device::gpu(),
-    };
-    let _streams = ThreadStreams;
-    // Not the thread's default stream: MLX does not make that again once it was destroyed.
-    let stream = Stream::new_with_device(&device);
-    mlx_rs::with_stream(&stream, body)
+    let _cpu = LentStream::default_for(Device::Cpu)?;
+    let _gpu = if gpu_available() { Some(LentStream::default_for(Device::Gpu)?) } else { None };
+    let stream = Stream::try_default_on_device(&device.mlx())?;
+    let result = mlx_rs::with_stream(&stream, body);
+    // MLX keeps freed buffers for reuse; here they have no user any more.
+    if let Err(error) = mlx_rs::memory::clear_cache() {
+        tracing::warn!(%error, "MLX's buffer cache could not be cleared");
+    }
+    result
 }
 
-/// Destroys the MLX streams of the thread it is dropped on.
-struct ThreadStreams;
+/// Streams that no thread uses at the moment. MLX's streams for any thread are not synchronised: one thread at a time.
+static IDLE_STREAMS: Mutex<Vec<(Device, RawStream)>> = Mutex::new(Vec::new());
 
-impl Drop for ThreadStreams {
+/// A handle of MLX's to a stream; never freed, because the stream never is.
+#[derive(Clone, Copy)]
+struct RawStream(mlx_sys::mlx_stream);
+
+// SAFETY: it refers to a stream that was made for use by any thread, one at a time.
+unsafe impl Send for RawStream {}
+
+/// A stream that is the default of the thread for its device until it is dropped.
+struct LentStream {
+    device: Device,
+    stream: RawStream,
+}
+
+impl LentStream {
+    fn default_for(device: Device) -> Result<Self> {
+        let mut idle = lock(&IDLE_STREAMS);
+        let found = idle.iter().position(|(d, _)| *d == device).map(|at| idle.swap_remove(at).1);
+        drop(idle);
+        let stream = match found {
+            Some(stream) => stream,
+            None => RawStream::new(device)?,
+        };
+        let lent = Self { device, stream };
+        // SAFETY: a live stream that no other thread uses.
+        checked(unsafe { mlx_sys::mlx_set_default_stream(stream.0) })?;
+        Ok(lent)
+    }
+}
+
+impl Drop for LentStream {
     fn drop(&mut self) {
-        // SAFETY: takes nothing; the arrays of this thread are gone or evaluated.
-        let code = unsafe { mlx_sys::mlx_clear_streams() };
+        // What was launched and not read, such as a step after the last stop, must not meet the next user.
+        // SAFETY: a live stream.
+        let code = unsafe { mlx_sys::mlx_synchronize(self.stream.0) };
         if let Err(error) = checked(code) {
-            tracing::warn!(%error, "MLX streams could not be destroyed");
+            tracing::debug!(%error, "work left on a stream failed");
         }
+        lock(&IDLE_STREAMS).push((self.device, self.stream));
+    }
+}
+
+impl RawStream {
+    fn new(device: Device) -> Result<Self> {
+        let kind = match device {
+            Device::Cpu => mlx_sys::mlx_device_type__MLX_CPU,
+            Device::Gpu => mlx_sys::mlx_device_type__MLX_GPU,
+        };
+        // SAFETY: the device handle is created and freed here.
+        let stream = unsafe {
+            let device = mlx_sys::mlx_device_new_type(kind, 0);
+            let stream = mlx_sys::mlx_stream_new_thread_unsafe(device);
+            mlx_sys::mlx_device_free(device);
+            stream
+        };
+        if stream.ctx.is_null() {
+            return Err(checked(1).err().unwrap_or_else(|| Error::backend("MLX made no stream")));
+        }
+        Ok(Self(stream))
     }
 }
 
@@ -287,13 +356,19 @@ impl QuantizedMatrix {
     }
 }
 
-/// `target` with `update` written at `start..stop` of its first axis, in place when nothing else refers to `target`.
-pub fn write_rows(target: Array, update: &Array, start: usize, stop: usize) -> Result<Array> {
-    let mut from = vec![0i32; target.ndim()];
-    let mut to = target.shape().to_vec();
-    let steps = vec![1i32; target.ndim()];
+/// First indices, end indices and strides of rows `start..stop` of the first axis, whole in the others.
+fn row_range(array: &Array, start: usize, stop: usize) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
+    let mut from = vec![0; array.ndim()];
+    let mut to = array.shape().to_vec();
+    let steps = vec![1; array.ndim()];
     from[0] = start as i32;
     to[0] = stop as i32;
+    (from, to, steps)
+}
+
+/// `target` with `update` written at `start..stop` of its first axis, in place when nothing else refers to `target`.
+pub fn write_rows(target: Array, update: &Array, start: usize, stop: usize) -> Result<Array> {
+    let (from, to, steps) = row_range(&target, start, stop);
     // SAFETY: the index arrays have one entry per axis and outlive the call.
     array_from(|out, stream| unsafe {
         mlx_sys::mlx_slice_update(
@@ -313,11 +388,7 @@ pub fn write_rows(target: Array, update: &Array, start: usize, stop: usize) -> R
 
 /// Rows `start..stop` of the first axis; a view, nothing is copied.
 pub fn rows(source: &Array, start: usize, stop: usize) -> Result<Array> {
-    let mut from = vec![0i32; source.ndim()];
-    let mut to = source.shape().to_vec();
-    let steps = vec![1i32; source.ndim()];
-    from[0] = start as i32;
-    to[0] = stop as i32;
+    let (from, to, steps) = row_range(source, start, stop);
     // SAFETY: the index arrays have one entry per axis and outlive the call.
     array_from(|out, stream| unsafe {
         mlx_sys::mlx_slice(

@@ -25,9 +25,8 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Where a model's tensors come from.
 enum Source {
     Files(BTreeMap<String, FileTensor>),
-    /// Words drawn from this seed; the counter makes every tensor a distinct buffer with distinct content.
+    /// Random numbers; the counter makes every tensor a distinct buffer with distinct content.
     Random {
-        seed: u64,
         drawn: u64,
     },
 }
@@ -50,6 +49,8 @@ pub struct Weights {
     config: ModelConfig,
     dtype: Option<Dtype>,
     bytes: usize,
+    /// Asked before every tensor: an error ends the loading.
+    interrupt: Box<dyn Fn() -> Option<Error>>,
 }
 
 /// The two forms of a weight matrix `[out, in]`.
@@ -70,7 +71,7 @@ impl Weights {
         for (path, expected) in weight_files(folder)? {
             let (file, metadata) = open_file(&path)?;
             let found = metadata.tensors();
-            for name in expected.iter().filter(|name| !found.contains_key(*name)) {
+            if let Some(name) = expected.iter().find(|name| !found.contains_key(*name)) {
                 let path = path.display();
                 return Err(Error::invalid_model(format!(
                     "tensor {name:?} is missing from {path}, where the index has it"
@@ -83,13 +84,22 @@ impl Weights {
                 }
             }
         }
-        Ok(Self { source: Source::Files(tensors), config: config.clone(), dtype, bytes: 0 })
+        Ok(Self::new(Source::Files(tensors), config, dtype))
     }
 
     /// Random weights for `config`: right for timing, meaningless otherwise. `dtype` defaults to bfloat16.
-    pub fn random(config: &ModelConfig, dtype: Option<Dtype>, seed: u64) -> Self {
-        let dtype = Some(dtype.unwrap_or(Dtype::Bfloat16));
-        Self { source: Source::Random { seed, drawn: 0 }, config: config.clone(), dtype, bytes: 0 }
+    pub fn random(config: &ModelConfig, dtype: Option<Dtype>) -> Self {
+        Self::new(Source::Random { drawn: 0 }, config, Some(dtype.unwrap_or(Dtype::Bfloat16)))
+    }
+
+    fn new(source: Source, config: &ModelConfig, dtype: Option<Dtype>) -> Self {
+        Self { source, config: config.clone(), dtype, bytes: 0, interrupt: Box::new(|| None) }
+    }
+
+    /// The same, but a tensor is refused with the error that `interrupt` returns, if it returns one.
+    pub fn interrupted_by(mut self, interrupt: impl Fn() -> Option<Error> + 'static) -> Self {
+        self.interrupt = Box::new(interrupt);
+        self
     }
 
     /// Bytes of all tensors taken so far.
@@ -121,7 +131,7 @@ impl Weights {
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Array> {
         let array = match &mut self.source {
             Source::Files(tensors) => take(tensors, name, shape, &[Dtype::Float32, Dtype::Float16, Dtype::Bfloat16])?,
-            Source::Random { seed, drawn } => random_floats(shape, next_key(*seed, drawn)?)?,
+            Source::Random { drawn } => random_floats(shape, next_key(drawn)?)?,
         };
         let array = match self.dtype {
             Some(dtype) if array.dtype() != dtype => array.as_dtype(dtype)?,
@@ -143,7 +153,7 @@ impl Weights {
         let format = declared.ok_or_else(|| {
             Error::invalid_model(format!("{path:?} is stored quantised, but config.json declares no format for it"))
         })?;
-        if columns % format.group_size != 0 || columns * format.bits % 32 != 0 {
+        if !columns.is_multiple_of(format.group_size) || !(columns * format.bits).is_multiple_of(32) {
             return Err(Error::invalid_model(format!(
                 "{path:?}: {columns} columns do not divide into groups of {} weights",
                 format.group_size
@@ -171,8 +181,8 @@ impl Weights {
     fn words(&mut self, name: &str, shape: &[usize], dtype: Dtype) -> Result<Array> {
         let array = match &mut self.source {
             Source::Files(tensors) => take(tensors, name, shape, &[dtype])?,
-            Source::Random { seed, drawn } => {
-                let key = next_key(*seed, drawn)?;
+            Source::Random { drawn } => {
+                let key = next_key(drawn)?;
                 match dtype {
                     // Exponents around one, so that products stay finite.
                     Dtype::Uint8 => Array::full::<u8>(&dims(shape), Array::from_int(120))?,
@@ -185,6 +195,9 @@ impl Weights {
 
     /// Evaluates at once: the load is then one tensor above the final size, and errors name their tensor.
     fn keep(&mut self, array: Array) -> Result<Array> {
+        if let Some(error) = (self.interrupt)() {
+            return Err(error);
+        }
         array.eval()?;
         self.bytes += array.nbytes();
         Ok(array)
@@ -301,9 +314,9 @@ fn dims(shape: &[usize]) -> Vec<i32> {
     shape.iter().map(|&n| i32::try_from(n).unwrap_or(i32::MAX)).collect()
 }
 
-fn next_key(seed: u64, drawn: &mut u64) -> Result<Array> {
+fn next_key(drawn: &mut u64) -> Result<Array> {
     *drawn += 1;
-    Ok(mlx_rs::random::key(seed.wrapping_add(*drawn))?)
+    Ok(mlx_rs::random::key(*drawn)?)
 }
 
 /// Small values around zero, so that a deep random model stays finite.

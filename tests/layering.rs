@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("sync", &[]),
-    ("mlx", &["error"]),
-    ("kernels", &["error"]),
+    ("panics", &["error"]),
+    ("mlx", &["error", "sync"]),
+    ("kernels", &["error", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
     ("config", &["error", "mlx"]),
     ("weights", &["config", "error", "mlx"]),
@@ -16,19 +17,23 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "nn", "weights"]),
     ("sampling", &["error", "mlx"]),
-    ("text", &["error"]),
+    ("text", &["error", "panics"]),
     (
         "engine",
-        &["cache", "config", "error", "fault", "kernels", "mlx", "models", "nn", "sampling", "sync", "text", "weights"],
+        &[
+            "cache", "config", "error", "fault", "kernels", "mlx", "models", "nn", "panics", "sampling", "sync",
+            "text", "weights",
+        ],
     ),
     ("pool", &["config", "engine", "error", "mlx", "models", "sync"]),
-    ("capi", &["engine", "error", "mlx", "pool", "sync"]),
+    ("capi", &["engine", "error", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];
 
 /// Files and folders that never touch MLX: they run in milliseconds and under any checker.
 const PURE: &[&str] = &[
     "error.rs",
+    "panics.rs",
     "sync.rs",
     "text",
     "engine/events.rs",

@@ -1,4 +1,5 @@
-//! The C ABI: one file per C noun; every function is a panic boundary, checked casts, the work, and a status.
+//! The C ABI: one file per C noun; every function that can fail is a panic boundary, checked casts, the work, and a
+//! status.
 //!
 //! `include/omlx.h` is generated from these files. Rules that hold for every function, stated there once:
 //! pointers are NULL or valid, outputs are written only on success, nothing unwinds into the host.
@@ -28,17 +29,14 @@ pub use request::*;
 pub use text::*;
 
 use std::ffi::{CStr, c_char};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::error::{Error, Result, Status};
+use crate::panics;
 
 /// Runs `body`, turns errors and panics into a status, and writes the details to `error_out` if the host wants them.
 fn boundary(error_out: *mut *mut omlx_error, body: impl FnOnce() -> Result<()>) -> Status {
-    let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text = crate::engine::panic_message(&*panic).to_owned();
-        Err(Error::internal(format!("panic: {text}")))
-    });
+    let outcome = panics::catch(body).and_then(|outcome| outcome);
     match outcome {
         Ok(()) => Status::Ok,
         Err(error) => {
@@ -136,6 +134,9 @@ unsafe trait SizedOptions: Copy + Default {
     const MIN_SIZE: usize;
 }
 
+/// Larger sizes are not a struct's: the host did not set the field.
+const MAX_STRUCT_SIZE: usize = 64 << 10;
+
 /// Copies the host's options; NULL means defaults. Bytes beyond what this library knows must be zero.
 ///
 /// # Safety
@@ -158,7 +159,7 @@ unsafe fn split_options<T: SizedOptions>(pointer: *const T, name: &str) -> Resul
     }
     // SAFETY: the struct begins with its size.
     let size = unsafe { pointer.cast::<u32>().read() } as usize;
-    if size < T::MIN_SIZE {
+    if !(T::MIN_SIZE..=MAX_STRUCT_SIZE).contains(&size) {
         return Err(Error::invalid_argument(format!("{name}.struct_size is {size}; use the _INIT macro")));
     }
     let known = size_of::<T>();
@@ -198,7 +199,7 @@ unsafe fn release<T>(pointer: *const T) {
     if !pointer.is_null() {
         // SAFETY: passed on to the caller.
         let handle = unsafe { Arc::from_raw(pointer) };
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(handle)));
+        let _ = panics::catch(|| drop(handle));
     }
 }
 
@@ -210,6 +211,6 @@ unsafe fn free<T>(pointer: *mut T) {
     if !pointer.is_null() {
         // SAFETY: passed on to the caller.
         let owned = unsafe { Box::from_raw(pointer) };
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(owned)));
+        let _ = panics::catch(|| drop(owned));
     }
 }

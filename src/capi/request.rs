@@ -70,8 +70,8 @@ impl Drop for omlx_request {
 /// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
 /// local servers have added to them:
 ///
-///   what to answer   "messages" (with "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt"), or
-///                    "prompt": a text, or an array of token ids
+///   what to answer   "messages", with "tools" and what the chat template takes: "chat_template" (the name of one of the
+///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
@@ -104,9 +104,11 @@ pub unsafe extern "C" fn omlx_generate(
         }
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, json) = unsafe { (borrow(pool, "pool")?, bytes(request_json.cast(), request_len, "request_json")?) };
-        let state = pool.pool.generate(Request::from_json(json, options.lenient != 0)?)?;
+        let parsed = Request::from_json(json, options.lenient != 0)?;
+        // Counted before the request exists: a close that comes between waits for its callbacks.
+        let dispatcher = pool.dispatchers.enter();
+        let state = pool.pool.generate(parsed)?;
         if let Some(callback) = options.callback {
-            let dispatcher = pool.dispatchers.enter();
             spawn_dispatcher(Arc::clone(&state), callback, user_data, dispatcher)?;
         }
         if !request.is_null() {
@@ -177,9 +179,7 @@ pub unsafe extern "C" fn omlx_request_next(
             Status::Timeout => Error::new(status, "no event came in time"),
             _ => Error::new(status, "the request has ended and its done event was read"),
         })?;
-        let view = Box::new(EventView::new(next));
-        let pointer = view.as_ptr();
-        *lock(&request.current) = Some(view);
+        let pointer = lock(&request.current).insert(Box::new(EventView::new(next))).as_ptr();
         // SAFETY: checked above not to be NULL.
         unsafe { event.write(pointer) };
         Ok(())

@@ -8,10 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-
 use super::Failure;
-use super::worker::Command;
 use crate::error::{Error, Status};
 use crate::sync::lock;
 
@@ -81,6 +78,17 @@ pub struct Done {
     pub usage: Usage,
 }
 
+impl Done {
+    /// The end of a request that failed, or was cancelled if the error says so.
+    fn failed(error: Error, usage: Usage) -> Self {
+        let reason = match error.status() {
+            Status::Cancelled => FinishReason::Cancelled,
+            _ => FinishReason::Error,
+        };
+        Self { reason, error: Some(error), usage }
+    }
+}
+
 /// What a host sees of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -102,6 +110,9 @@ struct Queue {
 /// Called when an event becomes available to a queue that was empty.
 pub type Wake = Box<dyn Fn() + Send + Sync>;
 
+/// Tells the worker to look at its requests again.
+pub(super) type Nudge = Box<dyn Fn() + Send>;
+
 /// The two ends of a request: the host reads events and cancels, the engine writes through an [`EventSink`].
 pub struct RequestState {
     accepted: Instant,
@@ -110,7 +121,7 @@ pub struct RequestState {
     wake: Mutex<Option<Arc<Wake>>>,
     cancelled: AtomicBool,
     /// Set once a worker has the request: it must hear of a cancel and of new room in the queue.
-    worker: Mutex<Option<Sender<Command>>>,
+    worker: Mutex<Option<Nudge>>,
 }
 
 impl std::fmt::Debug for RequestState {
@@ -194,8 +205,8 @@ impl RequestState {
         }
     }
 
-    pub(super) fn attach_worker(&self, worker: Sender<Command>) {
-        *lock(&self.worker) = Some(worker);
+    pub(super) fn attach_worker(&self, nudge: Nudge) {
+        *lock(&self.worker) = Some(nudge);
     }
 
     /// Whether the reader is so far behind that the sequence should pause.
@@ -204,8 +215,8 @@ impl RequestState {
     }
 
     fn nudge_worker(&self) {
-        if let Some(worker) = &*lock(&self.worker) {
-            let _ = worker.send(Command::Wake);
+        if let Some(nudge) = &*lock(&self.worker) {
+            nudge();
         }
     }
 
@@ -254,13 +265,8 @@ pub struct EventSink {
 
 impl EventSink {
     /// The request this sink belongs to.
-    pub fn state(&self) -> &RequestState {
+    pub fn state(&self) -> &Arc<RequestState> {
         &self.state
-    }
-
-    /// The same, to keep.
-    pub(super) fn state_handle(&self) -> Arc<RequestState> {
-        Arc::clone(&self.state)
     }
 
     /// Sends a piece of the answer.
@@ -280,11 +286,7 @@ impl EventSink {
 
     /// Ends the request with `error`; a cancelled request ends as cancelled.
     pub fn fail_with(self, error: Error, usage: Usage) {
-        let reason = match error.status() {
-            Status::Cancelled => FinishReason::Cancelled,
-            _ => FinishReason::Error,
-        };
-        self.done(Done { reason, error: Some(error), usage });
+        self.done(Done::failed(error, usage));
     }
 
     fn end(&mut self, done: Done) {
@@ -299,6 +301,6 @@ impl EventSink {
 impl Drop for EventSink {
     fn drop(&mut self) {
         let error = self.failure.get().cloned().unwrap_or_else(|| Error::internal("the engine lost the request"));
-        self.end(Done { reason: FinishReason::Error, error: Some(error), usage: Usage::default() });
+        self.end(Done::failed(error, Usage::default()));
     }
 }

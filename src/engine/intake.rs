@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -10,12 +9,13 @@ use crossbeam_channel::{Receiver, Sender};
 use super::events::EventSink;
 use super::request::{ChatInput, Input, Request};
 use super::sequence::{Prepared, cancelled};
-use super::worker::{Command, panic_message};
+use super::worker::Command;
 use super::{EngineOptions, ModelSource, Shared};
 use crate::config::{GenerationDefaults, ModelConfig};
 use crate::error::{Error, Result, Status};
 use crate::fault;
 use crate::models;
+use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
 use crate::text::{StopMatcher, TextModel, Tokenizer};
@@ -114,17 +114,23 @@ impl EngineText {
         self.model.clone().filter(|model| model.tokenizer().is_ok())
     }
 
-    /// Prompt tokens of `input`.
+    /// Prompt tokens of `input`, every one of which the model has.
     fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
-        match input {
-            Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false),
-            Input::Text(text) => self.tokenizer()?.encode(text, true),
-            Input::Tokens(ids) => match ids.iter().find(|&&id| id as usize >= self.vocab) {
-                Some(id) => {
-                    Err(Error::invalid_request(format!("token {id} is not in the vocabulary of {}", self.vocab)))
-                }
-                None => Ok(ids.clone()),
-            },
+        let ids = match input {
+            Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false)?,
+            Input::Text(text) => self.tokenizer()?.encode(text, true)?,
+            Input::Tokens(ids) => ids.clone(),
+        };
+        // MLX does not check: it would read whatever lies behind the end of the table.
+        match ids.iter().find(|&&id| id as usize >= self.vocab) {
+            None => Ok(ids),
+            Some(id) => {
+                let what = format!("token {id} is not in the model's vocabulary of {}", self.vocab);
+                Err(match input {
+                    Input::Tokens(_) => Error::invalid_request(what),
+                    _ => Error::invalid_model(format!("the tokenizer does not fit the weights: {what}")),
+                })
+            }
         }
     }
 
@@ -147,9 +153,7 @@ impl EngineText {
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
         if !request.ignore_eos {
             stop_tokens.extend(&defaults.eos);
-            if defaults.eos.is_empty() {
-                stop_tokens.extend(self.model.as_ref().and_then(|model| model.eos_token_id()));
-            }
+            stop_tokens.extend(self.model.as_ref().and_then(|model| model.eos_token_id()));
         }
         let sampling = SamplingParams {
             temperature: request.temperature.or(defaults.temperature).unwrap_or(0.0),
@@ -189,30 +193,34 @@ fn fresh_seed() -> u64 {
 /// Serves until told to stop or the worker is gone.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<Command>, shared: &Shared) {
     while let Ok(Message::Submit(request, sink)) = inbox.recv() {
+        // A stop must not wait until the requests before it are prepared.
+        if shared.failure.get().is_some() {
+            sink.fail(shared.reason());
+            continue;
+        }
         if sink.state().is_cancelled() {
             sink.fail(cancelled());
             continue;
         }
         // A panic costs the request only: text is prepared from immutable data. The sink reports it if it is lost.
-        let prepared = catch_unwind(AssertUnwindSafe(|| {
+        let prepared = panics::catch(|| {
             fault::point("intake.prepare", &options.id);
             match options.text.get() {
                 Ok(text) => text.prepare(*request, sink).map(|prepared| (prepared, text.decoder())),
                 Err(error) => Err((error, sink)),
             }
-        }));
+        });
         match prepared {
             Ok(Ok((prepared, text))) => {
-                let state = prepared.sink.state_handle();
-                state.attach_worker(worker.clone());
-                if let Err(rejected) = worker.send(Command::Admit(Box::new(prepared), text)) {
-                    if let Command::Admit(prepared, _) = rejected.into_inner() {
-                        prepared.sink.fail(shared.reason());
-                    }
+                let waker = worker.clone();
+                prepared.sink.state().attach_worker(Box::new(move || drop(waker.send(Command::Wake))));
+                let sent = worker.send(Command::Admit(Box::new(prepared), text));
+                if let Err(Command::Admit(prepared, _)) = sent.map_err(|rejected| rejected.into_inner()) {
+                    prepared.sink.fail(shared.reason());
                 }
             }
             Ok(Err((error, sink))) => sink.fail(error),
-            Err(panic) => tracing::error!(panic = panic_message(&*panic), "preparing a request failed"),
+            Err(panic) => tracing::error!(error = %panic, "preparing a request failed"),
         }
     }
     while let Ok(message) = inbox.try_recv() {

@@ -12,6 +12,7 @@ mod request;
 mod runner;
 mod scheduler;
 mod sequence;
+mod threads;
 mod worker;
 
 #[cfg(test)]
@@ -20,13 +21,12 @@ mod tests;
 pub use events::{Delta, Done, Event, EventSink, FinishReason, RequestState, TokenLogprob, Usage, Wake};
 pub use intake::{EngineText, LazyText};
 pub use request::{ChatInput, Input, Request};
-pub use worker::panic_message;
+
+use threads::Threads;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::thread::JoinHandle;
 
-use crossbeam_channel::Sender;
 use mlx_rs::Dtype;
 
 use crate::config::ModelConfig;
@@ -112,11 +112,8 @@ fn stopped() -> Error {
 /// A handle to a running engine. Dropping it asks the engine to stop; [`Engine::join`] waits for that.
 #[derive(Debug)]
 pub struct Engine {
-    id: String,
-    intake: Sender<intake::Message>,
-    worker: Sender<worker::Command>,
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Arc<Threads>,
 }
 
 impl Engine {
@@ -148,13 +145,8 @@ impl Engine {
                 return Err(error);
             }
         };
-        let threads = Mutex::new(vec![intake_thread, worker_thread]);
-        Ok(Self { id, intake, worker, shared, threads })
-    }
-
-    /// The model's id.
-    pub fn id(&self) -> &str {
-        &self.id
+        let threads = Threads::new(intake, worker, Arc::clone(&shared), vec![intake_thread, worker_thread]);
+        Ok(Self { shared, threads })
     }
 
     /// The cell that events of this engine's requests fall back to when no better reason for an end is known.
@@ -164,7 +156,7 @@ impl Engine {
 
     /// Accepts a request; returns at once. Whatever happens to it is told through `sink`.
     pub fn submit(&self, request: Request, sink: EventSink) {
-        if let Err(rejected) = self.intake.send(intake::Message::Submit(Box::new(request), sink)) {
+        if let Err(rejected) = self.threads.intake.send(intake::Message::Submit(Box::new(request), sink)) {
             rejected.into_inner().fail(self.shared.reason());
         }
     }
@@ -199,20 +191,19 @@ impl Engine {
         }
     }
 
+    /// Whether its threads have ended.
+    pub fn is_gone(&self) -> bool {
+        self.threads.are_gone()
+    }
+
     /// Asks the engine to end its requests with `reason` and stop; returns at once.
     pub fn stop(&self, reason: Error) {
-        let _ = self.shared.failure.set(reason);
-        let _ = self.intake.send(intake::Message::Stop);
-        let _ = self.worker.send(worker::Command::Stop);
+        self.threads.stop(reason);
     }
 
     /// Waits until the threads of a stopped engine are gone and its memory is returned.
     pub fn join(&self) {
-        let threads = std::mem::take(&mut *lock(&self.threads));
-        for thread in threads {
-            // A panic was caught and reported inside the thread.
-            let _ = thread.join();
-        }
+        self.threads.join();
     }
 }
 

@@ -1,8 +1,11 @@
 //! A request as hosts write it: JSON in the shape of OpenAI's chat completions, checked once.
 
 use std::collections::HashMap;
+use std::fmt;
 
-use serde::Deserialize;
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -18,7 +21,7 @@ const MAX_TOP_LOGPROBS: usize = 20;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
     /// Messages, rendered by the model's chat template.
-    Chat(ChatInput),
+    Chat(Box<ChatInput>),
     /// Text as it is.
     Text(String),
     /// Token ids as they are.
@@ -111,11 +114,35 @@ struct RawRequest {
     _stream: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[derive(Debug)]
 enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
+}
+
+/// By hand: an untagged enum would keep every id as a generic value first, at several times the cost of a long prompt.
+impl<'de> Deserialize<'de> for Prompt {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PromptVisitor;
+
+        impl<'de> Visitor<'de> for PromptVisitor {
+            type Value = Prompt;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text or an array of token ids")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Prompt, E> {
+                Ok(Prompt::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, ids: A) -> Result<Prompt, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(ids)).map(Prompt::Tokens)
+            }
+        }
+
+        deserializer.deserialize_any(PromptVisitor)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -204,10 +231,9 @@ impl RawRequest {
                 return Err(Error::unsupported("\"tool_choice\" other than \"auto\" and \"none\" is not supported"));
             }
         }
-        if let Some(format) = &self.response_format {
-            if format.get("type").and_then(Value::as_str) != Some("text") {
-                return Err(Error::unsupported("\"response_format\" other than text is not supported"));
-            }
+        let format = self.response_format.as_ref().map(|format| format.get("type").and_then(Value::as_str));
+        if !matches!(format, None | Some(Some("text"))) {
+            return Err(Error::unsupported("\"response_format\" other than text is not supported"));
         }
         let has_image = |message: &Value| {
             let parts = message.get("content").and_then(Value::as_array);
@@ -262,13 +288,13 @@ impl RawRequest {
                     return Err(Error::invalid_request(format!("message {bad} is not an object with a \"role\"")));
                 }
                 let no_tools = self.tool_choice.as_ref().and_then(Value::as_str) == Some("none");
-                Ok(Input::Chat(ChatInput {
+                Ok(Input::Chat(Box::new(ChatInput {
                     messages: Value::Array(messages),
                     tools: self.tools.filter(|tools| !tools.is_empty() && !no_tools).map(Value::Array),
                     template: self.chat_template,
                     add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
                     kwargs: self.chat_template_kwargs.unwrap_or_default(),
-                }))
+                })))
             }
             (None, Some(_)) if self.tools.is_some() => {
                 Err(Error::invalid_request("\"tools\" goes with \"messages\", not with \"prompt\""))

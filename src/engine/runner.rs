@@ -9,6 +9,7 @@ use super::sequence::{SampledToken, SequenceId};
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::kernels;
 use crate::models::Model;
 use crate::nn::Step;
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
@@ -44,9 +45,9 @@ impl Runner {
     }
 
     /// Makes room for a sequence.
-    pub fn add(&mut self, id: SequenceId, prompt: &[u32], sampling: SamplingParams) {
+    pub fn add(&mut self, id: SequenceId, prompt: &[u32], sampling: &SamplingParams) {
         let cache = SequenceCache::new(self.model.kv_layout());
-        let sampler = Sampler::new(sampling, prompt, self.vocab);
+        let sampler = Sampler::new(sampling.clone(), prompt, self.vocab);
         self.sequences.insert(id, State { cache, sampler, newest: None });
     }
 
@@ -91,9 +92,16 @@ impl Runner {
 }
 
 impl Launched {
-    /// Waits for the step and reads its token; `None` for a prompt chunk that sampled nothing.
+    /// Waits for the step and reads its token. A prompt chunk that sampled nothing gives `None` at once: chunks queue up
+    /// on the device, as many as MLX lets them.
     pub fn read(self) -> Result<Option<SampledToken>> {
-        let Some(drawn) = self.drawn else { return Ok(None) };
+        let Some(drawn) = &self.drawn else { return Ok(None) };
+        let read = self.read_token(drawn);
+        // Numbers that came from a failed kernel must not pass for a token.
+        kernels::check().and(read).map(Some)
+    }
+
+    fn read_token(&self, drawn: &Drawn) -> Result<SampledToken> {
         let token = first::<u32>(&drawn.tokens)?;
         let logprob = match &drawn.logprobs {
             None => None,
@@ -110,7 +118,7 @@ impl Launched {
                 Some((first::<f32>(&report.drawn)?, top))
             }
         };
-        Ok(Some(SampledToken { token, logprob }))
+        Ok(SampledToken { token, logprob })
     }
 }
 

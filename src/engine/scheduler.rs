@@ -52,13 +52,22 @@ impl Scheduler {
         self.waiting.push_back(sequence);
     }
 
-    /// Ends cancelled sequences; returns those whose state the runner holds.
-    pub fn reap_cancelled(&mut self) -> Vec<SequenceId> {
+    /// Moves the next waiting sequence to where it can run, if there is room; the runner makes its state.
+    pub fn start(&mut self) -> Option<&Sequence> {
+        if self.running.is_some() {
+            return None;
+        }
+        self.running = self.waiting.pop_front();
+        self.running.as_ref()
+    }
+
+    /// Ends cancelled sequences; returns the started one, whose state the runner holds.
+    pub fn reap_cancelled(&mut self) -> Option<SequenceId> {
         let (gone, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(Sequence::is_cancelled);
         self.waiting = waiting;
         let gone: VecDeque<Sequence> = gone;
         let running = self.running.take_if(|sequence| sequence.is_cancelled());
-        let freed = running.iter().map(|sequence| sequence.id).collect();
+        let freed = running.as_ref().map(|sequence| sequence.id);
         for sequence in gone.into_iter().chain(running) {
             sequence.finish(Err(cancelled()));
         }
@@ -67,10 +76,9 @@ impl Scheduler {
 
     /// The next step, or `None` if there is nothing to compute now.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        if self.running.is_none() {
-            self.running = self.waiting.pop_front();
-        }
-        let sequence = self.running.as_mut().filter(|sequence| !sequence.is_paused())?;
+        // A reader that is far behind makes its own sequence wait, but not the ones behind it.
+        let must_go_on = !self.waiting.is_empty();
+        let sequence = self.running.as_mut().filter(|sequence| must_go_on || !sequence.is_paused())?;
         let known = sequence.tokens.len();
         let start = sequence.computed;
         if start < known {
@@ -156,6 +164,12 @@ mod tests {
         Some(StepPlan { sequence, input, start, samples })
     }
 
+    /// What the worker does before each step.
+    fn step(scheduler: &mut Scheduler) -> Option<StepPlan> {
+        scheduler.start();
+        scheduler.plan()
+    }
+
     /// Plays the engine loop with a runner whose n-th token is `100 + n`; returns tokens and the end.
     fn play(scheduler: &mut Scheduler, state: &RequestState) -> (Vec<u32>, FinishReason) {
         let mut in_flight: Option<SequenceId> = None;
@@ -163,7 +177,7 @@ mod tests {
         loop {
             steps += 1;
             assert!(steps < 1000, "the scheduler does not end");
-            let planned = scheduler.plan();
+            let planned = step(scheduler);
             if let Some(id) = in_flight.take() {
                 scheduler.commit(id, token(next), Instant::now());
                 next += 1;
@@ -188,15 +202,15 @@ mod tests {
         let mut scheduler = Scheduler::new(4);
         let (_state, one) = sequence(1, 10, 3, &[]);
         scheduler.admit(one);
-        assert_eq!(scheduler.plan(), plan(1, StepInput::Known(vec![0, 1, 2, 3]), 0, false));
-        assert_eq!(scheduler.plan(), plan(1, StepInput::Known(vec![4, 5, 6, 7]), 4, false));
-        assert_eq!(scheduler.plan(), plan(1, StepInput::Known(vec![8, 9]), 8, true));
+        assert_eq!(step(&mut scheduler), plan(1, StepInput::Known(vec![0, 1, 2, 3]), 0, false));
+        assert_eq!(step(&mut scheduler), plan(1, StepInput::Known(vec![4, 5, 6, 7]), 4, false));
+        assert_eq!(step(&mut scheduler), plan(1, StepInput::Known(vec![8, 9]), 8, true));
         // The token at 10 is not read yet, and its successor is planned already.
-        assert_eq!(scheduler.plan(), plan(1, StepInput::Unread, 10, true));
+        assert_eq!(step(&mut scheduler), plan(1, StepInput::Unread, 10, true));
         assert_eq!(scheduler.commit(1, token(7), Instant::now()), None);
-        assert_eq!(scheduler.plan(), plan(1, StepInput::Unread, 11, true));
+        assert_eq!(step(&mut scheduler), plan(1, StepInput::Unread, 11, true));
         assert_eq!(scheduler.commit(1, token(8), Instant::now()), None);
-        assert_eq!(scheduler.plan(), None, "three tokens are asked for, three are on their way");
+        assert_eq!(step(&mut scheduler), None, "three tokens are asked for, three are on their way");
         assert_eq!(scheduler.commit(1, token(9), Instant::now()), Some(1));
     }
 
@@ -223,13 +237,13 @@ mod tests {
         let (after, two) = sequence(2, 3, 1, &[]);
         scheduler.admit(one);
         scheduler.admit(two);
-        assert!(scheduler.plan().is_some_and(|plan| plan.samples));
+        assert!(step(&mut scheduler).is_some_and(|plan| plan.samples));
         for read in [100, 101, 102] {
-            assert!(scheduler.plan().is_some_and(|plan| plan.sequence == 1));
+            assert!(step(&mut scheduler).is_some_and(|plan| plan.sequence == 1));
             scheduler.commit(1, token(read), Instant::now());
         }
         // The step planned before the stop was read comes back; the next sequence has begun.
-        assert!(scheduler.plan().is_some_and(|plan| plan.sequence == 2 && plan.start == 0));
+        assert!(step(&mut scheduler).is_some_and(|plan| plan.sequence == 2 && plan.start == 0));
         assert_eq!(scheduler.commit(1, token(103), Instant::now()), None);
         scheduler.commit(2, token(9), Instant::now());
         for (state, tokens, reason) in
@@ -248,12 +262,12 @@ mod tests {
         let (waiting, two) = sequence(2, 3, 50, &[]);
         scheduler.admit(one);
         scheduler.admit(two);
-        assert!(scheduler.plan().is_some());
+        assert!(step(&mut scheduler).is_some());
         waiting.cancel();
-        assert!(scheduler.reap_cancelled().is_empty(), "a waiting sequence has no state on the device");
+        assert_eq!(scheduler.reap_cancelled(), None, "a waiting sequence has no state on the device");
         running.cancel();
-        assert_eq!(scheduler.reap_cancelled(), [1]);
-        assert_eq!(scheduler.plan(), None);
+        assert_eq!(scheduler.reap_cancelled(), Some(1));
+        assert_eq!(step(&mut scheduler), None);
         for state in [running, waiting] {
             assert!(matches!(state.next(None), Ok(Event::Done(done)) if done.reason == FinishReason::Cancelled));
             assert_eq!(state.next(None), Err(Status::Closed));

@@ -41,6 +41,7 @@ pub struct Sequence {
     /// Sampled tokens that are still on the device.
     pub(super) unread: usize,
     pub(super) max_tokens: usize,
+    sampling: SamplingParams,
     stop_tokens: HashSet<u32>,
     sink: EventSink,
     text: Option<TextState>,
@@ -91,12 +92,28 @@ impl Sequence {
             computed: 0,
             unread: 0,
             max_tokens: prepared.max_tokens,
+            sampling: prepared.sampling,
             stop_tokens: prepared.stop_tokens,
             sink: prepared.sink,
             text,
             first_token: None,
             last_token: None,
         }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_len]
+    }
+
+    /// How it samples.
+    pub fn sampling(&self) -> &SamplingParams {
+        &self.sampling
     }
 
     /// Sampled tokens that have been read.

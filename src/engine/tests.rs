@@ -126,6 +126,31 @@ fn a_cancelled_request_ends_as_cancelled() {
 }
 
 #[test]
+fn every_close_waits_until_the_engines_are_gone() {
+    let pool = Arc::new(pool("close"));
+    let running = generate(&pool, "close", 500);
+    assert!(matches!(running.next(Some(PATIENCE)), Ok(Event::Delta(_))));
+    let threads = || {
+        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name.contains("close")).filter(|name| name.starts_with("omlx-")).count()
+    };
+    if cfg!(target_os = "linux") {
+        assert_eq!(threads(), 2, "the engine's threads");
+    }
+    let closers: Vec<_> = (0..4)
+        .map(|_| {
+            let pool = Arc::clone(&pool);
+            std::thread::spawn(move || pool.close())
+        })
+        .collect();
+    for closer in closers {
+        closer.join().unwrap();
+        assert_eq!(threads(), 0, "a close returned before the engine was gone");
+    }
+}
+
+#[test]
 fn unloading_and_closing_end_running_requests() {
     let pool = pool("unload");
     let running = generate(&pool, "unload", 500);

@@ -1,6 +1,5 @@
 //! The thread that owns a model's arrays: plan, run, commit.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,12 +8,14 @@ use crossbeam_channel::Receiver;
 use super::runner::{Launched, Runner};
 use super::scheduler::Scheduler;
 use super::sequence::{Prepared, Sequence, SequenceId};
+use super::threads::end_before_exit;
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::fault;
-use crate::kernels::PANIC_PREFIX;
+use crate::kernels::PANIC_MARK;
 use crate::models;
+use crate::panics;
 use crate::text::TextModel;
 use crate::weights::Weights;
 
@@ -31,34 +32,24 @@ pub enum Command {
 
 /// Loads the model, serves requests until told to stop, and returns all memory to the system.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) {
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    let outcome = panics::catch(|| {
         crate::mlx::init()?;
         crate::mlx::on_device(options.device, || serve(options, inbox, shared))
-    }));
+    });
     let error = match outcome {
         Ok(Ok(())) => super::stopped(),
         Ok(Err(error)) => error,
-        Err(panic) => Error::internal(format!("engine {}: panic: {}", options.id, panic_message(&*panic))),
+        Err(panic) => panic.context(format!("engine {}", options.id)),
     };
     tracing::debug!(model = options.id, reason = %error, "engine ended");
     shared.set(Phase::Ended(error));
     // Requests that nobody will read any more end here, through their sinks.
     while inbox.try_recv().is_ok() {}
-    // MLX keeps freed buffers for reuse; nobody here reuses them.
-    if let Err(error) = mlx_rs::memory::clear_cache() {
-        tracing::warn!(%error, "MLX's buffer cache could not be cleared");
-    }
-}
-
-/// The text of a caught panic.
-pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("unknown")
 }
 
 fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) -> Result<()> {
     let started = Instant::now();
-    let (runner, weight_bytes) = load(options)?;
+    let (runner, weight_bytes) = load(options, shared)?;
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     tracing::info!(
         model = options.id,
@@ -67,15 +58,12 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) ->
         seconds = info.load_seconds,
         "loaded"
     );
+    end_before_exit();
     shared.set(Phase::Ready(info));
     let scheduler = Scheduler::new(options.prefill_chunk);
     let mut worker = Worker { id: options.id.clone(), runner, scheduler, in_flight: None, next_id: 0 };
-    let outcome = catch_unwind(AssertUnwindSafe(|| worker.run(inbox)));
-    let defect = match outcome {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(error.context(format!("engine {}", options.id))),
-        Err(panic) => Some(Error::internal(format!("engine {}: panic: {}", options.id, panic_message(&*panic)))),
-    };
+    let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
+    let defect = outcome.err().map(|error| error.context(format!("engine {}", options.id)));
     if let Some(error) = &defect {
         // Poisoned: no new request may reach this engine once its running ones hear of it.
         shared.set(Phase::Ended(error.clone()));
@@ -84,7 +72,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) ->
     defect.map_or(Ok(()), Err)
 }
 
-fn load(options: &EngineOptions) -> Result<(Runner, usize)> {
+fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
     let (config, weights) = match &options.source {
         ModelSource::Folder(folder) => {
             let config = ModelConfig::load(folder)?;
@@ -92,8 +80,11 @@ fn load(options: &EngineOptions) -> Result<(Runner, usize)> {
             let weights = Weights::open(folder, &config, options.dtype)?;
             (config, weights)
         }
-        ModelSource::Random(config) => (config.clone(), Weights::random(config, options.dtype, 0)),
+        ModelSource::Random(config) => (config.clone(), Weights::random(config, options.dtype)),
     };
+    // Reading a large model takes a while; an unload or close must not wait for the rest of it.
+    let failure = Arc::clone(&shared.failure);
+    let weights = weights.interrupted_by(move || failure.get().cloned());
     let context = models::context_length(&config, options.context)?;
     let loaded = models::load(&config, context, weights)?;
     Ok((Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?), loaded.weight_bytes))
@@ -119,8 +110,11 @@ impl Worker {
                     return Ok(());
                 }
             }
-            for gone in self.scheduler.reap_cancelled() {
+            if let Some(gone) = self.scheduler.reap_cancelled() {
                 self.runner.remove(gone);
+            }
+            if let Some(started) = self.scheduler.start() {
+                self.runner.add(started.id(), started.prompt(), started.sampling());
             }
             let launched = self.launch()?;
             let before = self.in_flight.take();
@@ -144,7 +138,6 @@ impl Worker {
             Command::Admit(prepared, text) => {
                 let id = self.next_id;
                 self.next_id += 1;
-                self.runner.add(id, &prepared.prompt, prepared.sampling.clone());
                 self.scheduler.admit(Sequence::new(id, *prepared, text));
                 true
             }
@@ -179,7 +172,7 @@ impl Worker {
     /// Ends the sequence whose step failed. A defect is passed on: it may have left any state behind.
     fn fail(&mut self, id: SequenceId, error: Error) -> Result<()> {
         tracing::error!(model = self.id, %error, "a step failed");
-        if error.status() == Status::Internal || error.message().contains(PANIC_PREFIX) {
+        if error.status() == Status::Internal || error.message().contains(PANIC_MARK) {
             return Err(Error::internal(error.message()));
         }
         if let Some(ended) = self.scheduler.fail(id, error) {

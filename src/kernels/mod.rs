@@ -4,14 +4,16 @@
 //! Kernels may fail and even panic: both end the evaluation with an error, and neither reaches a C++ frame.
 
 use std::ffi::{CStr, c_char, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
 
 use mlx_rs::{Array, Dtype, Stream};
 
 use crate::error::{Error, Result};
+use crate::panics;
+use crate::sync::lock;
 
-/// Starts the message of an error that was a panic: a defect, not a condition.
-pub const PANIC_PREFIX: &str = "kernel panic: ";
+/// Is in the message of an error that was a panic: a defect, not a condition.
+pub const PANIC_MARK: &str = "in a kernel: ";
 
 /// Reads evaluated inputs and fills an output. Runs on MLX's threads, at most once per graph node.
 pub trait CpuKernel: Send + Sync {
@@ -38,7 +40,12 @@ struct RawArray {
     shape: *const i32,
     strides: *const i64,
     ndim: usize,
+    /// Index into [`DTYPES`], or past its end.
+    dtype: u32,
 }
+
+/// Element types that kernels read and write; their places are the shim's codes.
+const DTYPES: [Dtype; 4] = [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16, Dtype::Uint32];
 
 impl RawArray {
     fn shape(&self) -> &[i32] {
@@ -49,8 +56,12 @@ impl RawArray {
         unsafe { std::slice::from_raw_parts(self.shape, self.ndim) }
     }
 
-    fn len(&self) -> usize {
-        self.shape().iter().map(|&n| n as usize).product()
+    /// Number of elements, if they have the type `dtype`.
+    fn len_of(&self, dtype: Dtype) -> Result<usize> {
+        if DTYPES.get(self.dtype as usize) != Some(&dtype) {
+            return Err(Error::internal(format!("a kernel took an array for {dtype:?} that is none")));
+        }
+        Ok(self.shape().iter().map(|&n| n as usize).product())
     }
 }
 
@@ -60,9 +71,7 @@ impl<'a> Input<'a> {
         self.raw.shape()
     }
 
-    /// The elements as f32 if the array is one row-major run of memory, else an error: make it contiguous before.
-    ///
-    /// The node's maker vouches for the type.
+    /// The elements of an f32 array that is one row-major run of memory; make it contiguous before.
     pub fn as_f32(&self) -> Result<&'a [f32]> {
         let mut expected = 1i64;
         for (axis, &size) in self.shape().iter().enumerate().rev() {
@@ -73,8 +82,12 @@ impl<'a> Input<'a> {
             }
             expected *= i64::from(size);
         }
-        // SAFETY: contiguous, evaluated, and alive while the kernel runs.
-        Ok(unsafe { std::slice::from_raw_parts(self.raw.data.cast(), self.raw.len()) })
+        let len = self.raw.len_of(Dtype::Float32)?;
+        if len == 0 {
+            return Ok(&[]);
+        }
+        // SAFETY: contiguous, evaluated, of this type, and alive while the kernel runs.
+        Ok(unsafe { std::slice::from_raw_parts(self.raw.data.cast(), len) })
     }
 }
 
@@ -84,10 +97,14 @@ impl<'a> Output<'a> {
         self.raw.shape()
     }
 
-    /// The elements as f32, to be overwritten. The node's maker vouches for the type.
-    pub fn into_f32(self) -> &'a mut [f32] {
-        // SAFETY: freshly allocated for this node, referred to by nobody else while the kernel runs.
-        unsafe { std::slice::from_raw_parts_mut(self.raw.data.cast(), self.raw.len()) }
+    /// The elements of an f32 output, to be overwritten.
+    pub fn into_f32(self) -> Result<&'a mut [f32]> {
+        let len = self.raw.len_of(Dtype::Float32)?;
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: freshly allocated for this node, of this type, referred to by nobody else while the kernel runs.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.raw.data.cast(), len) })
     }
 }
 
@@ -110,31 +127,47 @@ unsafe extern "C" {
     ) -> *mut c_void;
 }
 
+thread_local! {
+    /// The first failure of the kernels that this thread put into graphs, until it is asked for.
+    static FAILURE: Arc<Mutex<Option<String>>> = Arc::default();
+}
+
+/// A kernel in a graph, and where its failure is noted.
+struct Task {
+    kernel: Box<dyn CpuKernel>,
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+/// An error if a kernel that this thread put into a graph has failed since the last call.
+///
+/// To be called when results of the graph have arrived: MLX hands a failure only to those who are already waiting when
+/// it happens, and gives everyone else the unfinished numbers.
+pub fn check() -> Result<()> {
+    match FAILURE.with(|failure| lock(failure).take()) {
+        None => Ok(()),
+        Some(text) => Err(Error::backend(text)),
+    }
+}
+
 /// A graph node of `shape` and `dtype` that `kernel` computes from `inputs`.
 pub fn node<K: CpuKernel + 'static>(kernel: K, inputs: &[&Array], shape: &[i32], dtype: Dtype) -> Result<Array> {
-    let code = match dtype {
-        Dtype::Float32 => 0,
-        Dtype::Float16 => 1,
-        Dtype::Bfloat16 => 2,
-        Dtype::Uint32 => 3,
-        other => return Err(Error::internal(format!("kernels have no output type {other:?}"))),
-    };
-    let kernel: Box<dyn CpuKernel> = Box::new(kernel);
+    let code = DTYPES.iter().position(|known| *known == dtype);
+    let code = code.ok_or_else(|| Error::internal(format!("kernels have no output type {dtype:?}")))?;
+    let task = Task { kernel: Box::new(kernel), failure: FAILURE.with(Arc::clone) };
     let stream = Stream::thread_local_or_default();
     let inputs: Vec<*mut c_void> = inputs.iter().map(|input| input.as_ptr().ctx).collect();
     let mut message = [0 as c_char; 512];
-    // SAFETY: a fat pointer does not fit into a C pointer, so the box is boxed; `drop_kernel` undoes both. Inputs,
-    // shape, stream and message outlive the call.
+    // SAFETY: `drop_kernel` takes the box back. Inputs, shape, stream and message outlive the call.
     let context = unsafe {
         omlx_kernel_array_new(
-            Box::into_raw(Box::new(kernel)).cast(),
+            Box::into_raw(Box::new(task)).cast(),
             run_kernel,
             drop_kernel,
             inputs.as_ptr(),
             inputs.len(),
             shape.as_ptr(),
             shape.len(),
-            code,
+            code as u32,
             stream.as_ptr().ctx,
             message.as_mut_ptr(),
             message.len(),
@@ -159,19 +192,18 @@ extern "C" fn run_kernel(
 ) -> i32 {
     let body = || {
         // SAFETY: the shim passes the box made in `node`, `input_count` inputs and one output, all alive for the call.
-        let (kernel, inputs, output) = unsafe {
+        let (task, inputs, output) = unsafe {
             let inputs = if input_count == 0 { &[] } else { std::slice::from_raw_parts(inputs, input_count) };
-            (&*kernel.cast::<Box<dyn CpuKernel>>(), inputs, &*output)
+            (&*kernel.cast::<Task>(), inputs, &*output)
         };
         let inputs: Vec<_> = inputs.iter().map(|raw| Input { raw }).collect();
-        kernel.run(&inputs, Output { raw: output }).map_err(|error| error.message().to_owned())
+        task.kernel.run(&inputs, Output { raw: output }).map_err(|error| error.message().to_owned())
     };
-    let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().copied();
-        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("unknown");
-        Err(format!("{PANIC_PREFIX}{text}"))
-    });
+    let outcome = panics::catch(body).unwrap_or_else(|panic| Err(format!("{PANIC_MARK}{}", panic.message())));
     let Err(text) = outcome else { return 0 };
+    // SAFETY: as above.
+    let task = unsafe { &*kernel.cast::<Task>() };
+    lock(&task.failure).get_or_insert_with(|| text.clone());
     let bytes = text.as_bytes();
     let len = bytes.len().min(message_size.saturating_sub(1));
     // SAFETY: `message` has `message_size` zeroed bytes, and one is left for the final NUL.
@@ -181,15 +213,13 @@ extern "C" fn run_kernel(
 
 extern "C" fn drop_kernel(kernel: *mut c_void) {
     // SAFETY: the pointer made in `node`, passed here exactly once.
-    let kernel = unsafe { Box::from_raw(kernel.cast::<Box<dyn CpuKernel>>()) };
+    let kernel = unsafe { Box::from_raw(kernel.cast::<Task>()) };
     // A destructor that panics would unwind into C++.
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(kernel)));
+    let _ = panics::catch(|| drop(kernel));
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::mlx::{self, Device};
 
@@ -202,7 +232,7 @@ mod tests {
 
     impl<F: Fn() -> Result<()> + Send + Sync> CpuKernel for AddThen<F> {
         fn run(&self, inputs: &[Input<'_>], output: Output<'_>) -> Result<()> {
-            for (out, value) in output.into_f32().iter_mut().zip(inputs[0].as_f32()?) {
+            for (out, value) in output.into_f32()?.iter_mut().zip(inputs[0].as_f32()?) {
                 *out = value + self.addend;
             }
             (self.then)()
@@ -235,9 +265,38 @@ mod tests {
         let error = evaluate(|| Err(Error::internal("no such luck")), &alive).unwrap_err();
         assert!(error.message().contains("no such luck"), "{error}");
         let panic = evaluate(|| panic!("on purpose"), &alive).unwrap_err();
-        assert!(panic.message().contains("kernel panic: on purpose"), "{panic}");
+        assert!(panic.message().contains(PANIC_MARK) && panic.message().contains("on purpose"), "{panic}");
         assert_eq!(evaluate(|| Ok(()), &alive).unwrap(), [4.0, 6.0, 8.0]);
         assert_eq!(Arc::strong_count(&alive), 1, "a failed kernel outlived its graph");
+    }
+
+    #[test]
+    fn a_failure_is_known_to_those_who_come_late() {
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(Device::Cpu, || {
+            let x = Array::from_slice(&[1f32], &[1]);
+            let kernel = AddThen { addend: 1.0, then: || panic!("unseen"), _alive: Arc::new(()) };
+            let y = node(kernel, &[&x], &[1], Dtype::Float32)?;
+            mlx_rs::transforms::async_eval([&y])?;
+            // Long enough for the kernel to have failed before anybody waits for it.
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            let _ = y.eval();
+            assert!(check().is_err_and(|error| error.message().contains("unseen")));
+            check()
+        });
+        outcome.expect("a failure is reported once");
+    }
+
+    #[test]
+    fn a_wrong_type_is_refused() {
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(Device::Cpu, || {
+            let x = Array::from_slice(&[1f32, 2.0], &[2]).as_dtype(Dtype::Float16)?;
+            let kernel = AddThen { addend: 0.0, then: || Ok(()), _alive: Arc::new(()) };
+            let y = node(kernel, &[&x], &[2], Dtype::Float32)?;
+            Ok(y.eval()?)
+        });
+        assert!(outcome.unwrap_err().message().contains("Float32"));
     }
 
     #[test]

@@ -27,6 +27,7 @@ struct omlx_kernel_array {
   const int32_t* shape;
   const int64_t* strides;
   size_t ndim;
+  uint32_t dtype;
 };
 
 typedef int32_t (*omlx_kernel_run)(
@@ -54,8 +55,20 @@ struct Kernel {
   }
 };
 
+// The codes of `DTYPES` in mod.rs.
+const Dtype kDtypes[] = {mlx::core::float32, mlx::core::float16, mlx::core::bfloat16, mlx::core::uint32};
+constexpr uint32_t kDtypeCount = sizeof(kDtypes) / sizeof(kDtypes[0]);
+
+uint32_t code_of(Dtype dtype) {
+  uint32_t code = 0;
+  while (code < kDtypeCount && kDtypes[code] != dtype) {
+    code++;
+  }
+  return code;
+}
+
 omlx_kernel_array view(const array& a) {
-  return {const_cast<char*>(a.data<char>()), a.shape().data(), a.strides().data(), a.ndim()};
+  return {const_cast<char*>(a.data<char>()), a.shape().data(), a.strides().data(), a.ndim(), code_of(a.dtype())};
 }
 
 void run(const Kernel& kernel, const std::vector<array>& inputs, const array& output) {
@@ -103,18 +116,10 @@ class RustKernel : public mlx::core::UnaryPrimitive {
 };
 
 Dtype dtype_of(uint32_t code) {
-  switch (code) {
-    case 0:
-      return mlx::core::float32;
-    case 1:
-      return mlx::core::float16;
-    case 2:
-      return mlx::core::bfloat16;
-    case 3:
-      return mlx::core::uint32;
-    default:
-      throw std::invalid_argument("unknown kernel output type");
+  if (code >= kDtypeCount) {
+    throw std::invalid_argument("unknown kernel output type");
   }
+  return kDtypes[code];
 }
 
 } // namespace

@@ -32,6 +32,9 @@ pub(super) struct DenseConfig {
 /// Upper bound of any size in a config: keeps the products of two of them far from overflow.
 const MAX_SIZE: usize = 1 << 24;
 
+/// What transformers assumes where a Qwen config has no `max_window_layers`.
+const QWEN_WINDOW_LAYERS: usize = 28;
+
 impl DenseConfig {
     fn check(&self) -> Result<()> {
         let sizes = [
@@ -46,10 +49,13 @@ impl DenseConfig {
         if let Some((name, size)) = sizes.into_iter().find(|&(_, n)| n == 0 || n > MAX_SIZE) {
             return Err(Error::invalid_model(format!("config.json: {name:?} is {size}")));
         }
-        if self.num_attention_heads % self.kv_heads() != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.kv_heads()) {
             return Err(Error::invalid_model("config.json: attention heads are not a multiple of key/value heads"));
         }
-        if self.head_dim() % 2 != 0 {
+        if self.sliding_window == Some(0) {
+            return Err(Error::invalid_model("config.json: \"sliding_window\" is 0"));
+        }
+        if !self.head_dim().is_multiple_of(2) {
             return Err(Error::invalid_model("config.json: \"head_dim\" must be even"));
         }
         match self.hidden_act.as_deref() {
@@ -121,7 +127,8 @@ impl DenseConfig {
 
     /// Qwen's rule: with `use_sliding_window`, the layers from `max_window_layers` on slide.
     pub fn qwen_window(&self, layer: usize) -> Option<usize> {
-        let slides = self.use_sliding_window.unwrap_or(false) && layer >= self.max_window_layers.unwrap_or(0);
+        let slides =
+            self.use_sliding_window.unwrap_or(false) && layer >= self.max_window_layers.unwrap_or(QWEN_WINDOW_LAYERS);
         self.sliding_window.filter(|_| slides)
     }
 }

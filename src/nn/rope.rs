@@ -27,8 +27,9 @@ enum Factors {
 
 #[derive(Debug, Clone, Default, Deserialize)]
 struct Scaling {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older spelling; some configs have both.
+    r#type: Option<String>,
     rope_theta: Option<f32>,
     factor: Option<f32>,
     original_max_position_embeddings: Option<usize>,
@@ -77,7 +78,7 @@ impl RopeSpec {
             wavelengths: None,
             magnitude: 1.0,
         };
-        let kind = scaling.rope_type.as_deref().unwrap_or("default");
+        let kind = scaling.rope_type.as_deref().or(scaling.r#type.as_deref()).unwrap_or("default");
         match kind {
             "default" => {}
             "linear" => rope.scale = 1.0 / scaling.need_factor(kind)?,
@@ -215,5 +216,24 @@ impl Rope {
             self.wavelengths.as_ref(),
         )?;
         Ok(rotated.reshape(&shape)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn both_spellings_of_the_type_may_be_there() {
+        for scaling in [
+            json!({"type": "linear", "factor": 2.0}),
+            json!({"rope_type": "linear", "factor": 2.0}),
+            json!({"type": "linear", "rope_type": "linear", "factor": 2.0}),
+        ] {
+            let spec: RopeSpec = serde_json::from_value(json!({"rope_theta": 1e4, "rope_scaling": scaling})).unwrap();
+            assert_eq!(spec.build(8, 64).unwrap().scale, 0.5);
+        }
     }
 }

@@ -39,6 +39,27 @@ impl ModelEntry {
         }
     }
 
+    /// The model in `folder`, named `id` or like its folder; its config must be readable and of a known type.
+    pub fn from_folder(folder: &Path, id: Option<&str>) -> Result<Self> {
+        let id = id.map_or_else(|| name(folder), |id| Ok(id.to_owned()))?;
+        if !folder.is_dir() {
+            return Err(Error::not_found(format!("{}: no such model folder", folder.display())));
+        }
+        Self::new(id, Some(folder.to_owned()), ModelConfig::load(folder)).usable()
+    }
+
+    /// A model of random weights.
+    pub fn random(id: &str, config: ModelConfig) -> Result<Self> {
+        Self::new(id.to_owned(), None, Ok(config)).usable()
+    }
+
+    fn usable(self) -> Result<Self> {
+        match &self.problem {
+            Some(problem) => Err(problem.clone()),
+            None => Ok(self),
+        }
+    }
+
     fn new(id: String, folder: Option<PathBuf>, config: Result<ModelConfig>) -> Self {
         let checked = config.and_then(|config| {
             models::check_supported(&config)?;
@@ -82,61 +103,45 @@ impl Catalogue {
     pub fn scan(folder: &Path) -> Result<Self> {
         let mut catalogue = Self::default();
         if is_model(folder) {
-            catalogue.add_folder(folder, None)?;
+            catalogue.add(ModelEntry::from_folder(folder, None)?)?;
             return Ok(catalogue);
         }
         for child in subfolders(folder)? {
             if is_model(&child) {
-                catalogue.insert(name(&child)?, child);
+                catalogue.list(name(&child), child);
                 continue;
             }
             let Ok(grandchildren) = subfolders(&child) else { continue };
             for grandchild in grandchildren.into_iter().filter(|g| is_model(g)) {
-                catalogue.insert(format!("{}/{}", name(&child)?, name(&grandchild)?), grandchild);
+                let id = name(&child).and_then(|org| Ok(format!("{org}/{}", name(&grandchild)?)));
+                catalogue.list(id, grandchild);
             }
         }
         Ok(catalogue)
     }
 
-    fn insert(&mut self, id: String, folder: PathBuf) {
-        let config = ModelConfig::load(&folder);
-        self.entries.insert(id.clone(), ModelEntry::new(id, Some(folder), config));
+    /// Lists a folder that was found, usable or not; without a usable name it is left out.
+    fn list(&mut self, id: Result<String>, folder: PathBuf) {
+        match id {
+            Ok(id) => {
+                let config = ModelConfig::load(&folder);
+                self.entries.insert(id.clone(), ModelEntry::new(id, Some(folder), config));
+            }
+            Err(error) => tracing::warn!(%error, "a model folder is left out"),
+        }
     }
 
-    /// Adds a model folder; its config must be readable and of a known type.
-    pub fn add_folder(&mut self, folder: &Path, id: Option<&str>) -> Result<String> {
-        let id = id.map_or_else(|| name(folder), |id| Ok(id.to_owned()))?;
-        self.check_free(&id)?;
-        if !folder.is_dir() {
-            return Err(Error::not_found(format!("{}: no such model folder", folder.display())));
-        }
-        let entry = ModelEntry::new(id.clone(), Some(folder.to_owned()), ModelConfig::load(folder));
-        if let Some(problem) = &entry.problem {
-            return Err(problem.clone());
-        }
-        self.entries.insert(id.clone(), entry);
-        Ok(id)
-    }
-
-    /// Adds a model of random weights.
-    pub fn add_random(&mut self, id: &str, config: ModelConfig) -> Result<()> {
-        self.check_free(id)?;
-        let entry = ModelEntry::new(id.to_owned(), None, Ok(config));
-        if let Some(problem) = &entry.problem {
-            return Err(problem.clone());
-        }
-        self.entries.insert(id.to_owned(), entry);
-        Ok(())
-    }
-
-    fn check_free(&self, id: &str) -> Result<()> {
+    /// Adds a model under an id that is not in use; returns the id.
+    pub fn add(&mut self, entry: ModelEntry) -> Result<String> {
+        let id = entry.id.clone();
         if id.is_empty() {
             return Err(Error::invalid_argument("a model id must not be empty"));
         }
-        match self.entries.contains_key(id) {
-            true => Err(Error::invalid_argument(format!("there is a model {id:?} already"))),
-            false => Ok(()),
+        if self.entries.contains_key(&id) {
+            return Err(Error::invalid_argument(format!("there is a model {id:?} already")));
         }
+        self.entries.insert(id.clone(), entry);
+        Ok(id)
     }
 
     /// All models.
@@ -169,15 +174,17 @@ fn is_model(folder: &Path) -> bool {
     folder.join("config.json").is_file()
 }
 
-/// The folder's name in UTF-8.
+/// The folder's name in UTF-8, as it is written: links are not followed.
 fn name(folder: &Path) -> Result<String> {
-    // "models/x/." and "models/x" are the same folder.
-    let folder = folder.canonicalize().map_err(|e| Error::io(folder.display(), &e))?;
-    folder
-        .file_name()
-        .and_then(|name| name.to_str())
-        .map(str::to_owned)
-        .ok_or_else(|| Error::invalid_argument(format!("{}: not a usable folder name", folder.display())))
+    let unusable = || Error::invalid_argument(format!("{}: not a usable folder name", folder.display()));
+    match folder.file_name() {
+        Some(name) => name.to_str().map(str::to_owned).ok_or_else(unusable),
+        // "." and ".." have a name once they are resolved.
+        None => {
+            let resolved = folder.canonicalize().map_err(|e| Error::io(folder.display(), &e))?;
+            resolved.file_name().and_then(|name| name.to_str()).map(str::to_owned).ok_or_else(unusable)
+        }
+    }
 }
 
 /// Folders in `folder`, hidden ones left out, in the order of their names.

@@ -54,6 +54,8 @@ pub struct EnginePool {
 struct State {
     catalogue: Catalogue,
     engines: HashMap<String, Slot>,
+    /// Engines that were told to stop, or failed, and may still be running down.
+    retiring: Vec<Arc<Engine>>,
     closed: bool,
 }
 
@@ -89,7 +91,7 @@ impl EnginePool {
             context: options.context,
             prefill_chunk: options.prefill_chunk.unwrap_or(DEFAULT_PREFILL_CHUNK),
             default_model: options.default_model,
-            state: Mutex::new(State { catalogue, engines: HashMap::new(), closed: false }),
+            state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
         })
     }
 
@@ -100,12 +102,14 @@ impl EnginePool {
 
     /// Adds the model in `folder` under `id`, by default the folder's name; returns the id.
     pub fn add_model(&self, folder: &Path, id: Option<&str>) -> Result<String> {
-        lock(&self.state).catalogue.add_folder(folder, id)
+        // Read before locking: a slow disk must not hold up `generate`.
+        let entry = ModelEntry::from_folder(folder, id)?;
+        lock(&self.state).catalogue.add(entry)
     }
 
     /// Adds a model with random weights of `config`, for benchmarks.
     pub fn add_random_model(&self, id: &str, config: ModelConfig) -> Result<()> {
-        lock(&self.state).catalogue.add_random(id, config)
+        lock(&self.state).catalogue.add(ModelEntry::random(id, config)?).map(|_| ())
     }
 
     /// All models with what is known of them, and whether each is loaded.
@@ -132,14 +136,17 @@ impl EnginePool {
 
     /// Ends the model's requests and blocks until its memory is returned. Not loaded is not an error.
     pub fn unload(&self, id: &str) -> Result<()> {
-        let slot = {
+        let engine = {
             let mut state = lock(&self.state);
             state.catalogue.find(id)?;
-            state.engines.remove(id)
+            let engine = state.engines.remove(id).and_then(|slot| slot.engine);
+            state.retiring.extend(engine.clone());
+            engine
         };
-        if let Some(engine) = slot.and_then(|slot| slot.engine) {
+        if let Some(engine) = engine {
             engine.stop(Error::new(Status::Cancelled, format!("model {id:?} was unloaded")));
             engine.join();
+            lock(&self.state).retiring.retain(|other| !Arc::ptr_eq(other, &engine));
         }
         Ok(())
     }
@@ -162,15 +169,16 @@ impl EnginePool {
         self.text(request.model.as_deref())?.get()?.render(chat)
     }
 
-    /// Ends all requests and refuses new ones; returns at once. The engines stop in the background.
-    pub fn begin_close(&self) -> Vec<Arc<Engine>> {
+    /// Ends all requests and refuses new ones; returns the engines that run down, without waiting for them.
+    fn begin_close(&self) -> Vec<Arc<Engine>> {
         let mut state = lock(&self.state);
         state.closed = true;
         let engines: Vec<_> = state.engines.drain().filter_map(|(_, slot)| slot.engine).collect();
-        for engine in &engines {
+        state.retiring.extend(engines);
+        for engine in &state.retiring {
             engine.stop(closed());
         }
-        engines
+        state.retiring.clone()
     }
 
     /// Ends all requests and blocks until every engine is gone.
@@ -184,9 +192,14 @@ impl EnginePool {
     fn engine(&self, id: Option<&str>) -> Result<Arc<Engine>> {
         let mut state = lock(&self.state);
         let (id, source) = self.resolve(&state, id)?;
-        let slot = state.engines.entry(id.clone()).or_insert_with(|| self.slot(&source));
-        if let Some(engine) = slot.engine.as_ref().filter(|engine| engine.ended().is_none()) {
-            return Ok(Arc::clone(engine));
+        let State { engines, retiring, .. } = &mut *state;
+        let slot = engines.entry(id.clone()).or_insert_with(|| self.slot(&source));
+        match slot.engine.take() {
+            Some(engine) if engine.ended().is_none() => return Ok(Arc::clone(slot.engine.insert(engine))),
+            failed => {
+                retiring.retain(|engine| !engine.is_gone());
+                retiring.extend(failed);
+            }
         }
         let engine = Arc::new(Engine::start(EngineOptions {
             id,

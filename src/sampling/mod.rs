@@ -110,12 +110,16 @@ impl Sampler {
         if self.seen.is_none() && self.counts.is_none() {
             return Ok(());
         }
-        let ids: Vec<u32> = (0..self.vocab as u32).collect();
-        let hit = Array::from_slice(&ids, &[1, self.vocab as i32]).eq(token)?;
+        let hit = ids(self.vocab)?.as_type::<u32>()?.eq(token)?;
         self.seen = self.seen.take().map(|seen| seen.logical_or(&hit)).transpose()?;
         self.counts = self.counts.take().map(|counts| counts.add(hit.as_type::<f32>()?)).transpose()?;
         Ok(())
     }
+}
+
+/// Token ids as a row, `[1, vocab]` i32, made on the device.
+fn ids(vocab: usize) -> Result<Array> {
+    Ok(mlx_rs::ops::arange::<_, i32>(None, vocab as i32, None)?.expand_dims(0)?)
 }
 
 /// SplitMix64 over seed and draw number, so that neighbouring seeds give unrelated streams.
@@ -131,14 +135,14 @@ pub fn sample(logits: &Array, rows: &mut [&mut Sampler]) -> Result<Drawn> {
     let raw = logits.as_type::<f32>()?;
     let adjusted = adjust_rows(&raw, rows)?;
     let greedy = argmax_axis(&adjusted, -1, true)?;
-    let tokens = if rows.iter().all(|row| row.params.temperature == 0.0) {
+    let tokens = if rows.iter().all(|row| row.params.is_greedy()) {
         greedy
     } else {
         let column = |value: fn(&SamplingParams) -> f32| column(rows, value);
-        let temperature = column(|p| if p.temperature > 0.0 { p.temperature } else { 1.0 });
+        let temperature = column(|p| if p.is_greedy() { 1.0 } else { p.temperature });
         let tempered = adjusted.divide(temperature)?;
         let drawn = draw(&tempered, rows)?;
-        select(&column(|p| p.temperature).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
+        select(&column(|p| f32::from(!p.is_greedy())).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
     };
     let logprobs = report(&raw, &tokens, rows)?;
     for (index, row) in rows.iter_mut().enumerate() {
@@ -179,14 +183,13 @@ fn draw(tempered: &Array, rows: &[&mut Sampler]) -> Result<Array> {
     }
     let order = mlx_rs::ops::argsort_axis(tempered.negative()?, -1)?;
     let sorted = tempered.take_along_axis(&order, -1)?;
-    let probabilities = mlx_rs::ops::softmax_axis(&sorted, -1, true)?;
+    let ranks = ids(tempered.dim(1) as usize)?.as_type::<f32>()?;
+    let in_top_k = ranks.lt(column(rows, |p| if p.top_k > 0 { p.top_k as f32 } else { f32::INFINITY }))?;
+    // The nucleus is measured on what top-k left.
+    let probabilities = mlx_rs::ops::softmax_axis(select(&in_top_k, &sorted, &minus_infinity)?, -1, true)?;
     let before = probabilities.cumsum(-1, false, false)?;
     let in_nucleus = before.lt(column(rows, |p| if p.top_p < 1.0 { p.top_p } else { f32::INFINITY }))?;
-    let vocab = tempered.dim(1);
-    let ranks: Vec<f32> = (0..vocab).map(|rank| rank as f32).collect();
-    let in_top_k = Array::from_slice(&ranks, &[1, vocab])
-        .lt(column(rows, |p| if p.top_k > 0 { p.top_k as f32 } else { f32::INFINITY }))?;
-    let first = Array::from_slice(&ranks, &[1, vocab]).lt(Array::from_f32(1.0))?;
+    let first = ranks.lt(Array::from_f32(1.0))?;
     let keep = in_nucleus.logical_and(in_top_k)?.logical_or(first)?;
     let filtered = select(&keep, &kept.take_along_axis(&order, -1)?, &minus_infinity)?;
     let place = argmax_axis(filtered.add(noise.take_along_axis(&order, -1)?)?, -1, true)?;

@@ -43,9 +43,14 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether the best token is taken: below this temperature the tempered logits would overflow.
+    pub(super) fn is_greedy(&self) -> bool {
+        self.temperature < 1e-5
+    }
+
     /// Whether drawing needs the tokens in order.
     pub(super) fn sorts(&self) -> bool {
-        self.temperature > 0.0 && (self.top_p < 1.0 || self.top_k > 0)
+        !self.is_greedy() && (self.top_p < 1.0 || self.top_k > 0)
     }
 
     /// Whether the tokens of the answer are counted.

@@ -49,8 +49,10 @@ fn ranking(logits: &[f32]) -> Vec<u32> {
 #[test]
 fn zero_temperature_takes_the_best_token() {
     on_cpu(|| {
-        let greedy = draws(SamplingParams { top_p: 0.1, ..SamplingParams::default() }, &[], 3)?;
-        assert_eq!(greedy, [ranking(&logits())[0]; 3]);
+        for temperature in [0.0, 1e-39] {
+            let greedy = draws(SamplingParams { temperature, top_p: 0.1, ..SamplingParams::default() }, &[], 3)?;
+            assert_eq!(greedy, [ranking(&logits())[0]; 3]);
+        }
         Ok(())
     });
 }
@@ -140,7 +142,13 @@ fn filters_keep_exactly_what_they_should() {
         let best = probabilities[ranked[0] as usize];
         let expected: Vec<u32> = ranked.iter().copied().filter(|t| probabilities[*t as usize] >= 0.35 * best).collect();
         assert_eq!(support(SamplingParams { min_p: 0.35, ..hot.clone() })?, expected);
-        assert_eq!(support(SamplingParams { top_p: 1e-6, ..hot })?, ranked[..1]);
+        assert_eq!(support(SamplingParams { top_p: 1e-6, ..hot.clone() })?, ranked[..1]);
+        // Of the best three, the first two have 70 % of what the three have together, but only 37 % of all.
+        let three: f32 = ranked[..3].iter().map(|t| probabilities[*t as usize]).sum();
+        let two: f32 = ranked[..2].iter().map(|t| probabilities[*t as usize]).sum();
+        let mass = 0.99 * two / three;
+        assert!(mass > two, "the case does not tell the two readings apart");
+        assert_eq!(support(SamplingParams { top_k: 3, top_p: mass, ..hot })?, ranked[..2]);
         Ok(())
     });
 }

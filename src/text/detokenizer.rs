@@ -11,9 +11,9 @@ const MAX_WITHHELD: usize = 8;
 ///
 /// It never emits part of a character: the bytes of an incomplete one are withheld until it is complete, until it
 /// cannot be completed any more (then it is U+FFFD), or until [`finish`](Self::finish). All pieces joined equal
-/// [`Tokenizer::decode`] of all ids. A push costs the same however long the sequence is. For byte-level and SentencePiece
-/// vocabularies this is exact, token by token; other decoders are run over a short window of tokens, where the joined
-/// text may differ if a decoder looks further back than that.
+/// [`Tokenizer::decode`] of all ids. A push costs the same however long the sequence is. For byte-level and
+/// SentencePiece vocabularies this is exact, token by token; other decoders are run over a short window of tokens,
+/// where the joined text may differ if a decoder looks further back than that.
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     skip_special: bool,

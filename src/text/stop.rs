@@ -117,8 +117,8 @@ impl StopMatcher {
     /// Takes `count` bytes from the front of the withheld text.
     fn release(&mut self, count: usize) -> String {
         let bytes: Vec<u8> = self.held.drain(..count).collect();
-        // Pieces and stop strings are whole UTF-8 strings and no character starts with a continuation byte, so every cut
-        // lies between characters and nothing is replaced here.
+        // Pieces and stop strings are whole UTF-8 strings and no character starts with a continuation byte, so every
+        // cut lies between characters and nothing is replaced here.
         String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
     }
 }

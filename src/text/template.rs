@@ -4,8 +4,8 @@
 //! Templates are Jinja programs from the model folder and therefore untrusted: they see only the data of the request,
 //! run on a thread of their own with a stack of known size, and are bounded in work, recursion, nesting and time.
 //!
-//! Known differences from transformers, all outside of what templates do in practice: comparing unlike types gives false
-//! where Python raises; `%` does not format strings, `+x` and macro `varargs` do not
+//! Known differences from transformers, all outside of what templates do in practice: comparing unlike types gives
+//! false where Python raises; `%` does not format strings, `+x` and macro `varargs` do not
 //! exist; a float with an exponent prints in Rust's notation inside `~`; integers beyond 64 bits become floats.
 
 mod clock;
@@ -16,7 +16,6 @@ mod python;
 mod source;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,9 +30,10 @@ pub use input::ChatInput;
 
 use super::special::SpecialTokens;
 use crate::error::{Error, Result, Status};
+use crate::panics;
 
-/// What one rendering may cost: an instruction is one, and so are 64 bytes of data. Bounds the memory to about 512 MB and
-/// the work, which a chat of 1 MB does not come near.
+/// What one rendering may cost: an instruction is one, and so are 64 bytes of data. Bounds the memory to about 512 MB
+/// and the work, which a chat of 1 MB does not come near.
 const FUEL: u64 = 8_000_000;
 /// Depth of blocks, loops and macro calls (a macro call counts as four).
 const RECURSION_LIMIT: usize = 200;
@@ -64,11 +64,12 @@ struct Shared {
 struct Raised(String);
 
 impl ChatTemplates {
-    /// Reads the templates of a model folder; `config` is its parsed `tokenizer_config.json`, `now` as in [`new`](Self::new).
+    /// Reads the templates of a model folder; `config` is its parsed `tokenizer_config.json`, `now` as in
+    /// [`new`](Self::new).
     ///
-    /// As in transformers, `chat_template.jinja` and `additional_chat_templates/*.jinja` replace the `chat_template` of the
-    /// configuration (a string, or a list of `{"name", "template"}`). A `chat_template.json`, which older processors have,
-    /// is used if there is neither.
+    /// As in transformers, `chat_template.jinja` and `additional_chat_templates/*.jinja` replace the `chat_template` of
+    /// the configuration (a string, or a list of `{"name", "template"}`). A `chat_template.json`, which older
+    /// processors have, is used if there is neither.
     pub fn load(
         folder: &Path,
         config: &serde_json::Value,
@@ -132,7 +133,7 @@ impl ChatTemplates {
         let (sender, receiver) = channel();
         let (shared, job_name, job_over) = (Arc::clone(&self.shared), name.to_owned(), Arc::clone(&over));
         spawn(move || {
-            let result = catch_unwind(AssertUnwindSafe(|| shared.render(&job_name, context)));
+            let result = panics::catch(|| shared.render(&job_name, context));
             let failed = |_| Err(Error::internal(format!("template {job_name:?}: the engine failed")));
             // The receiver is gone if the time was over.
             drop(sender.send(result.unwrap_or_else(failed)));

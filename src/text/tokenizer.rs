@@ -1,7 +1,6 @@
 //! The tokenizer of a model: `tokenizer.json` through the `tokenizers` crate.
 
 use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -9,6 +8,7 @@ use serde::Deserialize;
 use super::decoding::{Decoding, Piece, byte_level};
 use super::detokenizer::Detokenizer;
 use crate::error::{Error, Result};
+use crate::panics;
 
 const FILE: &str = "tokenizer.json";
 
@@ -40,7 +40,7 @@ impl Tokenizer {
         let invalid = |e: &dyn std::fmt::Display| Error::invalid_model(format!("{FILE}: {e}"));
         let entry: DecoderEntry = serde_json::from_slice(json).map_err(|e| invalid(&e))?;
         // The crate is not proof against every inconsistent file (ids out of range, for one).
-        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
+        let parsed = panics::catch(|| tokenizers::Tokenizer::from_bytes(json));
         let mut inner = parsed.map_err(|_| invalid(&"inconsistent content"))?.map_err(|e| invalid(&e))?;
         inner.with_truncation(None).map_err(|e| invalid(&e))?;
         inner.with_padding(None);
@@ -50,9 +50,10 @@ impl Tokenizer {
         Ok(Self { decoding: Decoding::parse(&entry.decoder), inner, special, vocab_size })
     }
 
-    /// Token ids of `text`; with `add_special_tokens` also those that the model's post-processor adds (BOS and the like).
+    /// Token ids of `text`; with `add_special_tokens` also those that the model's post-processor adds (BOS and the
+    /// like).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoded = catch_unwind(AssertUnwindSafe(|| self.inner.encode_fast(text, add_special_tokens)));
+        let encoded = panics::catch(|| self.inner.encode_fast(text, add_special_tokens));
         match encoded {
             Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
             Ok(Err(e)) => Err(Error::invalid_request(format!("the text cannot be tokenised: {e}"))),
@@ -125,7 +126,7 @@ impl Tokenizer {
 
     /// Decoding by the `tokenizers` crate.
     pub(super) fn decode_whole(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let decoded = catch_unwind(AssertUnwindSafe(|| self.inner.decode(ids, skip_special)));
+        let decoded = panics::catch(|| self.inner.decode(ids, skip_special));
         match decoded {
             Ok(Ok(text)) => Ok(text),
             Ok(Err(e)) => Err(Error::invalid_model(format!("{FILE}: {e}"))),

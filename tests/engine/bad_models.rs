@@ -111,6 +111,7 @@ fn strange_configs() {
         ("hidden_act", json!("gelu"), Status::Unsupported, &["gelu"]),
         ("rope_scaling", json!({"rope_type": "spiral"}), Status::Unsupported, &["spiral"]),
         ("rope_scaling", json!({"rope_type": "yarn"}), Status::InvalidModel, &["factor"]),
+        ("sliding_window", json!(0), Status::InvalidModel, &["sliding_window"]),
         ("max_position_embeddings", Value::Null, Status::InvalidModel, &["max_position_embeddings"]),
         ("quantization_config", json!({"quant_method": "awq", "bits": 4}), Status::Unsupported, &["awq"]),
         ("eos_token_id", json!("two"), Status::InvalidModel, &["eos_token_id"]),
@@ -230,6 +231,35 @@ fn broken_indexes() {
         v["weight_map"]["model.phantom.weight"] = first;
     });
     refused(extra.path(), Status::InvalidModel, &["model.phantom.weight"]);
+}
+
+#[test]
+fn a_tokenizer_with_more_tokens_than_the_model_is_refused() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-chat");
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(&root).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let added = json!({
+        "id": 1_500_000_000, "content": "<far>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": false,
+    });
+    tokenizer["model"]["vocab"]["<far>"] = json!(1_500_000_000);
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let pool = pool();
+    pool.add_model(folder.path(), Some("bad")).unwrap();
+    let outcome = |prompt: &str| {
+        let json = json!({ "messages": [{ "role": "user", "content": prompt }], "max_tokens": 1 }).to_string();
+        pool.generate(Request::from_json(json.as_bytes(), false).unwrap()).unwrap().next(None)
+    };
+    let Ok(Event::Done(done)) = outcome("a <far> token") else { panic!("the id was accepted") };
+    let error = done.error.unwrap();
+    assert!(error.status() == Status::InvalidModel && error.message().contains("1500000000"), "{error}");
+    assert!(matches!(outcome("near tokens"), Ok(Event::Delta(_))));
 }
 
 #[test]

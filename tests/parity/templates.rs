@@ -1,5 +1,5 @@
-//! Chat templates against transformers: every case of `tests/fixtures/templates/*.json` byte for byte, and of the file that
-//! `OMLX_TEMPLATE_FIXTURES` names (`make_templates.py --compare`).
+//! Chat templates against transformers: every case of `tests/fixtures/templates/*.json` byte for byte, and of the file
+//! that `OMLX_TEMPLATE_FIXTURES` names (`make_templates.py --compare`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

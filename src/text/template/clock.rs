@@ -33,7 +33,8 @@ impl LocalTime {
         }
     }
 
-    /// Python's `datetime.strftime` in the C locale. A directive that is not known stays as it is, the zone's are empty.
+    /// Python's `datetime.strftime` in the C locale. A directive that is not known stays as it is, the zone's are
+    /// empty.
     pub(super) fn format(self, format: &str) -> Result<String, String> {
         let time = DateTime::new(self.year, self.month, self.day, self.hour, self.minute, self.second, 0)
             .map_err(|e| e.to_string())?;

@@ -74,7 +74,8 @@ fn message_value(message: &Map<String, Json>) -> Result<Value> {
     let present = || message.iter().filter(|(_, value)| !value.is_null());
     let reasoning = REASONING.iter().find_map(|name| present().find(|(key, _)| key == name)).map(|(_, value)| value);
     let mut pairs = Vec::with_capacity(message.len() + 2);
-    // The order of transformers: `thinking` in front, the other keys in theirs, `reasoning_content` at its place or last.
+    // The order of transformers: `thinking` in front, the other keys in theirs, `reasoning_content` at its place or
+    // last.
     if let Some(reasoning) = reasoning {
         let thinking = message.get("thinking").filter(|value| !value.is_null()).unwrap_or(reasoning);
         pairs.push(("thinking", to_value(thinking, 2)?));

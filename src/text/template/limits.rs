@@ -23,8 +23,8 @@ pub(super) fn add_to(env: &mut Environment<'_>) {
 
 /// `value` with its lazy parts (slices, `items()` and the like, which keep what they were made from) evaluated.
 ///
-/// `engine_objects`: objects of the engine, such as namespaces, are allowed. They are not in an attribute of a namespace,
-/// the one place that outlives a loop's iteration: they would hide depth and could refer to themselves.
+/// `engine_objects`: objects of the engine, such as namespaces, are allowed. They are not in an attribute of a
+/// namespace, the one place that outlives a loop's iteration: they would hide depth and could refer to themselves.
 fn bounded(state: &State, value: &Value, depth: usize, engine_objects: bool) -> Result<Value, Error> {
     let Some(object) = value.as_object() else { return Ok(value.clone()) };
     state.consume_fuel(1)?;

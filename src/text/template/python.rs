@@ -1,4 +1,5 @@
-//! Where Jinja templates see through to Python and `minijinja` differs: how values print, and methods of `str` and `list`.
+//! Where Jinja templates see through to Python and `minijinja` differs: how values print, and methods of `str` and
+//! `list`.
 
 use std::fmt::Write;
 

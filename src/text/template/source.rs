@@ -70,7 +70,8 @@ struct Tag {
     closed: bool,
 }
 
-/// Finds the end of the tag at the start of `text`. As in Jinja, the end mark does not count inside brackets and strings.
+/// Finds the end of the tag at the start of `text`. As in Jinja, the end mark does not count inside brackets and
+/// strings.
 fn scan_tag(text: &str, end: &str) -> Result<Tag, String> {
     let bytes = text.as_bytes();
     let (mut at, mut depth, mut tokens, mut nesting) = (2, 0usize, 0, 0);
@@ -128,7 +129,8 @@ fn rewrite(tag: &str, found: &Tag) -> Option<String> {
     }
 }
 
-/// `tag` with the expression at `start..end` passed through `filter`. No expression stays none, for the compiler to refuse.
+/// `tag` with the expression at `start..end` passed through `filter`. No expression stays none, for the compiler to
+/// refuse.
 fn filtered(tag: &str, start: usize, end: usize, filter: &str) -> Option<String> {
     let (head, value, tail) = (&tag[..start], tag.get(start..end)?, &tag[end..]);
     (!value.trim().is_empty()).then(|| format!("{head}({value})|{filter} {tail}"))
@@ -216,5 +218,18 @@ mod tests {
         assert!(prepare(&format!("{{{{ 1{} }}}}", "|string".repeat(300))).is_err());
         assert!(prepare(&format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(2000))).is_err());
         assert!(prepare(&"{{ 1 + 1 }}".repeat(3000)).is_ok());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_scanned(parts in proptest::collection::vec(
+            proptest::sample::select(vec!["{%", "%}", "{{", "}}", "{#", "#}", "-", "set ", "for ", " in ", "if ", "raw", "endraw",
+                "x", "é🙂", "=", "==", "'", "\"", "\\", "(", "]", "{", ".", "\r\n", "generation"]), 0..24)) {
+            let source = parts.concat();
+            let prepared = prepare(&source).unwrap();
+            // Outside of tags nothing changes, and a filter is only ever added.
+            proptest::prop_assert!(prepared.len() + 2 * parts.len() >= source.len());
+            proptest::prop_assert_eq!(prepared.matches('é').count(), source.matches('é').count());
+        }
     }
 }

@@ -150,6 +150,30 @@ fn hostile_templates_fail_in_bounded_time() {
     }
 }
 
+/// Recursion nests values without an assignment: the deepest that the limits allow must fit the stack when it is printed,
+/// compared and dropped. What comes out, text or an error, does not matter; the process must live.
+#[test]
+fn the_deepest_values_fit_the_stack() {
+    let brackets = format!("{}x{}", "[".repeat(40), "]".repeat(40));
+    let batches = format!("x{}", "|batch(1)".repeat(250));
+    let slices = format!("x{}", "[0:]".repeat(5));
+    for deeper in [&brackets, &batches, &slices, "{'a': x}.items()|list"] {
+        for end in ["{{ x }}", "{{ x | tojson }}", "{{ x == [x] }}", "{{ x ~ x }}", "{{ x | string | length }}"] {
+            let last = format!("{{% if d > 190 %}}{end}{{% endif %}}");
+            let loops = format!(
+                "{{% for x in [[1]] recursive %}}{{% with d = loop.depth %}}{last}{{% endwith %}}{{{{ loop([{deeper}]) if loop.depth < 195 }}}}{{% endfor %}}"
+            );
+            let macros = format!(
+                "{{% macro m(x, d) %}}{{{{ m({deeper}, d + 8) if d < 186 }}}}{last}{{% endmacro %}}{{{{ m([1], 0) }}}}"
+            );
+            for source in [loops, macros] {
+                let outcome = render(&source, hello());
+                assert!(outcome.is_ok() || outcome.is_err_and(|e| e.status() == Status::Template));
+            }
+        }
+    }
+}
+
 /// The compiler recurses over chains; the longest that the limits allow must fit its stack.
 #[test]
 fn the_longest_permitted_chains_compile() {
