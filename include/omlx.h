@@ -213,7 +213,8 @@ typedef struct omlx_pool omlx_pool;
 omlx_status omlx_pool_open(const omlx_pool_options *options, omlx_pool **pool, omlx_error **error);
 
 /// Ends all requests (their done events have `OMLX_E_CLOSED`), unloads all models, and waits until the engines' threads
-/// are gone and all callbacks have returned. Call it before the process exits. The handle stays valid, refuses further
+/// are gone and all callbacks have returned. Call it before the process exits: otherwise an exit hook ends the engines,
+/// and the process waits for that, ten seconds at most. The handle stays valid, refuses further
 /// work with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same,
 /// and does not wait for callbacks then.
 omlx_status omlx_pool_close(omlx_pool *pool, omlx_error **error);
@@ -390,7 +391,8 @@ typedef struct omlx_request omlx_request;
 /// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
 /// limit. Tool calls arrive as text. Requests on one model are answered one after another.
 ///
-/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback.
+/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
+/// function returns.
 ///
 /// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_CLOSED`.
 omlx_status omlx_generate(
@@ -413,7 +415,8 @@ omlx_status omlx_request_next(
     omlx_error **error);
 
 /// Sets a function that is called when an event becomes available, before this returns if one is waiting already: for
-/// run loops that must not block. NULL removes it. `user_data` and `destroy` may be NULL.
+/// run loops that must not block. NULL removes it; the old one may still be running then, so its data is freed in its
+/// `destroy` only. `user_data` and `destroy` may be NULL. `OMLX_E_INVALID_ARGUMENT` for a request with a callback.
 omlx_status omlx_request_set_wake(
     omlx_request *request,
     omlx_wake_fn wake,
@@ -485,7 +488,8 @@ OMLX_ENUM(omlx_log_level, uint32_t) {
 typedef void (*omlx_log_fn)(void *user_data, uint32_t level, const char *message);
 
 /// Sets the log hook of the process, which receives lines up to `max_level` (an `omlx_log_level`). NULL removes it:
-/// the library is then silent. `user_data` and `destroy` may be NULL.
+/// the library is then silent; the old one may still be running, so its data is freed in its `destroy` only.
+/// `user_data` and `destroy` may be NULL.
 ///
 /// Errors: `OMLX_E_INVALID_ARGUMENT` (no such level), `OMLX_E_UNSUPPORTED` (the host is a Rust program with a
 /// `tracing` subscriber of its own; the lines go there).

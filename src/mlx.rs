@@ -13,7 +13,7 @@ use crate::error::{Error, Result, Status};
 use crate::sync::lock;
 
 /// The only MLX version whose binary interface this library was built against.
-pub const VERSION: &str = "0.32.2";
+pub const VERSION: &CStr = c"0.32.2";
 
 impl From<mlx_rs::error::Exception> for Error {
     fn from(e: mlx_rs::error::Exception) -> Self {
@@ -80,9 +80,10 @@ fn init_once() -> Result<()> {
     // SAFETY: a plain function pointer without data; it stays valid for the life of the process.
     unsafe { mlx_sys::mlx_set_error_handler(Some(error_handler), std::ptr::null_mut(), None) };
     let found = version()?;
-    if found != VERSION {
+    let needed = VERSION.to_string_lossy();
+    if found != needed {
         return Err(Error::backend(format!(
-            "the loaded libmlx is version {found}, but this library needs exactly {VERSION}; install that version or \
+            "the loaded libmlx is version {found}, but this library needs exactly {needed}; install that version or \
              remove the other one from the library path"
         )));
     }

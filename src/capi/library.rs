@@ -17,8 +17,7 @@ pub extern "C" fn omlx_version() -> *const c_char {
 /// The version of MLX that this build needs, exactly; static memory.
 #[unsafe(no_mangle)]
 pub extern "C" fn omlx_mlx_version() -> *const c_char {
-    const TEXT: &[u8] = b"0.32.2\0";
-    TEXT.as_ptr().cast()
+    crate::mlx::VERSION.as_ptr()
 }
 
 /// The binary interface that the loaded library offers; `omlx_check_abi` compares it with `OMLX_ABI_VERSION`.

@@ -38,11 +38,12 @@ struct Hook {
     max_level: u32,
 }
 
-/// Process-wide, as a log hook is: the only global of the library.
+/// Process-wide, as a log hook is.
 static HOOK: Mutex<Option<Arc<Hook>>> = Mutex::new(None);
 
 /// Sets the log hook of the process, which receives lines up to `max_level` (an `omlx_log_level`). NULL removes it:
-/// the library is then silent. `user_data` and `destroy` may be NULL.
+/// the library is then silent; the old one may still be running, so its data is freed in its `destroy` only.
+/// `user_data` and `destroy` may be NULL.
 ///
 /// Errors: `OMLX_E_INVALID_ARGUMENT` (no such level), `OMLX_E_UNSUPPORTED` (the host is a Rust program with a
 /// `tracing` subscriber of its own; the lines go there).

@@ -81,7 +81,8 @@ impl Drop for omlx_request {
 /// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
 /// limit. Tool calls arrive as text. Requests on one model are answered one after another.
 ///
-/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback.
+/// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
+/// function returns.
 ///
 /// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_CLOSED`.
 #[unsafe(no_mangle)]
@@ -190,7 +191,8 @@ pub unsafe extern "C" fn omlx_request_next(
 const MAX_WAIT_MS: u64 = 100 * 366 * 24 * 3600 * 1000;
 
 /// Sets a function that is called when an event becomes available, before this returns if one is waiting already: for
-/// run loops that must not block. NULL removes it. `user_data` and `destroy` may be NULL.
+/// run loops that must not block. NULL removes it; the old one may still be running then, so its data is freed in its
+/// `destroy` only. `user_data` and `destroy` may be NULL. `OMLX_E_INVALID_ARGUMENT` for a request with a callback.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_request_set_wake(
     request: *mut omlx_request,
@@ -203,6 +205,9 @@ pub unsafe extern "C" fn omlx_request_set_wake(
         let user_data = UserData::new(user_data, destroy);
         // SAFETY: NULL or a live handle, by the header's contract.
         let request = unsafe { borrow(request, "request") }?;
+        if !request.pull {
+            return Err(Error::invalid_argument("the events of this request go to its callback"));
+        }
         request.state.set_wake(wake.map(|wake| -> Wake {
             Box::new(move || {
                 // SAFETY: the host's function with its own data, which lives as long as this closure.

@@ -12,5 +12,5 @@ fn text(pointer: *const c_char) -> &'static str {
 #[test]
 fn versions() {
     assert_eq!(text(omlx_version()), env!("CARGO_PKG_VERSION"));
-    assert_eq!(text(omlx_mlx_version()), omlx::mlx::VERSION);
+    assert_eq!(text(omlx_mlx_version()), omlx::mlx::VERSION.to_str().unwrap());
 }
