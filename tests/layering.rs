@@ -26,7 +26,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("pool", &["config", "engine", "error", "mlx", "models", "sync"]),
-    ("capi", &["engine", "error", "mlx", "panics", "pool", "sync"]),
+    ("capi", &["engine", "error", "fault", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];
 

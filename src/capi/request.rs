@@ -8,8 +8,10 @@ use super::callback::{self, UserData, omlx_destroy_fn, omlx_event_fn, omlx_wake_
 use super::event::EventView;
 use super::pool::Dispatcher;
 use super::{SizedOptions, borrow, boundary, bytes, omlx_error, omlx_event, omlx_pool, output, split_options};
-use crate::engine::{Event, Request, RequestState, Wake};
+use crate::engine::{Done, Event, Request, RequestState, Usage, Wake};
 use crate::error::{Error, Result, Status};
+use crate::fault;
+use crate::panics;
 use crate::sync::lock;
 
 /// How a request is delivered. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
@@ -133,18 +135,10 @@ fn spawn_dispatcher(
     let cancel = Arc::clone(&state);
     let thread = std::thread::Builder::new().name("omlx-events".into()).spawn(move || {
         callback::as_dispatcher(|| {
-            let mut refused = false;
-            while let Ok(event) = state.next(None) {
-                // A host that has had enough may have torn down what text would go to.
-                if refused && matches!(event, Event::Delta(_)) {
-                    continue;
-                }
-                let view = EventView::new(event);
-                // SAFETY: the host's function with its own data; the view outlives the call.
-                if unsafe { callback(user_data.pointer(), view.as_ptr()) } != 0 {
-                    refused = true;
-                    state.cancel();
-                }
+            if let Err(error) = panics::catch(|| deliver_all(&state, callback, &user_data)) {
+                // The host still gets its done event.
+                state.cancel();
+                deliver(Event::Done(Done::failed(error, Usage::default())), callback, &user_data);
             }
             drop(user_data);
         });
@@ -154,6 +148,28 @@ fn spawn_dispatcher(
         cancel.cancel();
         Error::io("starting a callback thread", &e)
     })
+}
+
+/// Feeds a callback until the done event.
+fn deliver_all(state: &RequestState, callback: EventCallback, user_data: &UserData) {
+    let mut refused = false;
+    while let Ok(event) = state.next(None) {
+        fault::point("callback", "");
+        // A host that has had enough may have torn down what text would go to.
+        if refused && matches!(event, Event::Delta(_)) {
+            continue;
+        }
+        if deliver(event, callback, user_data) != 0 {
+            refused = true;
+            state.cancel();
+        }
+    }
+}
+
+fn deliver(event: Event, callback: EventCallback, user_data: &UserData) -> i32 {
+    let view = EventView::new(event);
+    // SAFETY: the host's function with its own data; the view outlives the call.
+    unsafe { callback(user_data.pointer(), view.as_ptr()) }
 }
 
 /// Waits `timeout_ms` milliseconds for the next event of a request without callback; 0 never waits, a negative timeout
@@ -241,4 +257,65 @@ pub unsafe extern "C" fn omlx_request_retain(request: *mut omlx_request) {
 pub unsafe extern "C" fn omlx_request_release(request: *mut omlx_request) {
     // SAFETY: NULL or a reference that the host owns, by the header's contract.
     unsafe { super::release(request) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::ptr::{null, null_mut};
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::capi::{omlx_pool_close, omlx_pool_open, omlx_pool_options, omlx_pool_release};
+
+    /// What the host is told: kind and status of an event, or `None` for the end of its data.
+    type Told = Option<(u32, i32)>;
+
+    unsafe extern "C" fn on_event(user_data: *mut c_void, event: *const omlx_event) -> i32 {
+        // SAFETY: the sender lives until `on_destroy`, the event for the call.
+        let (sender, event) = unsafe { (&*user_data.cast::<Sender<Told>>(), &*event) };
+        sender.send(Some((event.kind, event.status))).map_or(1, |()| 0)
+    }
+
+    unsafe extern "C" fn on_destroy(user_data: *mut c_void) {
+        // SAFETY: the box made by the test, given back once.
+        let sender = unsafe { Box::from_raw(user_data.cast::<Sender<Told>>()) };
+        let _ = sender.send(None);
+    }
+
+    #[test]
+    fn a_panic_beside_the_callback_ends_the_request_with_an_error() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama-f32");
+        let folder = std::ffi::CString::new(folder.to_str().unwrap()).unwrap();
+        let pool_options = omlx_pool_options { models_dir: folder.as_ptr(), device: 1, ..Default::default() };
+        let json = br#"{"prompt":[1,2,3],"max_tokens":300}"#;
+        let mut pool = null_mut();
+        let (sender, told) = channel::<Told>();
+        let options = omlx_generate_options {
+            callback: Some(on_event),
+            destroy: Some(on_destroy),
+            user_data: Box::into_raw(Box::new(sender)).cast(),
+            ..Default::default()
+        };
+        crate::fault::arm("callback", "", 2);
+        // SAFETY: everything outlives the calls; the handle is closed before it is released.
+        unsafe {
+            assert_eq!(omlx_pool_open(&pool_options, &mut pool, null_mut()), Status::Ok);
+            let generate = omlx_generate(pool, json.as_ptr().cast(), json.len(), &options, null_mut(), null_mut());
+            assert_eq!(generate, Status::Ok);
+        }
+        let mut seen = Vec::new();
+        while let Some(event) = told.recv_timeout(Duration::from_secs(60)).expect("the host is told of the end") {
+            seen.push(event);
+        }
+        assert_eq!(seen, [(1, 0), (1, 0), (2, Status::Internal as i32)]);
+        assert!(told.recv_timeout(Duration::from_secs(60)).is_err(), "something came after the destroy call");
+        // SAFETY: as above; NULL is allowed.
+        unsafe {
+            assert_eq!(omlx_pool_close(pool, null_mut()), Status::Ok);
+            omlx_pool_release(pool);
+            assert_eq!(omlx_pool_open(null(), null_mut(), null_mut()), Status::InvalidArgument);
+        }
+    }
 }

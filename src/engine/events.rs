@@ -80,7 +80,7 @@ pub struct Done {
 
 impl Done {
     /// The end of a request that failed, or was cancelled if the error says so.
-    fn failed(error: Error, usage: Usage) -> Self {
+    pub fn failed(error: Error, usage: Usage) -> Self {
         let reason = match error.status() {
             Status::Cancelled => FinishReason::Cancelled,
             _ => FinishReason::Error,
