@@ -1,6 +1,6 @@
 //! A host that exits in the middle of a generation, without closing anything, ends normally.
 //!
-//! The test starts itself again as the host; without the exit hook about one host in four died of a signal.
+//! The test starts itself again as the host. With the exit hook taken out, the first host dies of a signal.
 
 use std::path::Path;
 use std::process::Command;
