@@ -192,7 +192,7 @@ typedef struct omlx_pool_options {
     const char *models_dir;
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     const char *default_model;
-    /// Prompt tokens in one forward pass; 0 is 512. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 32 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     uint32_t prefill_chunk;
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)

@@ -80,6 +80,13 @@ impl SequenceCache {
         self.layers.iter().flatten().flat_map(|kv| [&kv.keys, &kv.values])
     }
 
+    /// A scalar that is computed once the newest rows are: for waiting without holding the arrays themselves.
+    pub fn marker(&self) -> Result<Array> {
+        let newest = self.layers.iter().flatten().last();
+        let newest = newest.filter(|_| self.len > 0).ok_or_else(|| Error::internal("an empty cache has no marker"))?;
+        Ok(mlx::rows(&newest.keys, self.len - 1, self.len)?.sum(None)?)
+    }
+
     /// Bytes of all arrays, used or not.
     pub fn bytes(&self) -> usize {
         self.arrays().map(Array::nbytes).sum()

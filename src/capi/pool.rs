@@ -55,7 +55,7 @@ pub struct omlx_pool_options {
     pub models_dir: *const c_char,
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     pub default_model: *const c_char,
-    /// Prompt tokens in one forward pass; 0 is 512. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 32 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     pub prefill_chunk: u32,
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)

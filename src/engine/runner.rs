@@ -34,8 +34,15 @@ struct State {
 pub struct Launched {
     /// Whose step.
     pub sequence: SequenceId,
-    drawn: Option<Drawn>,
+    result: StepResult,
     top_logprobs: usize,
+}
+
+enum StepResult {
+    /// The token of a step that samples.
+    Token(Drawn),
+    /// Of a prompt chunk: an array that is computed when the chunk is.
+    Chunk(Array),
 }
 
 impl Runner {
@@ -77,8 +84,9 @@ impl Runner {
         let hidden = self.model.hidden(&mut step)?;
         if !plan.samples {
             // A prompt chunk: only its keys and values are wanted.
-            mlx_rs::transforms::async_eval(state.cache.arrays())?;
-            return Ok(Launched { sequence: plan.sequence, drawn: None, top_logprobs: 0 });
+            let marker = state.cache.marker()?;
+            mlx_rs::transforms::async_eval(state.cache.arrays().chain([&marker]))?;
+            return Ok(Launched { sequence: plan.sequence, result: StepResult::Chunk(marker), top_logprobs: 0 });
         }
         let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, 1)?)?;
         let drawn = sample(&logits, &mut [&mut state.sampler])?;
@@ -87,18 +95,20 @@ impl Runner {
         mlx_rs::transforms::async_eval(std::iter::once(&drawn.tokens).chain(logprobs))?;
         state.newest = Some(drawn.tokens.clone());
         let top_logprobs = state.sampler.params().top_logprobs.unwrap_or(0);
-        Ok(Launched { sequence: plan.sequence, drawn: Some(drawn), top_logprobs })
+        Ok(Launched { sequence: plan.sequence, result: StepResult::Token(drawn), top_logprobs })
     }
 }
 
 impl Launched {
-    /// Waits for the step and reads its token. A prompt chunk that sampled nothing gives `None` at once: chunks queue up
-    /// on the device, as many as MLX lets them.
+    /// Waits for the step and reads its token; `None` for a prompt chunk, which sampled nothing. Waiting for chunks too
+    /// keeps at most two steps on the device, so that a cancel does not wait for a whole prompt.
     pub fn read(self) -> Result<Option<SampledToken>> {
-        let Some(drawn) = &self.drawn else { return Ok(None) };
-        let read = self.read_token(drawn);
+        let read = match &self.result {
+            StepResult::Token(drawn) => self.read_token(drawn).map(Some),
+            StepResult::Chunk(marker) => marker.eval().map(|()| None).map_err(Error::from),
+        };
         // Numbers that came from a failed kernel must not pass for a token.
-        kernels::check().and(read).map(Some)
+        kernels::check().and(read)
     }
 
     fn read_token(&self, drawn: &Drawn) -> Result<SampledToken> {

@@ -151,6 +151,22 @@ fn every_close_waits_until_the_engines_are_gone() {
 }
 
 #[test]
+fn a_cancel_does_not_wait_for_a_long_prompt() {
+    let models_dir = Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("models"));
+    let pool = EnginePool::open(PoolOptions { models_dir, device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    pool.load("tiny-chat").unwrap();
+    // Some ten seconds of work where MLX's own kernels compute.
+    let prompt: Vec<u32> = (0..4000).map(|i| 10 + i % 4000).collect();
+    let state = pool.generate(request(&format!(r#"{{"prompt":{prompt:?}}}"#))).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let cancelled = Instant::now();
+    state.cancel();
+    let (tokens, done) = finish(&state);
+    assert_eq!((tokens.len(), done.reason), (0, FinishReason::Cancelled));
+    assert!(cancelled.elapsed() < Duration::from_secs(2), "the cancel took {:?}", cancelled.elapsed());
+}
+
+#[test]
 fn unloading_and_closing_end_running_requests() {
     let pool = pool("unload");
     let running = generate(&pool, "unload", 500);

@@ -30,14 +30,20 @@ pub struct PoolOptions {
     pub dtype: Option<Dtype>,
     /// Upper limit of every model's context in tokens.
     pub context: Option<usize>,
-    /// Prompt tokens in one forward pass; `None` is [`DEFAULT_PREFILL_CHUNK`].
+    /// Prompt tokens in one forward pass; `None` is [`default_prefill_chunk`].
     pub prefill_chunk: Option<usize>,
     /// Do not set the environment variables that MLX reads.
     pub keep_environment: bool,
 }
 
-/// Large enough to fill a GPU, small enough that a cancel is heard soon.
-pub const DEFAULT_PREFILL_CHUNK: usize = 512;
+/// Prompt tokens in one forward pass by default: enough to fill a GPU; few on the CPU, where MLX's quantised product
+/// gains nothing from more and a cancel is heard between two passes.
+pub fn default_prefill_chunk(device: Device) -> usize {
+    match device {
+        Device::Cpu => 32,
+        Device::Gpu => 2048,
+    }
+}
 
 /// Several models in one process. All methods may be called from any thread.
 #[derive(Debug)]
@@ -89,7 +95,7 @@ impl EnginePool {
             device,
             dtype: options.dtype.or((device == Device::Cpu).then_some(Dtype::Float32)),
             context: options.context,
-            prefill_chunk: options.prefill_chunk.unwrap_or(DEFAULT_PREFILL_CHUNK),
+            prefill_chunk: options.prefill_chunk.unwrap_or_else(|| default_prefill_chunk(device)),
             default_model: options.default_model,
             state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
         })
