@@ -13,7 +13,7 @@ use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::fault;
-use crate::kernels::PANIC_MARK;
+use crate::kernels::{self, PANIC_MARK};
 use crate::models;
 use crate::panics;
 use crate::text::TextModel;
@@ -172,6 +172,8 @@ impl Worker {
     /// Ends the sequence whose step failed. A defect is passed on: it may have left any state behind.
     fn fail(&mut self, id: SequenceId, error: Error) -> Result<()> {
         tracing::error!(model = self.id, %error, "a step failed");
+        // What a kernel noted is part of this failure, not of the next step's.
+        let _ = kernels::check();
         if error.status() == Status::Internal || error.message().contains(PANIC_MARK) {
             return Err(Error::internal(error.message()));
         }
