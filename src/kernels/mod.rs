@@ -239,6 +239,13 @@ mod tests {
         }
     }
 
+    /// Evaluates, and finds a failure whether or not MLX reports it.
+    fn settle(array: &Array) -> Result<()> {
+        let evaluated = array.eval();
+        check()?;
+        Ok(evaluated?)
+    }
+
     /// `2 * (x + 1)` where the addition is a kernel that then does `after`; `alive` counts the kernel's owners.
     fn evaluate(after: impl Fn() -> Result<()> + Send + Sync + 'static, alive: &Arc<()>) -> Result<Vec<f32>> {
         mlx::init()?;
@@ -247,9 +254,7 @@ mod tests {
             let kernel = AddThen { addend: 1.0, then: after, _alive: Arc::clone(alive) };
             let sum = node(kernel, &[&x], &[3], Dtype::Float32)?;
             let doubled = sum.add(&sum)?;
-            let evaluated = doubled.eval();
-            check()?;
-            evaluated?;
+            settle(&doubled)?;
             Ok(doubled.as_slice::<f32>().to_vec())
         })
     }
@@ -296,7 +301,7 @@ mod tests {
             let x = Array::from_slice(&[1f32, 2.0], &[2]).as_dtype(Dtype::Float16)?;
             let kernel = AddThen { addend: 0.0, then: || Ok(()), _alive: Arc::new(()) };
             let y = node(kernel, &[&x], &[2], Dtype::Float32)?;
-            Ok(y.eval()?)
+            settle(&y)
         });
         assert!(outcome.unwrap_err().message().contains("Float32"));
     }
@@ -308,7 +313,7 @@ mod tests {
             let x = Array::from_slice(&[1f32, 2.0, 3.0, 4.0], &[2, 2]).transpose()?;
             let kernel = AddThen { addend: 0.0, then: || Ok(()), _alive: Arc::new(()) };
             let y = node(kernel, &[&x], &[2, 2], Dtype::Float32)?;
-            Ok(y.eval()?)
+            settle(&y)
         });
         assert!(outcome.unwrap_err().message().contains("contiguous"));
     }
