@@ -1,0 +1,420 @@
+//! Packed weights times quantised activations, in integers.
+//!
+//! Lanes are weight rows. Codes of sixteen rows are transposed so that a vector holds four codes of each row; one
+//! instruction then multiplies them with four activations. The integer sums of a group are scaled and added in f32:
+//! `y = sum over groups of (scale_w * code + bias) * scale_x * byte`.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::floats::Floats;
+use super::matmul::{PAIR, PANEL};
+use super::matrix::{Coding, FP4_TABLE, Packed, Scales};
+use super::quantize::{Order, QuantizedRows};
+use super::simd::{LANES, Simd, WORDS, Work};
+
+/// Bytes of a vector.
+const VECTOR: usize = 4 * LANES;
+
+/// Bytes that [`Simd::load_words`] takes of a row.
+const BLOCK: usize = 4 * WORDS;
+
+/// Groups that one block of 16-bit scales holds.
+const SPAN: usize = BLOCK / 2;
+
+/// About as many codes of a row are unpacked before they are multiplied: two panels of them fit the first cache.
+const CHUNK: usize = 512;
+
+/// A piece of memory on a cache line of its own.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; VECTOR]);
+
+/// A unit's buffers, kept by each thread.
+#[derive(Default)]
+struct Scratch {
+    /// Unpacked codes of a chunk, `[panel][four codes][lane]`.
+    codes: Vec<Line>,
+    /// `[panel][group][scale, bias][lane]`.
+    scales: Vec<Line>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { codes: Vec::new(), scales: Vec::new() }) };
+}
+
+/// Weight rows of a matrix, at most a panel of them.
+#[derive(Clone, Copy)]
+pub struct WeightRows<'a> {
+    pub packed: &'a Packed<'a>,
+    /// The first row, and how many.
+    pub first: usize,
+    pub rows: usize,
+    /// Rows from here to those that are read next, for prefetching.
+    pub next: usize,
+}
+
+/// One or two panels of the same format times some rows of activations.
+pub struct Integer<'a> {
+    pub panels: &'a [WeightRows<'a>],
+    pub columns: usize,
+    /// All quantised activations, and the rows of them to use.
+    pub x: &'a QuantizedRows,
+    pub x_rows: Range<usize>,
+}
+
+impl<'a> Integer<'a> {
+    /// Writes the products into `acc`, a row every `PAIR * PANEL` numbers, a panel every `PANEL`.
+    #[inline(always)]
+    pub fn run<S: Simd>(&self, simd: S, acc: &mut [f32]) {
+        match self.panels.len() {
+            1 => self.all_panels::<S, 1>(simd, acc),
+            _ => self.all_panels::<S, 2>(simd, acc),
+        }
+    }
+
+    /// What the panels have in common: the format.
+    fn packed(&self) -> &'a Packed<'a> {
+        self.panels[0].packed
+    }
+
+    fn groups(&self) -> usize {
+        self.columns / self.packed().group
+    }
+
+    #[inline(always)]
+    fn all_panels<S: Simd, const N: usize>(&self, simd: S, acc: &mut [f32]) {
+        assert_eq!(self.panels.len(), N);
+        let group = self.packed().group;
+        let steps = group / 4;
+        let chunk = (CHUNK / group).max(1);
+        let m = self.x_rows.len();
+        assert!(acc.len() >= (m.max(1) - 1) * PAIR * PANEL + N * PANEL);
+        for row in 0..m {
+            acc[row * PAIR * PANEL..][..N * PANEL].fill(0.0);
+        }
+        // Taken, not borrowed in a closure: a closure would be compiled without the instruction set.
+        let mut scratch = SCRATCH.take();
+        let zero = Line([0; VECTOR]);
+        let lines = N * chunk * steps;
+        if scratch.codes.len() < lines {
+            scratch.codes.resize(lines, zero);
+        }
+        if scratch.scales.len() < N * self.groups() * 2 {
+            scratch.scales.resize(N * self.groups() * 2, zero);
+        }
+        for panel in 0..N {
+            let scales = &mut scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
+            simd.call(LoadScales { of: self, panel, out: scales });
+        }
+        for first in (0..self.groups()).step_by(chunk) {
+            let groups = first..(first + chunk).min(self.groups());
+            let len = groups.len() * steps;
+            for panel in 0..N {
+                let codes = &mut scratch.codes[panel * len..(panel + 1) * len];
+                simd.call(Unpack { of: self, panel, span: groups.start * group..groups.end * group, out: codes });
+            }
+            let tile = Tile { codes: &scratch.codes[..N * len], scales: &scratch.scales, groups, of: self };
+            tile.all_rows::<S, N>(simd, acc);
+        }
+        SCRATCH.set(scratch);
+    }
+
+    /// Rows of panel `panel`.
+    fn panel_rows(&self, panel: usize) -> Range<usize> {
+        let WeightRows { first, rows, .. } = self.panels[panel];
+        first..first + rows
+    }
+
+    /// Scales and biases of the panel's rows, `[group][scale, bias]`.
+    #[inline(always)]
+    fn load_scales<S: Simd>(&self, simd: S, panel: usize, out: &mut [Line]) {
+        let (rows, groups) = (self.panel_rows(panel), self.groups());
+        let whole = rows.len() == PANEL && groups >= SPAN;
+        let packed = self.panels[panel].packed;
+        match &packed.scales {
+            Scales::Affine(Floats::Bf16(scales), Floats::Bf16(biases)) if whole => {
+                self.load_halves::<S, true>(simd, [scales, biases], panel, out);
+            }
+            Scales::Affine(Floats::F16(scales), Floats::F16(biases)) if whole => {
+                self.load_halves::<S, false>(simd, [scales, biases], panel, out);
+            }
+            _ => {
+                for group in 0..groups {
+                    let (mut scales, mut biases) = ([0f32; LANES], [0f32; LANES]);
+                    for (lane, row) in rows.clone().enumerate() {
+                        (scales[lane], biases[lane]) = packed.scale_and_bias(row * groups + group);
+                    }
+                    // SAFETY: arrays of sixteen; a line has room for sixteen f32.
+                    unsafe {
+                        simd.store(out[2 * group].0.as_mut_ptr().cast(), simd.load(scales.as_ptr()));
+                        simd.store(out[2 * group + 1].0.as_mut_ptr().cast(), simd.load(biases.as_ptr()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same for a whole panel of 16-bit numbers, of at least 16 groups.
+    #[inline(always)]
+    fn load_halves<S: Simd, const BF16: bool>(&self, simd: S, numbers: [&[u16]; 2], panel: usize, out: &mut [Line]) {
+        let WeightRows { first, next, .. } = self.panels[panel];
+        let (low, high) = (simd.splat_i(0xffff), simd.splat_i(0xffff_0000u32 as i32));
+        let groups = self.groups();
+        for (which, numbers) in numbers.into_iter().enumerate() {
+            let ahead = numbers.as_ptr().wrapping_add((first + next) * groups).cast::<u8>();
+            let mut line = 0;
+            while line < 2 * PANEL * groups {
+                simd.prefetch(ahead.wrapping_add(line));
+                line += 64;
+            }
+            let panel = &numbers[first * groups..(first + PANEL) * groups];
+            for start in (0..groups).step_by(SPAN) {
+                // The last block may overlap the one before.
+                let start = start.min(groups - SPAN);
+                // SAFETY: `start + SPAN <= groups`, so each of the 16 rows has a block of 32 bytes there.
+                let words = unsafe { simd.load_words(panel[start..].as_ptr().cast(), 2 * groups) };
+                for (word, &halves) in words.iter().enumerate() {
+                    let numbers = if BF16 {
+                        [simd.float_of_bits(simd.shl::<16>(halves)), simd.float_of_bits(simd.and(halves, high))]
+                    } else {
+                        [simd.float_of_f16(simd.and(halves, low)), simd.float_of_f16(simd.shr::<16>(halves))]
+                    };
+                    for (half, numbers) in numbers.into_iter().enumerate() {
+                        let line = &mut out[2 * (start + 2 * word + half) + which];
+                        // SAFETY: a line has room for sixteen f32.
+                        unsafe { simd.store(line.0.as_mut_ptr().cast(), numbers) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Codes `span` of the panel's rows as bytes, four of each row in a vector.
+    #[inline(always)]
+    fn unpack<S: Simd>(&self, simd: S, panel: usize, span: Range<usize>, out: &mut [Line]) {
+        match (Order::of(self.packed()).bits, self.packed().coding) {
+            (4, Coding::Affine(_)) => self.unpack_words::<S, 4, false>(simd, panel, span, out),
+            (4, Coding::Fp4) => self.unpack_words::<S, 4, true>(simd, panel, span, out),
+            (2, _) => self.unpack_words::<S, 2, false>(simd, panel, span, out),
+            (_, Coding::Affine(8)) => self.unpack_words::<S, 8, false>(simd, panel, span, out),
+            _ => self.unpack_any(simd, panel, span, out),
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_words<S: Simd, const BITS: usize, const FP4: bool>(
+        &self,
+        simd: S,
+        panel: usize,
+        span: Range<usize>,
+        out: &mut [Line],
+    ) {
+        let rows = self.panel_rows(panel);
+        let row_bytes = self.columns * BITS / 8;
+        let (start, end) = (span.start * BITS / 8, span.end * BITS / 8);
+        let codes = &self.panels[panel].packed.codes[rows.start * row_bytes..rows.end * row_bytes];
+        let ahead = self.panels[panel].next * row_bytes;
+        let per_block = WORDS * 8 / BITS;
+        let mut at = start;
+        while at < end {
+            let block = (at - start) / BLOCK * per_block;
+            let lines = per_block.min(out.len() - block);
+            let out = &mut out[block..block + lines];
+            let words = if rows.len() == PANEL && at + BLOCK <= end {
+                let p = codes[at..].as_ptr();
+                // As much of the next unit as is read here: the hardware does not foresee sixteen streams.
+                let next = codes.as_ptr().wrapping_add(ahead + at / BLOCK * PANEL * BLOCK);
+                for line in 0..PANEL * BLOCK / 64 {
+                    simd.prefetch(next.wrapping_add(64 * line));
+                }
+                // SAFETY: the 16 rows lie in `codes`, and each has a block of 32 bytes at `at`.
+                unsafe { simd.load_words(p, row_bytes) }
+            } else {
+                let mut copy = [0u8; PANEL * BLOCK];
+                let len = BLOCK.min(end - at);
+                for (row, copy) in codes.chunks_exact(row_bytes).zip(copy.chunks_exact_mut(BLOCK)) {
+                    copy[..len].copy_from_slice(&row[at..at + len]);
+                }
+                // SAFETY: sixteen blocks.
+                unsafe { simd.load_words(copy.as_ptr(), BLOCK) }
+            };
+            spread::<S, BITS, FP4>(simd, &words, out);
+            at += BLOCK;
+        }
+    }
+
+    /// For codes that straddle bytes: unpacked to bytes one by one.
+    #[inline(always)]
+    fn unpack_any<S: Simd>(&self, simd: S, panel: usize, span: Range<usize>, out: &mut [Line]) {
+        let rows = self.panel_rows(panel);
+        let packed = self.panels[panel].packed;
+        let row_bytes = self.columns * packed.coding.bits() / 8;
+        let codes = &packed.codes[rows.start * row_bytes..rows.end * row_bytes];
+        for (block, out) in out.chunks_mut(WORDS).enumerate() {
+            let first = span.start + block * BLOCK;
+            let len = BLOCK.min(span.end - first);
+            let mut bytes = [0u8; PANEL * BLOCK];
+            for (row, bytes) in codes.chunks_exact(row_bytes).zip(bytes.chunks_exact_mut(BLOCK)) {
+                packed.codes(row, first, &mut bytes[..len]);
+            }
+            // SAFETY: sixteen blocks.
+            let words = unsafe { simd.load_words(bytes.as_ptr(), BLOCK) };
+            spread::<S, 8, false>(simd, &words, out);
+        }
+    }
+}
+
+/// See [`Integer::load_scales`].
+struct LoadScales<'a> {
+    of: &'a Integer<'a>,
+    panel: usize,
+    out: &'a mut [Line],
+}
+
+impl Work for LoadScales<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.of.load_scales(simd, self.panel, self.out);
+    }
+}
+
+/// See [`Integer::unpack`].
+struct Unpack<'a> {
+    of: &'a Integer<'a>,
+    panel: usize,
+    span: Range<usize>,
+    out: &'a mut [Line],
+}
+
+impl Work for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.of.unpack(simd, self.panel, self.span, self.out);
+    }
+}
+
+/// Codes of `BITS` in eight words to one byte each, a vector for every four of a lane.
+#[inline(always)]
+fn spread<S: Simd, const BITS: usize, const FP4: bool>(simd: S, words: &[S::I; WORDS], out: &mut [Line]) {
+    let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
+    for (word, &codes) in words.iter().enumerate().take(out.len() * BITS / 8) {
+        for step in 0..8 / BITS {
+            let codes = match (BITS, step) {
+                (8, _) => codes,
+                (_, 0) => simd.and(codes, mask),
+                (4, _) => simd.and(simd.shr::<4>(codes), mask),
+                (_, 1) => simd.and(simd.shr::<2>(codes), mask),
+                (_, 2) => simd.and(simd.shr::<4>(codes), mask),
+                _ => simd.and(simd.shr::<6>(codes), mask),
+            };
+            let line = &mut out[word * (8 / BITS) + step];
+            // SAFETY: a line has 64 bytes.
+            unsafe { simd.store_i(line.0.as_mut_ptr(), if FP4 { simd.lookup(codes, &FP4_TABLE) } else { codes }) };
+        }
+    }
+}
+
+/// Unpacked panels, to be multiplied with all rows of activations.
+struct Tile<'a> {
+    /// `[panel][group of the chunk][four codes]`.
+    codes: &'a [Line],
+    /// `[panel][group of the row][scale, bias]`.
+    scales: &'a [Line],
+    /// The groups that are unpacked.
+    groups: Range<usize>,
+    of: &'a Integer<'a>,
+}
+
+impl Tile<'_> {
+    #[inline(always)]
+    fn all_rows<S: Simd, const N: usize>(&self, simd: S, acc: &mut [f32]) {
+        let rows = self.of.x_rows.len();
+        let mut row = 0;
+        while row < rows {
+            let left = rows - row;
+            // Register tiles that the instruction set has room for; the others are compiled away.
+            row += match left {
+                12.. if S::INT_ROWS >= 12 => simd.call(TileRows::<12, N> { tile: self, row, acc }),
+                8.. if S::INT_ROWS >= 8 => simd.call(TileRows::<8, N> { tile: self, row, acc }),
+                4.. if S::INT_ROWS >= 4 => simd.call(TileRows::<4, N> { tile: self, row, acc }),
+                2.. if S::INT_ROWS >= 2 => simd.call(TileRows::<2, N> { tile: self, row, acc }),
+                _ => simd.call(TileRows::<1, N> { tile: self, row, acc }),
+            };
+        }
+    }
+
+    /// `M` rows of activations from `row` on; returns `M`.
+    #[inline(always)]
+    fn rows<S: Simd, const M: usize, const N: usize>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
+        let Integer { columns, x, x_rows, .. } = self.of;
+        let (columns, packed) = (*columns, self.of.packed());
+        let group = packed.group;
+        let (steps, all_groups) = (group / 4, columns / group);
+        let x_row = x_rows.start + row;
+        let bytes = &x.bytes[x_row * columns..(x_row + M) * columns];
+        let x_scales = &x.scales[x_row * all_groups..(x_row + M) * all_groups];
+        let x_sums = &x.sums[x_row * all_groups..(x_row + M) * all_groups];
+        let panel_len = self.groups.len() * steps;
+        assert!(self.codes.len() >= N * panel_len && self.scales.len() >= N * all_groups * 2);
+        assert!(acc.len() >= (row + M - 1) * PAIR * PANEL + N * PANEL && self.groups.end <= all_groups);
+        let full_range = packed.coding == Coding::Affine(8);
+        for (index, group_at) in self.groups.clone().enumerate() {
+            let mut sums = [[simd.splat_i(0); N]; M];
+            // SAFETY: all offsets are inside the slices whose sizes are asserted above: `M` rows of `columns` bytes,
+            // `N` panels of `panel_len` lines.
+            unsafe {
+                let codes = self.codes.as_ptr().add(index * steps);
+                let x = bytes.as_ptr().add(group_at * group);
+                for step in 0..steps {
+                    let mut w = [simd.splat_i(0); N];
+                    for (n, w) in w.iter_mut().enumerate() {
+                        *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
+                    }
+                    for m in 0..M {
+                        let four = simd.splat_i(x.add(m * columns + 4 * step).cast::<i32>().read_unaligned());
+                        for n in 0..N {
+                            sums[m][n] = if full_range {
+                                simd.dot_u8(sums[m][n], w[n], four)
+                            } else {
+                                simd.dot_u7(sums[m][n], w[n], four)
+                            };
+                        }
+                    }
+                }
+                for n in 0..N {
+                    let scales = self.scales.as_ptr().add((n * all_groups + group_at) * 2);
+                    let (scale, bias) = (simd.load(scales.cast()), simd.load(scales.add(1).cast()));
+                    for m in 0..M {
+                        let at = m * all_groups + group_at;
+                        let target = acc.as_mut_ptr().add((row + m) * PAIR * PANEL + n * PANEL);
+                        let scaled = simd.mul(simd.float_of_int(sums[m][n]), scale);
+                        let sum = simd.fma(bias, simd.splat(*x_sums.get_unchecked(at)), simd.load(target));
+                        simd.store(target, simd.fma(scaled, simd.splat(*x_scales.get_unchecked(at)), sum));
+                    }
+                }
+            }
+        }
+        M
+    }
+}
+
+/// See [`Tile::rows`].
+struct TileRows<'a, const M: usize, const N: usize> {
+    tile: &'a Tile<'a>,
+    row: usize,
+    acc: &'a mut [f32],
+}
+
+impl<const M: usize, const N: usize> Work for TileRows<'_, M, N> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> usize {
+        self.tile.rows::<S, M, N>(simd, self.row, self.acc)
+    }
+}

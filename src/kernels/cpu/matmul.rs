@@ -1,0 +1,370 @@
+//! Products of activations with weight matrices: `y = x W^T` for one or several matrices over the same input.
+//!
+//! Work is cut into units of two panels of 16 weight rows. A unit computes its columns for all rows of activations into
+//! a block of f32 (`integer.rs`: packed weights times quantised activations; `dot.rs`: everything in f32), and then
+//! finishes them: bias, activation function, residual.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::floats::{Floats, FloatsMut, SharedMut};
+use super::integer::{Integer, WeightRows};
+use super::matrix::{Matrix, Storage};
+use super::quantize::{Order, Quantize, QuantizedRows, RowParts};
+use super::simd::{Isa, LANES, Simd, Work};
+use super::threads::Workers;
+use super::{dot, math};
+
+/// Rows of a panel.
+pub const PANEL: usize = LANES;
+
+/// Panels that a unit computes together.
+pub const PAIR: usize = 2;
+
+/// How products with packed weights are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// Activations are rounded to 8 bits per group. Dense weights are not affected.
+    #[default]
+    Fast,
+    /// Activations as they are, f32 accumulation in a fixed order: a row's bits do not depend on the other rows.
+    Exact,
+}
+
+/// A projection: a matrix, and what is added to its product.
+#[derive(Debug, Clone, Copy)]
+pub struct Projection<'a> {
+    /// The weights.
+    pub matrix: Matrix<'a>,
+    /// `[rows]`.
+    pub bias: Option<Floats<'a>>,
+}
+
+/// What becomes of the products.
+#[derive(Debug, Clone, Copy)]
+pub enum Finish<'a> {
+    /// The projections' outputs side by side: `[M, sum of rows]`.
+    Concat,
+    /// Of one projection, added to `[M, rows]`.
+    Add(&'a [f32]),
+    /// Of two projections of the same shape, `silu(first) * second`: `[M, rows]`.
+    SwiGlu,
+}
+
+/// A product to compute.
+#[derive(Debug)]
+pub struct MatMul<'a> {
+    /// Activations `[M, columns]`.
+    pub x: &'a [f32],
+    /// At least one; all with the same number of columns.
+    pub projections: &'a [Projection<'a>],
+    /// For each row of activations the one of the stacked matrices it is multiplied with; rows of one expert should
+    /// be neighbours. Without it there is one matrix.
+    pub experts: Option<&'a [u32]>,
+    /// Matrices stacked in each projection.
+    pub stacked: usize,
+    /// What becomes of the products.
+    pub finish: Finish<'a>,
+    /// How products with packed weights are computed.
+    pub precision: Precision,
+}
+
+/// Two panels that are computed together; of an odd number the last is alone.
+#[derive(Debug, Clone, Copy)]
+struct Unit {
+    panels: [Option<Panel>; PAIR],
+}
+
+/// Sixteen rows of a matrix, or fewer at its end.
+#[derive(Debug, Clone, Copy)]
+struct Panel {
+    /// Index of the projection.
+    pub projection: usize,
+    /// Its first row in the matrix.
+    pub first: usize,
+    /// Rows of the matrix in it.
+    pub rows: usize,
+}
+
+thread_local! {
+    /// Quantised activations, kept for the next product.
+    static QUANTIZED: RefCell<Vec<QuantizedRows>> = const { RefCell::new(Vec::new()) };
+    /// Accumulators of a unit, `[M, PAIR * PANEL]`.
+    static ACCUMULATORS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl MatMul<'_> {
+    /// Columns of the output.
+    pub fn width(&self) -> usize {
+        match self.finish {
+            Finish::Concat => self.projections.iter().map(|p| p.matrix.rows).sum(),
+            Finish::Add(_) | Finish::SwiGlu => self.projections[0].matrix.rows,
+        }
+    }
+
+    fn columns(&self) -> usize {
+        self.projections[0].matrix.columns
+    }
+
+    /// Rows of activations.
+    pub fn rows(&self) -> usize {
+        self.x.len() / self.columns().max(1)
+    }
+
+    /// Computes the product into `out [M, width]`. Panics if the sizes do not agree.
+    pub fn run(&self, isa: Isa, workers: &Workers, mut out: FloatsMut<'_>) {
+        self.check(out.len());
+        if out.is_empty() {
+            return;
+        }
+        let (segments, units) = (self.segments(), self.units());
+        QUANTIZED.with_borrow_mut(|kept| {
+            let quantized = self.quantize(isa, workers, kept);
+            let out = SharedMut::new(&mut out);
+            // A few tasks a thread, so that they end together; for few rows fewer, because what limits them is memory,
+            // and each task begins without having prefetched.
+            let per_thread = if self.rows() < 16 { 2 } else { 8 };
+            let per_task = (units.len() / (workers.count() * per_thread)).max(1);
+            let runs = units.len().div_ceil(per_task);
+            workers.run(runs * segments.len(), &|task| {
+                let (expert, rows) = &segments[task / runs];
+                let first = task % runs * per_task;
+                let units = &units[first..(first + per_task).min(units.len())];
+                let rows = rows.clone();
+                isa.run(Units { product: self, quantized: &quantized, units, expert: *expert, rows, out });
+            });
+        });
+    }
+
+    fn check(&self, out: usize) {
+        let columns = self.columns();
+        assert_eq!(self.x.len(), self.rows() * columns, "activations of {columns} columns");
+        for projection in self.projections {
+            assert_eq!(projection.matrix.columns, columns, "projections of one input");
+            projection.matrix.check(self.stacked);
+            assert!(projection.bias.is_none_or(|b| b.len() == projection.matrix.rows), "size of a bias");
+        }
+        assert_eq!(out, self.rows() * self.width(), "size of the output");
+        match self.finish {
+            Finish::Concat => {}
+            Finish::Add(residual) => {
+                assert!(self.projections.len() == 1 && residual.len() == out, "a residual of the output's size");
+            }
+            Finish::SwiGlu => {
+                let same = |p: &[Projection<'_>]| p.len() == 2 && p[0].matrix.rows == p[1].matrix.rows;
+                assert!(same(self.projections), "two projections of the same shape");
+            }
+        }
+        match self.experts {
+            None => assert_eq!(self.stacked, 1, "a stack of matrices needs to know the experts"),
+            Some(experts) => {
+                assert_eq!(experts.len(), self.rows(), "one expert a row");
+                assert!(experts.iter().all(|&e| (e as usize) < self.stacked), "an expert that does not exist");
+            }
+        }
+    }
+
+    /// Runs of rows with the same expert.
+    fn segments(&self) -> Vec<(usize, Range<usize>)> {
+        let Some(experts) = self.experts else { return vec![(0, 0..self.rows())] };
+        let mut start = 0;
+        let runs = experts.chunk_by(|a, b| a == b);
+        runs.map(|run| {
+            let rows = start..start + run.len();
+            start = rows.end;
+            (run[0] as usize, rows)
+        })
+        .collect()
+    }
+
+    fn units(&self) -> Vec<Unit> {
+        let panels = |projection: usize| {
+            let rows = self.projections[projection].matrix.rows;
+            (0..rows).step_by(PANEL).map(move |first| Panel { projection, first, rows: PANEL.min(rows - first) })
+        };
+        if matches!(self.finish, Finish::SwiGlu) {
+            return panels(0).zip(panels(1)).map(|(a, b)| Unit { panels: [Some(a), Some(b)] }).collect();
+        }
+        let mut units = Vec::new();
+        for projection in 0..self.projections.len() {
+            let mut panels = panels(projection);
+            while let Some(first) = panels.next() {
+                units.push(Unit { panels: [Some(first), panels.next()] });
+            }
+        }
+        units
+    }
+
+    /// The activations in every order that a packed matrix needs, made in `kept`.
+    fn quantize<'k>(
+        &self,
+        isa: Isa,
+        workers: &Workers,
+        kept: &'k mut Vec<QuantizedRows>,
+    ) -> Vec<(Order, &'k QuantizedRows)> {
+        let mut orders: Vec<Order> = Vec::new();
+        for projection in self.projections {
+            if let (Storage::Packed(packed), Precision::Fast) = (&projection.matrix.storage, self.precision) {
+                let order = Order::of(packed);
+                if !orders.contains(&order) {
+                    orders.push(order);
+                }
+            }
+        }
+        kept.resize_with(orders.len().max(kept.len()), QuantizedRows::default);
+        for (order, target) in orders.iter().zip(kept.iter_mut()) {
+            self.quantize_rows(isa, workers, *order, target);
+        }
+        orders.into_iter().zip(kept.iter()).collect()
+    }
+
+    fn quantize_rows(&self, isa: Isa, workers: &Workers, order: Order, target: &mut QuantizedRows) {
+        let columns = self.columns();
+        let groups = columns / order.group;
+        target.bytes.resize(self.x.len(), 0);
+        target.scales.resize(self.rows() * groups, 0.0);
+        target.sums.resize(self.rows() * groups, 0.0);
+        let parts = target.bytes.chunks_mut(columns).zip(target.scales.chunks_mut(groups));
+        let parts = parts.zip(target.sums.chunks_mut(groups)).zip(self.x.chunks(columns));
+        let mut rows: Vec<_> = parts
+            .map(|(((bytes, scales), sums), x)| Quantize { x, order, out: RowParts { bytes, scales, sums } })
+            .collect();
+        // A row is less than a microsecond of work: threads are worth it only for many.
+        const ROWS_PER_TASK: usize = 16;
+        if rows.len() < 2 * ROWS_PER_TASK {
+            return rows.into_iter().for_each(|row| isa.run(row));
+        }
+        let tasks: Vec<_> = std::iter::from_fn(|| {
+            let rest = rows.split_off(rows.len().saturating_sub(ROWS_PER_TASK));
+            (!rest.is_empty()).then(|| std::sync::Mutex::new(rest))
+        })
+        .collect();
+        workers.run(tasks.len(), &|task| {
+            let rows = std::mem::take(&mut *tasks[task].lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            rows.into_iter().for_each(|row| isa.run(row));
+        });
+    }
+}
+
+/// Some units for the rows of one expert.
+struct Units<'a> {
+    product: &'a MatMul<'a>,
+    quantized: &'a [(Order, &'a QuantizedRows)],
+    units: &'a [Unit],
+    expert: usize,
+    rows: Range<usize>,
+    out: SharedMut,
+}
+
+impl Work for Units<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // Taken, not borrowed in a closure: a closure would be compiled without the instruction set.
+        let mut acc = ACCUMULATORS.take();
+        if acc.len() < self.rows.len() * PAIR * PANEL {
+            acc.resize(self.rows.len() * PAIR * PANEL, 0.0);
+        }
+        for unit in self.units {
+            match unit.panels {
+                [Some(a), Some(b)] if self.alike(&a, &b) => self.compute(simd, &[a, b], 0, &mut acc),
+                [Some(a), Some(b)] => {
+                    self.compute(simd, &[a], 0, &mut acc);
+                    self.compute(simd, &[b], PANEL, &mut acc);
+                }
+                [Some(a), None] => self.compute(simd, &[a], 0, &mut acc),
+                [None, _] => {}
+            }
+            self.finish(simd, unit, &mut acc);
+        }
+        ACCUMULATORS.set(acc);
+    }
+}
+
+impl Units<'_> {
+    fn storage(&self, panel: &Panel) -> &Storage<'_> {
+        &self.product.projections[panel.projection].matrix.storage
+    }
+
+    /// Whether two panels can be computed together: neighbours, or packed in the same format.
+    fn alike(&self, a: &Panel, b: &Panel) -> bool {
+        match (self.storage(a), self.storage(b)) {
+            (Storage::Packed(p), Storage::Packed(q)) => {
+                a.projection == b.projection
+                    || (self.product.precision == Precision::Fast && p.coding == q.coding && p.group == q.group)
+            }
+            _ => a.projection == b.projection,
+        }
+    }
+
+    /// Products of panels that are alike with all rows, into `acc` from column `at` on.
+    #[inline(always)]
+    fn compute<S: Simd>(&self, simd: S, panels: &[Panel], at: usize, acc: &mut [f32]) {
+        let matrix = &self.product.projections[panels[0].projection].matrix;
+        let stacked = self.expert * matrix.rows;
+        let first = panels[0].first + stacked;
+        let rows: usize = panels.iter().map(|panel| panel.rows).sum();
+        let columns = matrix.columns;
+        let x = &self.product.x[self.rows.start * columns..self.rows.end * columns];
+        match (&matrix.storage, self.product.precision) {
+            (Storage::Packed(packed), Precision::Fast) => {
+                let order = Order::of(packed);
+                let Some((_, x)) = self.quantized.iter().find(|(known, _)| *known == order) else { return };
+                // Gate and up advance side by side, the panels of one matrix in pairs.
+                let next = if matches!(self.product.finish, Finish::SwiGlu) { PANEL } else { PAIR * PANEL };
+                let mut weights = [WeightRows { packed, first, rows: panels[0].rows, next }; PAIR];
+                for (weights, panel) in weights.iter_mut().zip(panels) {
+                    if let Storage::Packed(packed) = self.storage(panel) {
+                        *weights = WeightRows { packed, first: panel.first + stacked, rows: panel.rows, next };
+                    }
+                }
+                let x_rows = self.rows.clone();
+                Integer { panels: &weights[..panels.len()], columns, x, x_rows }.run(simd, &mut acc[at..]);
+            }
+            (Storage::Packed(packed), Precision::Exact) => {
+                dot::packed(simd, packed, columns, first, rows, x, &mut acc[at..]);
+            }
+            (Storage::Dense(numbers), _) => dot::dense(simd, numbers, columns, first, rows, x, &mut acc[at..]),
+        }
+    }
+
+    /// Adds biases, applies the finish and writes the unit's columns.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, unit: &Unit, acc: &mut [f32]) {
+        let width = self.product.width();
+        let projections = self.product.projections;
+        for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(PAIR * PANEL)) {
+            for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
+                if let Some(bias) = &projections[panel.projection].bias {
+                    for (i, acc) in acc[..panel.rows].iter_mut().enumerate() {
+                        *acc += bias.get(panel.first + i);
+                    }
+                }
+            }
+            if matches!(self.product.finish, Finish::SwiGlu) {
+                let (gate, up) = acc.split_at_mut(PANEL);
+                // SAFETY: two panels of 16.
+                unsafe {
+                    let gated = math::silu(simd, simd.load(gate.as_ptr()));
+                    simd.store(gate.as_mut_ptr(), simd.mul(gated, simd.load(up.as_ptr())));
+                }
+            }
+            let written = if matches!(self.product.finish, Finish::SwiGlu) { 1 } else { PAIR };
+            for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)).take(written) {
+                let before: usize = match self.product.finish {
+                    Finish::Concat => projections[..panel.projection].iter().map(|p| p.matrix.rows).sum(),
+                    Finish::Add(_) | Finish::SwiGlu => 0,
+                };
+                let at = row * width + before + panel.first;
+                if let Finish::Add(residual) = self.product.finish {
+                    for (acc, residual) in acc.iter_mut().zip(&residual[at..at + panel.rows]) {
+                        *acc += residual;
+                    }
+                }
+                // SAFETY: every column of every row belongs to one unit, and `run` waits for all of them.
+                unsafe { self.out.write(at, &acc[..panel.rows]) };
+            }
+        }
+    }
+}

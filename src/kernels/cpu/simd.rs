@@ -1,0 +1,203 @@
+//! Sixteen lanes, whatever the instruction set: kernels are written once against [`Simd`] and compiled for each.
+//!
+//! A value of an instruction set's type is the proof that the processor has it ([`Isa::run`] makes them), so operations
+//! on registers are safe; loads and stores are not.
+//!
+//! Only the entry points that run [`Work`] are compiled with the instruction set's features. Whatever a work does must
+//! be inlined into them: every method here and every function on the way is `#[inline(always)]`, and what is called
+//! many times becomes a work of its own ([`Simd::call`]). Closures and iterator adaptors are not inlined reliably; where
+//! time matters there are plain loops.
+
+/// Lanes of a register of f32 or i32.
+pub const LANES: usize = 16;
+
+/// Rows of 32-bit words that [`Simd::load_words`] transposes, one per lane, and words of each.
+pub const WORDS: usize = 8;
+
+/// An instruction set. Floating-point operations round like IEEE 754's; `sum` adds in a fixed order.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// Rows of activations in a register tile of the integer product; it has two panels of weights.
+    const INT_ROWS: usize;
+    /// Rows of activations in a register tile of the dot product; it has four rows of weights.
+    const DOT_ROWS: usize;
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen i32, or 64 bytes in groups of four.
+    type I: Copy;
+
+    /// Runs `work` as a function of its own.
+    fn call<W: Work>(self, work: W) -> W::Output;
+
+    /// `x` in every lane.
+    fn splat(self, x: f32) -> Self::F;
+    /// Sum.
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Difference.
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Product.
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Quotient.
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a` where it is greater, otherwise `b`: also where one of them is not a number.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once except on the portable set.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The sum of all lanes: halves are added to halves.
+    fn sum(self, a: Self::F) -> f32;
+    /// The largest lane.
+    fn max_lane(self, a: Self::F) -> f32;
+    /// `[sum(a), sum(b), sum(c), sum(d)]`, each with the same bits as `sum`.
+    #[inline(always)]
+    fn sum4(self, a: [Self::F; 4]) -> [f32; 4] {
+        [self.sum(a[0]), self.sum(a[1]), self.sum(a[2]), self.sum(a[3])]
+    }
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::I;
+    /// To floating point, rounded to nearest.
+    fn float_of_int(self, a: Self::I) -> Self::F;
+    /// The same bits as integers.
+    fn bits(self, a: Self::F) -> Self::I;
+    /// The same bits as floating-point numbers.
+    fn float_of_bits(self, a: Self::I) -> Self::F;
+    /// The f16 in the lower half of each lane.
+    fn float_of_f16(self, a: Self::I) -> Self::F;
+
+    /// `x` in every lane.
+    fn splat_i(self, x: i32) -> Self::I;
+    /// Sum, wrapping.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Bitwise and.
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Shifts towards the high bits.
+    fn shl<const N: u32>(self, a: Self::I) -> Self::I;
+    /// Shifts zeros in.
+    fn shr<const N: u32>(self, a: Self::I) -> Self::I;
+    /// Each byte, which must be below 16, replaced by that entry of the table.
+    fn lookup(self, bytes: Self::I, table: &[u8; 16]) -> Self::I;
+    /// Adds to each lane the dot product of its four unsigned bytes in `w`, all below 128, with the signed bytes of `x`.
+    fn dot_u7(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// The same for all unsigned bytes.
+    fn dot_u8(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+
+    /// Sixteen elements.
+    ///
+    /// # Safety
+    /// 16 readable elements.
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    /// Sixteen elements.
+    ///
+    /// # Safety
+    /// 16 readable elements.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::F;
+    /// Sixteen elements.
+    ///
+    /// # Safety
+    /// 16 readable elements.
+    unsafe fn load_f16(self, p: *const u16) -> Self::F;
+    /// Sixteen elements.
+    ///
+    /// # Safety
+    /// 16 writable elements.
+    unsafe fn store(self, p: *mut f32, a: Self::F);
+    /// 64 bytes.
+    ///
+    /// # Safety
+    /// 64 readable bytes.
+    unsafe fn load_i(self, p: *const u8) -> Self::I;
+    /// 64 bytes.
+    ///
+    /// # Safety
+    /// 64 writable bytes.
+    unsafe fn store_i(self, p: *mut u8, a: Self::I);
+    /// 16 bytes, one a lane.
+    ///
+    /// # Safety
+    /// 16 readable bytes.
+    unsafe fn load_u8(self, p: *const u8) -> Self::I;
+    /// 16 half bytes, the lower half of a byte first, one a lane.
+    ///
+    /// # Safety
+    /// 8 readable bytes.
+    unsafe fn load_u4(self, p: *const u8) -> Self::I;
+    /// Sixteen rows of [`WORDS`] words, `stride` bytes apart: lane `r` of vector `w` is word `w` of row `r`.
+    ///
+    /// # Safety
+    /// 32 readable bytes at each of the sixteen rows.
+    unsafe fn load_words(self, p: *const u8, stride: usize) -> [Self::I; WORDS];
+    /// Asks for the line of `p` to be brought near; any address is allowed.
+    fn prefetch(self, p: *const u8);
+}
+
+/// The instruction sets that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// Portable code.
+    Scalar,
+    /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// Advanced SIMD with the dot product extension.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+}
+
+/// Work that is compiled for each instruction set.
+pub trait Work {
+    /// What it returns.
+    type Output;
+    /// Does it; must be `#[inline(always)]`.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+impl Isa {
+    /// All that this processor has, the portable one first and the best last.
+    pub fn available() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut found = vec![Isa::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx2") && has!("fma") && has!("f16c") {
+                found.push(Isa::Avx2);
+                let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+                if avx512 && has!("avx512vnni") {
+                    found.push(Isa::Avx512);
+                }
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected as has;
+            if has!("neon") && has!("dotprod") && has!("fp16") {
+                found.push(Isa::Neon);
+            }
+        }
+        found
+    }
+
+    /// The best that this processor has.
+    pub fn best() -> Isa {
+        static BEST: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        *BEST.get_or_init(|| *Isa::available().last().unwrap_or(&Isa::Scalar))
+    }
+
+    /// Runs `work` as compiled for this instruction set, which must be one of [`available`](Self::available).
+    #[inline]
+    pub fn run<W: Work>(self, work: W) -> W::Output {
+        match self {
+            Isa::Scalar => super::scalar::run(work),
+            // SAFETY: by this function's contract the processor has the features.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { super::avx2::run(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { super::avx512::run(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => unsafe { super::neon::run(work) },
+        }
+    }
+}
