@@ -7,7 +7,7 @@
 //!
 //! Options: `--prompt N,..` prompt lengths (default 512), `--steps N` tokens after the first (default 32), `--batch N,..`
 //! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
-//! `--dtype f32|f16|bf16`.
+//! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`.
 //!
 //! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request has its
 //! first token, over that time. Random weights are as fast as real ones; every weight is a buffer of its own.
@@ -21,6 +21,7 @@ use mlx_rs::Dtype;
 use omlx::config::ModelConfig;
 use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Result};
+use omlx::kernels::Precision;
 use omlx::mlx::Device;
 use omlx::pool::{EnginePool, PoolOptions};
 use serde_json::{Value, json};
@@ -43,6 +44,8 @@ struct Options {
     context: usize,
     device: Option<Device>,
     dtype: Option<Dtype>,
+    precision: Precision,
+    threads: Option<usize>,
 }
 
 fn numbers(text: &str) -> Result<Vec<usize>> {
@@ -65,6 +68,8 @@ impl Options {
             context: 512,
             device: None,
             dtype: None,
+            precision: Precision::Fast,
+            threads: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -90,6 +95,14 @@ impl Options {
                         other => return Err(Error::invalid_argument(format!("no dtype {other:?}"))),
                     });
                 }
+                "--precision" => {
+                    options.precision = match value()?.as_str() {
+                        "fast" => Precision::Fast,
+                        "exact" => Precision::Exact,
+                        other => return Err(Error::invalid_argument(format!("no precision {other:?}"))),
+                    };
+                }
+                "--threads" => options.threads = Some(number(&value()?)?.max(1)),
                 _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
                 _ => options.folder = Some(arg),
             }
@@ -182,7 +195,8 @@ fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, 
 
 fn run() -> Result<()> {
     let options = Options::parse()?;
-    let pool = EnginePool::open(PoolOptions { device: options.device, dtype: options.dtype, ..Default::default() })?;
+    let Options { device, dtype, precision, threads, .. } = options;
+    let pool = EnginePool::open(PoolOptions { device, dtype, precision, threads, ..Default::default() })?;
     match (&options.random, &options.folder) {
         (Some(name), None) => pool.add_random_model("bench", random_config(name)?)?,
         (None, Some(folder)) => drop(pool.add_model(Path::new(folder), Some("bench"))?),

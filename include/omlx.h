@@ -165,9 +165,9 @@ OMLX_ENUM(omlx_device, uint32_t) {
     OMLX_DEVICE_GPU = 2,
 };
 
-/// Number format of weights that are not quantised, and of all activations.
+/// Number format of weights that are not quantised, of keys and values, and on a GPU of activations.
 OMLX_ENUM(omlx_dtype, uint32_t) {
-    /// 32 bits on the CPU, the model's own format on a GPU.
+    /// The model's own format.
     OMLX_DTYPE_AUTO = 0,
     /// 32-bit floats.
     OMLX_DTYPE_F32 = 1,
@@ -175,6 +175,15 @@ OMLX_ENUM(omlx_dtype, uint32_t) {
     OMLX_DTYPE_F16 = 2,
     /// 16-bit brain floats.
     OMLX_DTYPE_BF16 = 3,
+};
+
+/// How products with quantised weights are computed on the CPU.
+OMLX_ENUM(omlx_precision, uint32_t) {
+    /// Activations are rounded to 8 bits per group of weights: about three times as fast.
+    OMLX_PRECISION_FAST = 0,
+    /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
+    /// on `threads`.
+    OMLX_PRECISION_EXACT = 1,
 };
 
 /// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
@@ -192,16 +201,20 @@ typedef struct omlx_pool_options {
     const char *models_dir;
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     const char *default_model;
-    /// Prompt tokens in one forward pass; 0 is 32 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 256 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     uint32_t prefill_chunk;
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
     /// that are not set. No other thread may call getenv() or setenv() meanwhile.
     uint32_t keep_environment;
+    /// Threads that compute on the CPU, shared by all engines of the process; 0 is the number of physical cores.
+    uint32_t threads;
+    /// An `omlx_precision`; without effect on a GPU.
+    uint32_t precision;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0 }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0 }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;

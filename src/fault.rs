@@ -22,6 +22,7 @@ mod armed {
     use mlx_rs::{Array, Dtype};
 
     use crate::error::Result;
+    use crate::kernels::cpu::floats::FloatsMut;
     use crate::kernels::{CpuKernel, Input, Output, node};
     use crate::sync::lock;
 
@@ -52,9 +53,11 @@ mod armed {
     }
 
     impl CpuKernel for Copy {
-        fn run(&self, inputs: &[Input<'_>], output: Output<'_>) -> Result<()> {
+        fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
             point(self.name, &self.id);
-            output.into_f32()?.copy_from_slice(inputs[0].as_f32()?);
+            if let FloatsMut::F32(out) = outputs.remove(0).into_floats()? {
+                out.copy_from_slice(&inputs[0].to_f32()?);
+            }
             Ok(())
         }
     }

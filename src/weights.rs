@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use crate::config::{ModelConfig, read_json};
 use crate::error::{Error, Result, Status};
-use crate::mlx::{self, HostBuffer, QuantFormat, QuantMode, QuantizedMatrix};
+use crate::kernels::Backend;
+use crate::mlx::{self, HostBuffer, Matrix, QuantFormat, QuantMode, QuantizedMatrix};
 
 /// Largest safetensors header that is read; the format's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -49,17 +50,11 @@ pub struct Weights {
     config: ModelConfig,
     dtype: Option<Dtype>,
     bytes: usize,
+    backend: Backend,
+    /// Type of the first floating-point tensor that was taken.
+    float_type: Option<Dtype>,
     /// Asked before every tensor: an error ends the loading.
     interrupt: Box<dyn Fn() -> Option<Error>>,
-}
-
-/// The two forms of a weight matrix `[out, in]`.
-#[derive(Debug)]
-pub enum Matrix {
-    /// `[out, in]` floats.
-    Dense(Array),
-    /// MLX's packed form.
-    Quantized(QuantizedMatrix),
 }
 
 impl Weights {
@@ -93,13 +88,32 @@ impl Weights {
     }
 
     fn new(source: Source, config: &ModelConfig, dtype: Option<Dtype>) -> Self {
-        Self { source, config: config.clone(), dtype, bytes: 0, interrupt: Box::new(|| None) }
+        Self {
+            source,
+            config: config.clone(),
+            dtype,
+            bytes: 0,
+            backend: Backend::Mlx,
+            float_type: None,
+            interrupt: Box::new(|| None),
+        }
     }
 
     /// The same, but a tensor is refused with the error that `interrupt` returns, if it returns one.
     pub fn interrupted_by(mut self, interrupt: impl Fn() -> Option<Error> + 'static) -> Self {
         self.interrupt = Box::new(interrupt);
         self
+    }
+
+    /// The same, for layers that are computed by `backend`; without this it is MLX.
+    pub fn computed_by(mut self, backend: Backend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Who computes the layers that take these weights.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
     }
 
     /// Bytes of all tensors taken so far.
@@ -110,6 +124,11 @@ impl Weights {
     /// The type that floating-point tensors are converted to, if any.
     pub fn dtype(&self) -> Option<Dtype> {
         self.dtype
+    }
+
+    /// The type of the floating-point tensors taken so far: that of the first one.
+    pub fn float_type(&self) -> Dtype {
+        self.float_type.unwrap_or(Dtype::Float32)
     }
 
     /// Whether a tensor of this name is there and not taken yet. Random weights have none that is optional.
@@ -137,6 +156,7 @@ impl Weights {
             Some(dtype) if array.dtype() != dtype => array.as_dtype(dtype)?,
             _ => array,
         };
+        self.float_type.get_or_insert(array.dtype());
         self.keep(array)
     }
 

@@ -9,11 +9,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sync", &[]),
     ("panics", &["error"]),
     ("mlx", &["error", "sync"]),
-    ("kernels", &["error", "panics", "sync"]),
+    ("kernels", &["error", "mlx", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
     ("config", &["error", "mlx"]),
-    ("weights", &["config", "error", "mlx"]),
-    ("cache", &["error", "mlx"]),
+    ("weights", &["config", "error", "kernels", "mlx"]),
+    ("cache", &["error", "kernels", "mlx"]),
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "nn", "weights"]),
     ("sampling", &["error", "mlx"]),
@@ -25,8 +25,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "text", "weights",
         ],
     ),
-    ("pool", &["config", "engine", "error", "mlx", "models", "sync"]),
-    ("capi", &["engine", "error", "fault", "mlx", "panics", "pool", "sync"]),
+    ("pool", &["config", "engine", "error", "kernels", "mlx", "models", "sync"]),
+    ("capi", &["engine", "error", "fault", "kernels", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];
 
@@ -40,6 +40,7 @@ const PURE: &[&str] = &[
     "engine/request.rs",
     "engine/scheduler.rs",
     "engine/sequence.rs",
+    "kernels/cpu",
     "sampling/params.rs",
 ];
 

@@ -1,6 +1,6 @@
 /* One answer of a local model, streamed to the terminal.
  *
- *   chat [-m MODELS_DIR] [-t TEMPERATURE] PROMPT
+ *   chat [-m MODELS_DIR] [-t TEMPERATURE] [-p fast|exact] PROMPT
  *
  * cc -Iinclude examples/c/chat.c -Ltarget/release -lomlx -lpthread -Wl,-rpath,target/release -o chat
  */
@@ -74,9 +74,13 @@ int main(int argc, char **argv) {
             pool_options.models_dir = argv[i + 1];
         else if (strcmp(argv[i], "-t") == 0)
             temperature = argv[i + 1];
+        else if (strcmp(argv[i], "-p") == 0 && strcmp(argv[i + 1], "exact") == 0) {
+            pool_options.precision = OMLX_PRECISION_EXACT;
+            pool_options.dtype = OMLX_DTYPE_F32;
+        }
     }
     if (i + 1 != argc || (json = write_request(argv[i], temperature)) == NULL) {
-        fprintf(stderr, "usage: %s [-m MODELS_DIR] [-t TEMPERATURE] PROMPT\n", argv[0]);
+        fprintf(stderr, "usage: %s [-m MODELS_DIR] [-t TEMPERATURE] [-p fast|exact] PROMPT\n", argv[0]);
         return EXIT_FAILURE;
     }
     options.callback = on_event;

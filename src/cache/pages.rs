@@ -1,22 +1,31 @@
 //! The arrays that hold a sequence's keys and values.
 //!
-//! Each sequence owns one contiguous run of rows per layer, grown in steps. Rows are token-major
-//! `[capacity, heads, width]`, so that an append is one run of memory, written in place: nothing outside this type
-//! keeps a handle to the arrays across a step, or MLX would copy them on every append.
+//! Each sequence owns one contiguous run of rows per layer, grown in steps. Rows are token-major, so that an append is
+//! one run of memory, written in place: nothing outside this type keeps a handle to the arrays across a step, or MLX
+//! would copy them on every append. MLX's attention takes them as `[capacity, heads, width]`; the CPU kernels as blocks
+//! `[capacity / BLOCK_TOKENS, BLOCK_TOKENS, heads, width]`.
+
+use std::sync::Arc;
 
 use mlx_rs::{Array, Dtype};
 
 use crate::error::{Error, Result};
+use crate::kernels::{Placement, Segment};
 use crate::mlx;
 
 /// Rows added when a sequence outgrows its arrays.
-const GROWTH: usize = 256;
+const GROWTH: usize = BLOCK_TOKENS;
+
+/// Tokens of a block.
+const BLOCK_TOKENS: usize = 256;
 
 /// What one token of a sequence stores, layer by layer.
 #[derive(Debug, Clone)]
 pub struct KvLayout {
     /// `(heads, width)` of keys and of values in each layer.
     pub layers: Vec<(usize, usize)>,
+    /// Type of blocks; that of the model's weights.
+    pub dtype: Dtype,
 }
 
 #[derive(Debug)]
@@ -31,12 +40,17 @@ pub struct SequenceCache {
     layers: Vec<Option<LayerKv>>,
     layout: KvLayout,
     len: usize,
+    /// Where the step's rows go, until it is counted.
+    placement: Option<Arc<Placement>>,
+    /// Computed after the newest writes to blocks.
+    marker: Option<Array>,
 }
 
 impl SequenceCache {
     /// An empty cache; arrays are made when the first rows arrive, in their type.
     pub fn new(layout: &KvLayout) -> Self {
-        Self { layers: layout.layers.iter().map(|_| None).collect(), layout: layout.clone(), len: 0 }
+        let layers = layout.layers.iter().map(|_| None).collect();
+        Self { layers, layout: layout.clone(), len: 0, placement: None, marker: None }
     }
 
     /// Tokens stored.
@@ -59,20 +73,63 @@ impl SequenceCache {
         let LayerKv { keys: old_keys, values: old_values } = match slot.take() {
             Some(kv) => kv,
             None => LayerKv {
-                keys: empty_rows(GROWTH.max(end), shape, keys.dtype())?,
-                values: empty_rows(GROWTH.max(end), shape, values.dtype())?,
+                keys: zeros(&[GROWTH.max(end), shape.0, shape.1], keys.dtype())?,
+                values: zeros(&[GROWTH.max(end), shape.0, shape.1], values.dtype())?,
             },
         };
-        let new_keys = mlx::write_rows(with_room(old_keys, end)?, keys, self.len, end)?;
-        let new_values = mlx::write_rows(with_room(old_values, end)?, values, self.len, end)?;
+        let capacity = end.next_multiple_of(GROWTH);
+        let new_keys = mlx::write_rows(with_room(old_keys, end, capacity)?, keys, self.len, end)?;
+        let new_values = mlx::write_rows(with_room(old_values, end, capacity)?, values, self.len, end)?;
         let views = (mlx::rows(&new_keys, 0, end)?, mlx::rows(&new_values, 0, end)?);
         *slot = Some(LayerKv { keys: new_keys, values: new_values });
         Ok(views)
     }
 
+    /// The blocks of keys and of values of `layer`, evaluated, with room for `tokens` more: kernels write in place.
+    pub fn blocks(&mut self, layer: usize, tokens: usize) -> Result<(&Array, &Array)> {
+        let blocks = (self.len + tokens).div_ceil(BLOCK_TOKENS);
+        let (heads, width) = self.layout.layers[layer];
+        let dtype = self.layout.dtype;
+        let make = || {
+            let array = zeros(&[blocks, BLOCK_TOKENS, heads, width], dtype)?;
+            array.eval()?;
+            Ok::<_, Error>(array)
+        };
+        let grow = |array: Array| {
+            let array = with_room(array, blocks, blocks)?;
+            array.eval()?;
+            Ok::<_, Error>(array)
+        };
+        let kv = match self.layers[layer].take() {
+            Some(LayerKv { keys, values }) => LayerKv { keys: grow(keys)?, values: grow(values)? },
+            None => LayerKv { keys: make()?, values: make()? },
+        };
+        let kv = self.layers[layer].insert(kv);
+        Ok((&kv.keys, &kv.values))
+    }
+
+    /// Takes note of an array that is computed after the step's writes to the blocks.
+    pub fn mark(&mut self, marker: Array) {
+        self.marker = Some(marker);
+    }
+
+    /// Where the step's `tokens` rows belong in the blocks.
+    pub fn placement(&mut self, tokens: usize) -> Arc<Placement> {
+        let (start, end) = (self.len, self.len + tokens);
+        let make = || {
+            Arc::new(Placement {
+                tables: (0..end.div_ceil(BLOCK_TOKENS) as u32).collect(),
+                slots: (start as u32..end as u32).collect(),
+                segments: vec![Segment { rows: 0..tokens, start, table: 0 }],
+            })
+        };
+        Arc::clone(self.placement.get_or_insert_with(make))
+    }
+
     /// Counts `tokens` rows, appended to every layer, as stored.
     pub fn advance(&mut self, tokens: usize) {
         self.len += tokens;
+        self.placement = None;
     }
 
     /// All arrays, for evaluation.
@@ -80,8 +137,11 @@ impl SequenceCache {
         self.layers.iter().flatten().flat_map(|kv| [&kv.keys, &kv.values])
     }
 
-    /// A scalar that is computed once the newest rows are: for waiting without holding the arrays themselves.
+    /// An array that is computed once the newest rows are: for waiting without holding the arrays themselves.
     pub fn marker(&self) -> Result<Array> {
+        if let Some(marker) = &self.marker {
+            return Ok(marker.clone());
+        }
         let newest = self.layers.iter().flatten().last();
         let newest = newest.filter(|_| self.len > 0).ok_or_else(|| Error::internal("an empty cache has no marker"))?;
         Ok(mlx::rows(&newest.keys, self.len - 1, self.len)?.sum(None)?)
@@ -93,20 +153,21 @@ impl SequenceCache {
     }
 }
 
-fn empty_rows(rows: usize, (heads, width): (usize, usize), dtype: Dtype) -> Result<Array> {
-    let rows = i32::try_from(rows).map_err(|_| Error::internal("a cache of more than 2^31 rows"))?;
-    Ok(mlx_rs::ops::zeros_dtype(&[rows, heads as i32, width as i32], dtype)?)
+fn zeros(shape: &[usize], dtype: Dtype) -> Result<Array> {
+    let shape = shape.iter().map(|&n| i32::try_from(n)).collect::<std::result::Result<Vec<_>, _>>();
+    let shape = shape.map_err(|_| Error::internal("a cache of more than 2^31 rows"))?;
+    Ok(mlx_rs::ops::zeros_dtype(&shape, dtype)?)
 }
 
-/// `array`, or a larger copy of it, with at least `rows` rows.
-fn with_room(array: Array, rows: usize) -> Result<Array> {
+/// `array` if its first axis has `needed` entries, otherwise a copy of it with `capacity`.
+fn with_room(array: Array, needed: usize, capacity: usize) -> Result<Array> {
     let have = array.dim(0) as usize;
-    if have >= rows {
+    if have >= needed {
         return Ok(array);
     }
-    let shape = (array.dim(1) as usize, array.dim(2) as usize);
-    let larger = empty_rows(rows.next_multiple_of(GROWTH), shape, array.dtype())?;
-    mlx::write_rows(larger, &array, 0, have)
+    let mut shape: Vec<usize> = array.shape().iter().map(|&n| n as usize).collect();
+    shape[0] = capacity;
+    mlx::write_rows(zeros(&shape, array.dtype())?, &array, 0, have)
 }
 
 #[cfg(test)]
@@ -127,7 +188,7 @@ mod tests {
     }
 
     fn layout() -> KvLayout {
-        KvLayout { layers: vec![(1, ROW as usize)] }
+        KvLayout { layers: vec![(1, ROW as usize)], dtype: Dtype::Float32 }
     }
 
     /// Peak bytes above the present use while `body` runs. MLX counts for the whole process: no other test of this
@@ -167,7 +228,7 @@ mod tests {
     fn rows_survive_growth() {
         seam::init().unwrap();
         let outcome = seam::on_device(Device::Cpu, || {
-            let layout = KvLayout { layers: vec![(2, 4)] };
+            let layout = KvLayout { layers: vec![(2, 4)], dtype: Dtype::Float32 };
             let mut cache = SequenceCache::new(&layout);
             let mut expected = Vec::new();
             for (step, count) in [3, 250, 1, 1, 1, 300, 1].into_iter().enumerate() {

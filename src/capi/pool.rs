@@ -8,6 +8,7 @@ use mlx_rs::Dtype;
 
 use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, optional_string, output};
 use crate::error::{Error, Result, Status};
+use crate::kernels::Precision;
 use crate::mlx::Device;
 use crate::pool::{EnginePool, PoolOptions};
 use crate::sync::lock;
@@ -24,11 +25,11 @@ pub enum omlx_device {
     Gpu = 2,
 }
 
-/// Number format of weights that are not quantised, and of all activations.
+/// Number format of weights that are not quantised, of keys and values, and on a GPU of activations.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum omlx_dtype {
-    /// 32 bits on the CPU, the model's own format on a GPU.
+    /// The model's own format.
     Auto = 0,
     /// 32-bit floats.
     F32 = 1,
@@ -36,6 +37,17 @@ pub enum omlx_dtype {
     F16 = 2,
     /// 16-bit brain floats.
     Bf16 = 3,
+}
+
+/// How products with quantised weights are computed on the CPU.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_precision {
+    /// Activations are rounded to 8 bits per group of weights: about three times as fast.
+    Fast = 0,
+    /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
+    /// on `threads`.
+    Exact = 1,
 }
 
 /// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
@@ -55,12 +67,16 @@ pub struct omlx_pool_options {
     pub models_dir: *const c_char,
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     pub default_model: *const c_char,
-    /// Prompt tokens in one forward pass; 0 is 32 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 256 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     pub prefill_chunk: u32,
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
     /// that are not set. No other thread may call getenv() or setenv() meanwhile.
     pub keep_environment: u32,
+    /// Threads that compute on the CPU, shared by all engines of the process; 0 is the number of physical cores.
+    pub threads: u32,
+    /// An `omlx_precision`; without effect on a GPU.
+    pub precision: u32,
 }
 
 impl Default for omlx_pool_options {
@@ -74,13 +90,15 @@ impl Default for omlx_pool_options {
             default_model: std::ptr::null(),
             prefill_chunk: 0,
             keep_environment: 0,
+            threads: 0,
+            precision: 0,
         }
     }
 }
 
 // SAFETY: repr(C), the size comes first, and every other field is an integer or a nullable pointer.
 unsafe impl SizedOptions for omlx_pool_options {
-    const MIN_SIZE: usize = size_of::<Self>();
+    const MIN_SIZE: usize = std::mem::offset_of!(omlx_pool_options, threads);
 }
 
 impl omlx_pool_options {
@@ -100,6 +118,11 @@ impl omlx_pool_options {
             3 => Some(Dtype::Bfloat16),
             other => return Err(Error::invalid_argument(format!("dtype {other} does not exist"))),
         };
+        let precision = match self.precision {
+            0 => Precision::Fast,
+            1 => Precision::Exact,
+            other => return Err(Error::invalid_argument(format!("precision {other} does not exist"))),
+        };
         let nonzero = |n: u32| (n > 0).then_some(n as usize);
         // SAFETY: passed on to the caller.
         let (models_dir, default_model) = unsafe {
@@ -113,6 +136,8 @@ impl omlx_pool_options {
             context: nonzero(self.context_length),
             prefill_chunk: nonzero(self.prefill_chunk),
             keep_environment: self.keep_environment != 0,
+            threads: nonzero(self.threads),
+            precision,
         })
     }
 }

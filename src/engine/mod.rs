@@ -31,6 +31,7 @@ use mlx_rs::Dtype;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
+use crate::kernels::Backend;
 use crate::mlx::Device;
 use crate::sync::lock;
 
@@ -52,8 +53,10 @@ pub struct EngineOptions {
     pub source: ModelSource,
     /// Where to compute.
     pub device: Device,
-    /// Type of weights and activations; `None` keeps the checkpoint's.
+    /// Type of weights, keys and values (and on a GPU of activations); `None` keeps the checkpoint's.
     pub dtype: Option<Dtype>,
+    /// Who computes the layers.
+    pub backend: Backend,
     /// Upper limit of the context in tokens; `None` takes the model's.
     pub context: Option<usize>,
     /// Prompt tokens in one forward pass.

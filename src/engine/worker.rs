@@ -84,7 +84,7 @@ fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
     };
     // Reading a large model takes a while; an unload or close must not wait for the rest of it.
     let failure = Arc::clone(&shared.failure);
-    let weights = weights.interrupted_by(move || failure.get().cloned());
+    let weights = weights.computed_by(options.backend.clone()).interrupted_by(move || failure.get().cloned());
     let context = models::context_length(&config, options.context)?;
     let loaded = models::load(&config, context, weights)?;
     Ok((Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?), loaded.weight_bytes))

@@ -1,4 +1,4 @@
-// MLX graph nodes that run kernels written in Rust. The interface is declared again, and documented, in mod.rs.
+// MLX graph nodes that run kernels written in Rust. The interface is declared again, and documented, in node.rs.
 //
 // An exception may cross MLX's frames, a Rust panic may not: kernels report failures as text, and this file turns the
 // text into an exception, which MLX hands to whoever evaluates the graph.
@@ -55,8 +55,14 @@ struct Kernel {
   }
 };
 
-// The codes of `DTYPES` in mod.rs.
-const Dtype kDtypes[] = {mlx::core::float32, mlx::core::float16, mlx::core::bfloat16, mlx::core::uint32};
+// The codes of `DTYPES` in node.rs.
+const Dtype kDtypes[] = {
+    mlx::core::float32,
+    mlx::core::float16,
+    mlx::core::bfloat16,
+    mlx::core::uint32,
+    mlx::core::int32,
+    mlx::core::uint8};
 constexpr uint32_t kDtypeCount = sizeof(kDtypes) / sizeof(kDtypes[0]);
 
 uint32_t code_of(Dtype dtype) {

@@ -5,6 +5,7 @@ use mlx_rs::fast::{ScaledDotProductAttentionMask as Mask, scaled_dot_product_att
 
 use super::{Linear, RmsNorm, Rope, Step};
 use crate::error::Result;
+use crate::kernels::{AttentionKind, Backend, Cpu, Heads};
 use crate::weights::Weights;
 
 /// What an architecture declares about its attention.
@@ -38,6 +39,7 @@ pub struct Attention {
     key_norm: Option<RmsNorm>,
     rope: Rope,
     layer: usize,
+    backend: Backend,
 }
 
 impl Attention {
@@ -67,30 +69,44 @@ impl Attention {
             spec: spec.clone(),
             rope,
             layer,
+            backend: weights.backend().clone(),
         })
     }
 
-    /// `x [T, hidden]`, same shape out; appends the step's keys and values to the cache.
-    pub fn forward(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
-        let AttentionSpec { heads, kv_heads, head_dim, window, .. } = self.spec;
+    /// `residual + attention(x)`, all `[T, hidden]`; appends the step's keys and values to the cache.
+    pub fn forward_onto(&self, x: &Array, residual: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let tokens = x.dim(0);
+        let [queries, keys, values] = Linear::forward_all([&self.query, &self.key, &self.value], x)?;
         let split = |y: Array, heads: usize| y.reshape(&[tokens, heads as i32, head_dim as i32]);
-        let mut queries = split(self.query.forward(x)?, heads)?;
-        let mut keys = split(self.key.forward(x)?, kv_heads)?;
-        let values = split(self.value.forward(x)?, kv_heads)?;
-        if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
-            queries = query_norm.forward(&queries)?;
-            keys = key_norm.forward(&keys)?;
-        }
-        let queries = self.rope.forward(&queries, step.positions)?;
-        let keys = self.rope.forward(&keys, step.positions)?;
+        let (queries, keys, values) = (split(queries, heads)?, split(keys, kv_heads)?, split(values, kv_heads)?);
+        let attended = match &self.backend {
+            Backend::Mlx => self.attend(queries, keys, values, step)?,
+            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, queries, keys, values, step)?,
+        };
+        self.output.forward_onto(&attended.reshape(&[tokens, (heads * head_dim) as i32])?, residual)
+    }
+
+    fn scale(&self) -> f32 {
+        (self.spec.head_dim as f32).powf(-0.5)
+    }
+
+    /// With MLX's operations, over contiguous rows. In and out: `[T, heads, width]`.
+    fn attend(&self, queries: Array, keys: Array, values: Array, step: &mut Step<'_>) -> Result<Array> {
+        let norm = |y: Array, norm: &Option<RmsNorm>| match norm {
+            Some(norm) => norm.forward(&y),
+            None => Ok(y),
+        };
+        let tokens = queries.dim(0);
+        let queries = self.rope.forward(&norm(queries, &self.query_norm)?, step.positions)?;
+        let keys = self.rope.forward(&norm(keys, &self.key_norm)?, step.positions)?;
         let (keys, values) = step.cache.append(self.layer, &keys, &values)?;
         // From token-major [n, heads, width] to MLX's [1, heads, n, width]; views, nothing is copied.
         let by_head = |y: &Array| y.transpose_axes(&[1, 0, 2])?.expand_dims(0);
         let length = keys.dim(0) as usize;
-        let scale = (head_dim as f32).powf(-0.5);
+        let scale = self.scale();
         let (queries, keys, values) = (by_head(&queries)?, by_head(&keys)?, by_head(&values)?);
-        let attended = match window.filter(|&window| length > window) {
+        let attended = match self.spec.window.filter(|&window| length > window) {
             Some(window) => {
                 let mask = window_mask(tokens as usize, length, window)?;
                 scaled_dot_product_attention(&queries, &keys, &values, scale, &mask, None)?
@@ -98,8 +114,31 @@ impl Attention {
             None if tokens > 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
             None => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
         };
-        let joined = attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?;
-        self.output.forward(&joined.reshape(&[tokens, (heads * head_dim) as i32])?)
+        Ok(attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?)
+    }
+
+    /// With the CPU kernels, over blocks. In and out: `[T, heads, width]`.
+    fn attend_in_blocks(
+        &self,
+        cpu: &Cpu,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        step: &mut Step<'_>,
+    ) -> Result<Array> {
+        let AttentionSpec { heads, kv_heads, window, .. } = self.spec;
+        let rotate = |y: &Array, norm: &Option<RmsNorm>| {
+            cpu.rotate(y, self.rope.rotation(), norm.as_ref().map(RmsNorm::parts), step.positions)
+        };
+        let (queries, keys) = (rotate(&queries, &self.query_norm)?, rotate(&keys, &self.key_norm)?);
+        let tokens = queries.dim(0) as usize;
+        let placement = step.cache.placement(tokens);
+        let (key_pool, value_pool) = step.cache.blocks(self.layer, tokens)?;
+        let kind = AttentionKind { kv_heads, heads, scale: self.scale(), window, soft_cap: None };
+        let heads = Heads { queries: &queries, keys: &keys, values: &values, key_pool, value_pool };
+        let attended = cpu.attention(heads, &kind, placement)?;
+        step.cache.mark(attended.clone());
+        Ok(attended)
     }
 }
 

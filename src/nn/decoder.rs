@@ -100,8 +100,8 @@ impl Decoder {
         let norm = RmsNorm::load(weights, "model.norm", hidden, spec.norm_eps)?;
         let head =
             (!spec.tied_head).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false)).transpose()?;
-        let layout =
-            KvLayout { layers: spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect() };
+        let layers_kv = spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect();
+        let layout = KvLayout { layers: layers_kv, dtype: weights.float_type() };
         Ok(Self { embedding, layers, norm, head, layout })
     }
 
@@ -114,9 +114,8 @@ impl Decoder {
     pub fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
         let mut x = self.embedding.forward(step.tokens)?;
         for layer in &self.layers {
-            let attended = layer.attention.forward(&layer.attention_norm.forward(&x)?, step)?;
-            x = x.add(&attended)?;
-            x = x.add(layer.mlp.forward(&layer.mlp_norm.forward(&x)?)?)?;
+            x = layer.attention.forward_onto(&layer.attention_norm.forward(&x)?, &x, step)?;
+            x = layer.mlp.forward_onto(&layer.mlp_norm.forward(&x)?, &x)?;
             if let Some(trace) = step.trace.as_deref_mut() {
                 trace.push(x.clone());
             }

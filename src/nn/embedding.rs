@@ -4,13 +4,16 @@ use mlx_rs::{Array, Dtype};
 
 use super::linear::project;
 use crate::error::Result;
-use crate::weights::{Matrix, Weights};
+use crate::kernels::{Backend, Cpu};
+use crate::mlx::Matrix;
+use crate::weights::Weights;
 
 /// A table `[vocab, hidden]`, looked up by token id.
 #[derive(Debug)]
 pub struct Embedding {
     table: Matrix,
     dtype: Option<Dtype>,
+    backend: Backend,
 }
 
 impl Embedding {
@@ -22,19 +25,21 @@ impl Embedding {
             Matrix::Quantized(q) => Some(q.scales.dtype()),
             Matrix::Dense(_) => None,
         };
-        Ok(Self { table, dtype })
+        Ok(Self { table, dtype, backend: weights.backend().clone() })
     }
 
     /// `ids [T] -> [T, hidden]`.
     pub fn forward(&self, ids: &Array) -> Result<Array> {
-        match &self.table {
-            Matrix::Dense(table) => Ok(table.take_axis(ids, 0)?),
-            Matrix::Quantized(table) => table.rows(ids, self.dtype.unwrap_or(Dtype::Float32)),
+        match (&self.backend, &self.table) {
+            (Backend::Cpu(cpu), table) if Cpu::supports(table) => cpu.take_rows(table, ids),
+            (Backend::Cpu(_), Matrix::Quantized(table)) => table.rows(ids, Dtype::Float32),
+            (_, Matrix::Dense(table)) => Ok(table.take_axis(ids, 0)?),
+            (_, Matrix::Quantized(table)) => table.rows(ids, self.dtype.unwrap_or(Dtype::Float32)),
         }
     }
 
     /// `x [T, hidden] -> [T, vocab]`: the table as an output projection.
     pub fn as_head(&self, x: &Array) -> Result<Array> {
-        project(&self.table, x)
+        project(&self.backend, &self.table, x)
     }
 }

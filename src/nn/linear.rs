@@ -3,13 +3,16 @@
 use mlx_rs::Array;
 
 use crate::error::Result;
-use crate::weights::{Matrix, Weights};
+use crate::kernels::{Backend, Cpu, Join, Operand};
+use crate::mlx::{self, Matrix};
+use crate::weights::Weights;
 
 /// `y = x W^T + b` over the last axis.
 #[derive(Debug)]
 pub struct Linear {
     matrix: Matrix,
     bias: Option<Array>,
+    backend: Backend,
 }
 
 impl Linear {
@@ -17,23 +20,91 @@ impl Linear {
     pub fn load(weights: &mut Weights, path: &str, input: usize, output: usize, bias: bool) -> Result<Self> {
         let matrix = weights.matrix(path, output, input)?;
         let bias = bias.then(|| weights.tensor(&format!("{path}.bias"), &[output])).transpose()?;
-        Ok(Self { matrix, bias })
+        Ok(Self { matrix, bias, backend: weights.backend().clone() })
+    }
+
+    fn operand(&self) -> Operand<'_> {
+        Operand { matrix: &self.matrix, bias: self.bias.as_ref() }
+    }
+
+    /// The kernels, if all of `layers` can be computed by them.
+    fn kernels<'a>(layers: &[&'a Linear]) -> Option<&'a Cpu> {
+        match &layers.first()?.backend {
+            Backend::Cpu(cpu) if layers.iter().all(|layer| Cpu::supports(&layer.matrix)) => Some(cpu),
+            _ => None,
+        }
     }
 
     /// `x [T, input] -> [T, output]`.
     pub fn forward(&self, x: &Array) -> Result<Array> {
-        let y = project(&self.matrix, x)?;
+        if let Some(cpu) = Self::kernels(&[self]) {
+            return cpu.linear(x, &[self.operand()], Join::Concat);
+        }
+        let y = product(&self.matrix, x)?;
         Ok(match &self.bias {
             Some(bias) => y.add(bias)?,
             None => y,
         })
     }
+
+    /// `residual + forward(x)`.
+    pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
+        match Self::kernels(&[self]) {
+            Some(cpu) => cpu.linear(x, &[self.operand()], Join::Add(residual)),
+            None => Ok(residual.add(self.forward(x)?)?),
+        }
+    }
+
+    /// The outputs of layers that share their input, in their order.
+    pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Array) -> Result<[Array; N]> {
+        let Some(cpu) = Self::kernels(&layers) else {
+            return try_map(layers, |layer| layer.forward(x));
+        };
+        let joined = cpu.linear(x, &layers.map(Linear::operand), Join::Concat)?;
+        let mut start = 0;
+        try_map(layers, |layer| {
+            let width = layer.width();
+            start += width;
+            mlx::columns(&joined, start - width, start)
+        })
+    }
+
+    /// `silu(gate(x)) * up(x)`.
+    pub fn forward_gated(gate: &Linear, up: &Linear, x: &Array) -> Result<Array> {
+        if let Some(cpu) = Self::kernels(&[gate, up]) {
+            return cpu.linear(x, &[gate.operand(), up.operand()], Join::SwiGlu);
+        }
+        let gate = gate.forward(x)?;
+        // Composed by hand: the activations of mlx-rs use MLX's compile, which starts a compiler on the CPU.
+        Ok(gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(up.forward(x)?)?)
+    }
+
+    /// Output features.
+    fn width(&self) -> usize {
+        match &self.matrix {
+            Matrix::Dense(weight) => weight.dim(0) as usize,
+            Matrix::Quantized(matrix) => matrix.weight.dim(0) as usize,
+        }
+    }
 }
 
-/// `x [T, columns] -> [T, rows]`: the product with the transposed matrix.
-pub(super) fn project(matrix: &Matrix, x: &Array) -> Result<Array> {
+fn try_map<T, U, const N: usize>(items: [T; N], mut f: impl FnMut(T) -> Result<U>) -> Result<[U; N]> {
+    let done = items.into_iter().map(&mut f).collect::<Result<Vec<_>>>()?;
+    done.try_into().map_err(|_| crate::error::Error::internal("as many results as items"))
+}
+
+/// `x [T, columns] -> [T, rows]`: MLX's product with the transposed matrix.
+fn product(matrix: &Matrix, x: &Array) -> Result<Array> {
     match matrix {
         Matrix::Dense(weight) => Ok(x.matmul(weight.transpose()?)?),
         Matrix::Quantized(weight) => weight.matmul(x),
+    }
+}
+
+/// `x [T, columns] -> [T, rows]` on `backend`.
+pub(super) fn project(backend: &Backend, matrix: &Matrix, x: &Array) -> Result<Array> {
+    match backend {
+        Backend::Cpu(cpu) if Cpu::supports(matrix) => cpu.linear(x, &[Operand { matrix, bias: None }], Join::Concat),
+        _ => product(matrix, x),
     }
 }

@@ -24,11 +24,8 @@ impl SwiGlu {
         })
     }
 
-    /// `x [T, hidden]`, same shape out.
-    pub fn forward(&self, x: &Array) -> Result<Array> {
-        let gate = self.gate.forward(x)?;
-        // Composed by hand: the activations of mlx-rs use MLX's compile, which starts a compiler on the CPU.
-        let gated = gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(self.up.forward(x)?)?;
-        self.down.forward(&gated)
+    /// `residual + mlp(x)`, all `[T, hidden]`.
+    pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
+        self.down.forward_onto(&Linear::forward_gated(&self.gate, &self.up, x)?, residual)
     }
 }

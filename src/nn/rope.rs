@@ -4,6 +4,7 @@ use mlx_rs::Array;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::kernels::Rotation;
 
 /// The rotary settings of a `config.json`, in any of the spellings that exist.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -57,6 +58,8 @@ pub struct Rope {
     wavelengths: Option<Array>,
     /// Multiplies the input (the "attention factor" of YaRN and LongRoPE).
     magnitude: f32,
+    /// The same for the CPU kernels.
+    rotation: Rotation,
 }
 
 const DEFAULT_THETA: f32 = 10_000.0;
@@ -77,22 +80,28 @@ impl RopeSpec {
             scale: 1.0,
             wavelengths: None,
             magnitude: 1.0,
+            rotation: Rotation {
+                dims,
+                frequencies: plain_wavelengths(dims, theta).iter().map(|w| 1.0 / w).collect(),
+                traditional: self.rope_traditional,
+                magnitude: 1.0,
+            },
         };
         let kind = scaling.rope_type.as_deref().or(scaling.r#type.as_deref()).unwrap_or("default");
         match kind {
             "default" => {}
-            "linear" => rope.scale = 1.0 / scaling.need_factor(kind)?,
+            "linear" => rope.set_scale(1.0 / scaling.need_factor(kind)?),
             "llama3" => rope.set_wavelengths(llama3(dims, theta, &scaling)?),
             "yarn" => {
                 let (wavelengths, magnitude) = yarn(dims, theta, &scaling)?;
                 rope.set_wavelengths(wavelengths);
-                rope.magnitude = magnitude;
+                rope.set_magnitude(magnitude);
             }
             "longrope" | "su" => {
                 let trained = self.max_position_embeddings.unwrap_or(context);
                 let (wavelengths, magnitude) = longrope(dims, theta, &scaling, trained, context)?;
                 rope.set_wavelengths(wavelengths);
-                rope.magnitude = magnitude;
+                rope.set_magnitude(magnitude);
             }
             other => {
                 return Err(Error::unsupported(format!(
@@ -191,9 +200,25 @@ fn longrope(dims: usize, theta: f32, scaling: &Scaling, trained: usize, context:
 }
 
 impl Rope {
+    fn set_scale(&mut self, scale: f32) {
+        self.scale = scale;
+        self.rotation.frequencies = self.rotation.frequencies.iter().map(|f| f * scale).collect();
+    }
+
+    fn set_magnitude(&mut self, magnitude: f32) {
+        self.magnitude = magnitude;
+        self.rotation.magnitude = magnitude;
+    }
+
     fn set_wavelengths(&mut self, wavelengths: Vec<f32>) {
         self.base = None;
+        self.rotation.frequencies = wavelengths.iter().map(|w| 1.0 / w).collect();
         self.wavelengths = Some(Array::from_slice(&wavelengths, &[wavelengths.len() as i32]));
+    }
+
+    /// What the CPU kernels need to know.
+    pub(super) fn rotation(&self) -> &Rotation {
+        &self.rotation
     }
 
     /// Rotates `x [T, heads, width]`; `positions [T]` i32 are the tokens' places in their sequences.

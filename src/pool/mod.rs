@@ -13,6 +13,7 @@ use mlx_rs::Dtype;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState};
 use crate::error::{Error, Result, Status};
+use crate::kernels::{Backend, Cpu, Precision};
 use crate::mlx::{self, Device};
 use crate::sync::lock;
 
@@ -25,9 +26,13 @@ pub struct PoolOptions {
     pub default_model: Option<String>,
     /// Where to compute; `None` takes the GPU if there is one.
     pub device: Option<Device>,
-    /// Type of weights and activations; `None` is f32 on the CPU, whose 16-bit kernels accumulate in 16 bits,
-    /// and the checkpoint's own on a GPU.
+    /// Type of weights, keys and values; `None` is the checkpoint's own. Activations have the same on a GPU, and are
+    /// f32 on the CPU.
     pub dtype: Option<Dtype>,
+    /// Threads that the CPU kernels of all engines share; `None` is the number of physical cores.
+    pub threads: Option<usize>,
+    /// How products with quantised weights are computed on the CPU.
+    pub precision: Precision,
     /// Upper limit of every model's context in tokens.
     pub context: Option<usize>,
     /// Prompt tokens in one forward pass; `None` is [`default_prefill_chunk`].
@@ -36,11 +41,11 @@ pub struct PoolOptions {
     pub keep_environment: bool,
 }
 
-/// Prompt tokens in one forward pass by default: enough to fill a GPU; few on the CPU, where MLX's quantised product
-/// gains nothing from more and a cancel is heard between two passes.
+/// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once; on
+/// the CPU no more than are computed in about a second, since a cancel is heard between two passes.
 pub fn default_prefill_chunk(device: Device) -> usize {
     match device {
-        Device::Cpu => 32,
+        Device::Cpu => 256,
         Device::Gpu => 2048,
     }
 }
@@ -50,6 +55,7 @@ pub fn default_prefill_chunk(device: Device) -> usize {
 pub struct EnginePool {
     device: Device,
     dtype: Option<Dtype>,
+    backend: Backend,
     context: Option<usize>,
     prefill_chunk: usize,
     default_model: Option<String>,
@@ -93,7 +99,11 @@ impl EnginePool {
         };
         Ok(Self {
             device,
-            dtype: options.dtype.or((device == Device::Cpu).then_some(Dtype::Float32)),
+            dtype: options.dtype,
+            backend: match device {
+                Device::Cpu => Backend::Cpu(Cpu::new(options.threads, options.precision)),
+                Device::Gpu => Backend::Mlx,
+            },
             context: options.context,
             prefill_chunk: options.prefill_chunk.unwrap_or_else(|| default_prefill_chunk(device)),
             default_model: options.default_model,
@@ -212,6 +222,7 @@ impl EnginePool {
             source,
             device: self.device,
             dtype: self.dtype,
+            backend: self.backend.clone(),
             context: self.context,
             prefill_chunk: self.prefill_chunk,
             text: Arc::clone(&slot.text),

@@ -40,6 +40,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "omlx_device",
             "omlx_dtype",
+            "omlx_precision",
             "omlx_pool_options",
             "omlx_pool",
             "omlx_pool_open",

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mlx_rs::Dtype;
 use omlx::engine::{Event, FinishReason, Request, RequestState};
+use omlx::kernels::Precision;
 use omlx::mlx::Device;
 use omlx::pool::{EnginePool, PoolOptions};
 use serde_json::{Value, json};
@@ -39,7 +41,8 @@ fn ten_prompts_give_the_reference_answers() {
     let cases = fixture["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 10);
     let models_dir = Some(root().join("models"));
-    let pool = EnginePool::open(PoolOptions { models_dir, device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    let (device, dtype, precision) = (Some(Device::Cpu), Some(Dtype::Float32), Precision::Exact);
+    let pool = EnginePool::open(PoolOptions { models_dir, device, dtype, precision, ..Default::default() }).unwrap();
     for case in cases {
         let mut object = json!({
             "messages": case["messages"],
