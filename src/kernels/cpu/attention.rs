@@ -214,11 +214,19 @@ impl Attention<'_> {
         first / SPLIT..self.position(tile, tile.tokens.end).div_ceil(SPLIT)
     }
 
-    /// Index in the pools of the row of a key.
+    /// Indices in the pools of the rows of `keys`, into the places of `slots` from `keys.start % CHUNK` on.
     #[inline(always)]
-    fn slot(&self, tile: &Tile, key: usize) -> usize {
-        let block = self.tables[self.segments[tile.segment].table + key / self.block_tokens];
-        block as usize * self.block_tokens + key % self.block_tokens
+    fn slots(&self, tile: &Tile, keys: Range<usize>, slots: &mut [usize; CHUNK]) {
+        let table = &self.tables[self.segments[tile.segment].table..];
+        let (mut block, mut offset) = (keys.start / self.block_tokens, keys.start % self.block_tokens);
+        let first = keys.start % CHUNK;
+        for slot in &mut slots[first..first + keys.len()] {
+            *slot = table[block] as usize * self.block_tokens + offset;
+            offset += 1;
+            if offset == self.block_tokens {
+                (block, offset) = (block + 1, 0);
+            }
+        }
     }
 }
 
@@ -312,18 +320,24 @@ impl AttendTile<'_> {
             let first = attention.first_key(attention.position(tile, tile.tokens.start)).max(split * SPLIT);
             let end = attention.position(tile, tile.tokens.end).min((split + 1) * SPLIT);
             let mut start = first / CHUNK * CHUNK;
+            let mut slots = [0; CHUNK];
+            attention.slots(tile, first..end.min(start + CHUNK), &mut slots);
             while start < end {
                 let seen = start.max(first) - start..end.min(start + CHUNK) - start;
-                let mut slots = [0; CHUNK];
-                for key in seen.clone() {
-                    slots[key] = attention.slot(tile, start + key);
-                }
-                if rows <= S::DOT_ROWS && start + CHUNK < end {
-                    // Rows of one head lie apart: the hardware does not foresee them.
-                    self.prefetch(simd, start + CHUNK..end.min(start + 2 * CHUNK), keys, values);
+                let mut next = [0; CHUNK];
+                if start + CHUNK < end {
+                    let keys_ahead = start + CHUNK..end.min(start + 2 * CHUNK);
+                    let count = keys_ahead.len();
+                    attention.slots(tile, keys_ahead, &mut next);
+                    if rows <= S::DOT_ROWS {
+                        // Rows of one head lie apart: the hardware does not foresee them.
+                        prefetch(simd, attention, tile.kv_head, &next[..count], keys, attention.keys.width);
+                        prefetch(simd, attention, tile.kv_head, &next[..count], values, attention.values.width);
+                    }
                 }
                 let chunk = Chunk { attention, tile, rows, start, seen };
                 simd.call(AttendChunk { chunk: &chunk, keys, values, slots: &slots, scratch: &mut *scratch });
+                slots = next;
                 start += CHUNK;
             }
             let Scratch { split, total, .. } = &mut *scratch;
@@ -335,20 +349,21 @@ impl AttendTile<'_> {
     }
 }
 
-impl AttendTile<'_> {
-    #[inline(always)]
-    fn prefetch<S: Simd, T: Element>(&self, simd: S, keys_ahead: Range<usize>, keys: &[T], values: &[T]) {
-        let (attention, head) = (self.attention, self.tile.kv_head);
-        for key in keys_ahead {
-            let slot = attention.slot(self.tile, key);
-            for (numbers, width) in [(keys, attention.keys.width), (values, attention.values.width)] {
-                let row = numbers.as_ptr().wrapping_add((slot * attention.kind.kv_heads + head) * width).cast::<u8>();
-                let mut line = 0;
-                while line < width * size_of::<T>() {
-                    simd.prefetch(row.wrapping_add(line));
-                    line += 64;
-                }
-            }
+#[inline(always)]
+fn prefetch<S: Simd, T: Element>(
+    simd: S,
+    attention: &Attention<'_>,
+    head: usize,
+    slots: &[usize],
+    pool: &[T],
+    width: usize,
+) {
+    for slot in slots {
+        let row = pool.as_ptr().wrapping_add((slot * attention.kind.kv_heads + head) * width).cast::<u8>();
+        let mut line = 0;
+        while line < width * size_of::<T>() {
+            simd.prefetch(row.wrapping_add(line));
+            line += 64;
         }
     }
 }

@@ -107,6 +107,10 @@ impl<'a> Integer<'a> {
             let scales = &mut scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
             simd.call(LoadScales { of: self, panel, out: scales });
         }
+        if m == 1 && self.one_row::<S, N>(simd, &scratch.scales, acc) {
+            SCRATCH.set(scratch);
+            return;
+        }
         for first in (0..self.groups()).step_by(chunk) {
             let groups = first..(first + chunk).min(self.groups());
             let len = groups.len() * steps;
@@ -220,28 +224,27 @@ impl<'a> Integer<'a> {
         while at < end {
             let block = (at - start) / BLOCK * per_block;
             let lines = per_block.min(out.len() - block);
-            let out = &mut out[block..block + lines];
-            let words = if rows.len() == PANEL && at + BLOCK <= end {
-                let p = codes[at..].as_ptr();
-                // As much of the next unit as is read here: the hardware does not foresee sixteen streams.
-                let next = codes.as_ptr().wrapping_add(ahead + at / BLOCK * PANEL * BLOCK);
-                for line in 0..PANEL * BLOCK / 64 {
-                    simd.prefetch(next.wrapping_add(64 * line));
-                }
-                // SAFETY: the 16 rows lie in `codes`, and each has a block of 32 bytes at `at`.
-                unsafe { simd.load_words(p, row_bytes) }
-            } else {
-                let mut copy = [0u8; PANEL * BLOCK];
-                let len = BLOCK.min(end - at);
-                for (row, copy) in codes.chunks_exact(row_bytes).zip(copy.chunks_exact_mut(BLOCK)) {
-                    copy[..len].copy_from_slice(&row[at..at + len]);
-                }
-                // SAFETY: sixteen blocks.
-                unsafe { simd.load_words(copy.as_ptr(), BLOCK) }
-            };
-            spread::<S, BITS, FP4>(simd, &words, out);
+            let words = load_block(simd, codes, row_bytes, at..end, ahead);
+            spread::<S, BITS, FP4>(simd, &words, &mut out[block..block + lines]);
             at += BLOCK;
         }
+    }
+
+    /// The products with a single row of activations, for which codes go from words to products without a detour through
+    /// memory; false if their format needs it.
+    #[inline(always)]
+    fn one_row<S: Simd, const N: usize>(&self, simd: S, scales: &[Line], acc: &mut [f32]) -> bool {
+        for panel in 0..N {
+            let scales = &scales[panel * self.groups() * 2..][..self.groups() * 2];
+            let acc = &mut acc[panel * PANEL..][..PANEL];
+            match (self.packed().coding, self.packed().group % BLOCK) {
+                (Coding::Affine(4), 0) => simd.call(OneRow::<4, false> { of: self, panel, scales, acc }),
+                (Coding::Affine(8), 0) => simd.call(OneRow::<8, false> { of: self, panel, scales, acc }),
+                (Coding::Fp4, 0) => simd.call(OneRow::<4, true> { of: self, panel, scales, acc }),
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// For codes that straddle bytes: unpacked to bytes one by one.
@@ -262,6 +265,96 @@ impl<'a> Integer<'a> {
             let words = unsafe { simd.load_words(bytes.as_ptr(), BLOCK) };
             spread::<S, 8, false>(simd, &words, out);
         }
+    }
+}
+
+/// The block of sixteen rows of `row_bytes` that begins at `span`, whose end is that of the codes wanted; `ahead` is the
+/// distance of the rows that are read next.
+#[inline(always)]
+fn load_block<S: Simd>(simd: S, codes: &[u8], row_bytes: usize, span: Range<usize>, ahead: usize) -> [S::I; WORDS] {
+    if codes.len() == PANEL * row_bytes && span.start + BLOCK <= span.end {
+        // As much of the next unit as is read here: the hardware does not foresee sixteen streams.
+        let next = codes.as_ptr().wrapping_add(ahead + span.start / BLOCK * PANEL * BLOCK);
+        for line in 0..PANEL * BLOCK / 64 {
+            simd.prefetch(next.wrapping_add(64 * line));
+        }
+        // SAFETY: `codes` has 16 rows, and each has a block of 32 bytes at `span.start`: `span.end` is in the row.
+        return unsafe { simd.load_words(codes[span.start..].as_ptr(), row_bytes) };
+    }
+    let mut copy = [0u8; PANEL * BLOCK];
+    let len = BLOCK.min(span.end - span.start);
+    for (row, copy) in codes.chunks_exact(row_bytes).zip(copy.chunks_exact_mut(BLOCK)) {
+        copy[..len].copy_from_slice(&row[span.start..span.start + len]);
+    }
+    // SAFETY: sixteen blocks.
+    unsafe { simd.load_words(copy.as_ptr(), BLOCK) }
+}
+
+/// See [`Integer::one_row`]. Groups are whole blocks of bytes or of words.
+struct OneRow<'a, const BITS: usize, const FP4: bool> {
+    of: &'a Integer<'a>,
+    panel: usize,
+    /// `[group][scale, bias]`.
+    scales: &'a [Line],
+    acc: &'a mut [f32],
+}
+
+impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { of, panel, scales, acc } = self;
+        let (columns, groups) = (of.columns, of.groups());
+        let row_bytes = columns * BITS / 8;
+        let rows = of.panel_rows(panel);
+        let codes = &of.panels[panel].packed.codes[rows.start * row_bytes..rows.end * row_bytes];
+        let ahead = of.panels[panel].next * row_bytes;
+        let x = &of.x.bytes[of.x_rows.start * columns..][..columns];
+        let x_scales = &of.x.scales[of.x_rows.start * groups..][..groups];
+        let x_sums = &of.x.sums[of.x_rows.start * groups..][..groups];
+        assert!(acc.len() == PANEL && scales.len() == 2 * groups);
+        let words_per_group = of.packed().group * BITS / 32;
+        let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
+        let mut total = simd.splat(0.0);
+        // Two chains, since a sum takes several cycles.
+        let (mut even, mut odd) = (simd.splat_i(0), simd.splat_i(0));
+        let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
+        while at < row_bytes {
+            let words = load_block(simd, codes, row_bytes, at..row_bytes, ahead);
+            let count = ((row_bytes - at) / 4).min(WORDS);
+            for word in words.iter().take(count) {
+                // SAFETY: a word stands for `32 / BITS` activations, and `count` words are in the row. Lines and groups
+                // are as many as asserted above.
+                unsafe {
+                    let x = next_x.cast::<i32>();
+                    next_x = next_x.add(32 / BITS);
+                    if BITS == 8 {
+                        (even, odd) = (simd.dot_u8(odd, *word, simd.splat_i(x.read_unaligned())), even);
+                    } else {
+                        let (mut low, mut high) = (simd.and(*word, mask), simd.and(simd.shr::<4>(*word), mask));
+                        if FP4 {
+                            (low, high) = (simd.lookup(low, &FP4_TABLE), simd.lookup(high, &FP4_TABLE));
+                        }
+                        even = simd.dot_u7(even, low, simd.splat_i(x.read_unaligned()));
+                        odd = simd.dot_u7(odd, high, simd.splat_i(x.add(1).read_unaligned()));
+                    }
+                    left -= 1;
+                    if left == 0 {
+                        let line = scales.as_ptr().add(2 * group);
+                        let (scale, bias) = (simd.load(line.cast()), simd.load(line.add(1).cast()));
+                        let scaled = simd.mul(simd.float_of_int(simd.add_i(even, odd)), scale);
+                        total = simd.fma(bias, simd.splat(*x_sums.get_unchecked(group)), total);
+                        total = simd.fma(scaled, simd.splat(*x_scales.get_unchecked(group)), total);
+                        (even, odd) = (simd.splat_i(0), simd.splat_i(0));
+                        (group, left) = (group + 1, words_per_group);
+                    }
+                }
+            }
+            at += BLOCK;
+        }
+        // SAFETY: a panel has sixteen sums.
+        unsafe { simd.store(acc.as_mut_ptr(), total) };
     }
 }
 

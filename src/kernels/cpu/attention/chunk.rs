@@ -112,23 +112,16 @@ impl Chunk<'_> {
     #[inline(always)]
     fn score<S: Simd, T: Element>(&self, simd: S, queries: &[f32], keys: Rows<'_, T>, scores: &mut [f32]) {
         let padded = keys.width.next_multiple_of(LANES);
-        let mut key = self.seen.start;
-        while key < self.seen.end {
-            // Of fewer than four the last is repeated.
-            let four = [0, 1, 2, 3].map(|i| (key + i).min(self.seen.end - 1));
-            let keys = [keys.row(four[0]), keys.row(four[1]), keys.row(four[2]), keys.row(four[3])];
-            let len = (self.seen.end - key).min(4);
-            let mut row = 0;
-            while row < self.rows {
-                let queries = &queries[row * padded..];
-                let scores = &mut scores[row * CHUNK + key..];
-                row += match self.rows - row {
-                    6.. if S::DOT_ROWS >= 6 => simd.call(Scores::<T, 6> { keys, queries, scores, len }),
-                    2.. if S::DOT_ROWS >= 2 => simd.call(Scores::<T, 2> { keys, queries, scores, len }),
-                    _ => simd.call(Scores::<T, 1> { keys, queries, scores, len }),
-                };
-            }
-            key += 4;
+        let mut row = 0;
+        while row < self.rows {
+            let queries = &queries[row * padded..];
+            let scores = &mut scores[row * CHUNK..];
+            let seen = self.seen.clone();
+            row += match self.rows - row {
+                6.. if S::DOT_ROWS >= 6 => simd.call(Scores::<T, 6> { keys, queries, scores, seen }),
+                2.. if S::DOT_ROWS >= 2 => simd.call(Scores::<T, 2> { keys, queries, scores, seen }),
+                _ => simd.call(Scores::<T, 1> { keys, queries, scores, seen }),
+            };
         }
     }
 
@@ -231,12 +224,12 @@ fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sp
     }
 }
 
-/// Scores of `M` rows with four keys, of which `len` are written; returns `M`.
+/// Scores of `M` rows with the seen keys; returns `M`.
 struct Scores<'a, T, const M: usize> {
-    keys: [&'a [T]; 4],
+    keys: Rows<'a, T>,
     queries: &'a [f32],
     scores: &'a mut [f32],
-    len: usize,
+    seen: Range<usize>,
 }
 
 impl<T: Element, const M: usize> Work for Scores<'_, T, M> {
@@ -244,38 +237,57 @@ impl<T: Element, const M: usize> Work for Scores<'_, T, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let keys = self.keys;
-        let width = keys[0].len();
-        let padded = width.next_multiple_of(LANES);
-        let queries = &self.queries[..M * padded];
-        assert!(keys.iter().all(|key| key.len() == width));
-        let mut sums = [[simd.splat(0.0); 4]; M];
-        let mut at = 0;
-        while at < width {
-            let mut key = [simd.splat(0.0); 4];
-            for n in 0..4 {
-                key[n] = if at + LANES <= width {
-                    // SAFETY: sixteen elements from `at` on.
-                    unsafe { T::load(simd, keys[n].as_ptr().add(at)) }
-                } else {
-                    load_tail(simd, &keys[n][at..])
-                };
-            }
+        let Self { keys, queries, scores, seen } = self;
+        let mut key = seen.start;
+        while key < seen.end {
+            // Of fewer than four the last is repeated.
+            let last = seen.end - 1;
+            let four =
+                [keys.row(key), keys.row(last.min(key + 1)), keys.row(last.min(key + 2)), keys.row(last.min(key + 3))];
+            let found = dot_four::<S, T, M>(simd, four, queries);
+            let len = (seen.end - key).min(4);
             for m in 0..M {
-                // SAFETY: `M` rows of `padded` numbers.
-                let query = unsafe { simd.load(queries.as_ptr().add(m * padded + at)) };
-                for n in 0..4 {
-                    sums[m][n] = simd.fma(key[n], query, sums[m][n]);
-                }
+                scores[m * CHUNK + key..][..len].copy_from_slice(&found[m][..len]);
             }
-            at += LANES;
-        }
-        for m in 0..M {
-            let four = simd.sum4(sums[m]);
-            self.scores[m * CHUNK..][..self.len].copy_from_slice(&four[..self.len]);
+            key += 4;
         }
         M
     }
+}
+
+/// Dot products of `M` queries with four keys.
+#[inline(always)]
+fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; 4], queries: &[f32]) -> [[f32; 4]; M] {
+    let width = keys[0].len();
+    let padded = width.next_multiple_of(LANES);
+    let queries = &queries[..M * padded];
+    assert!(keys[1].len() == width && keys[2].len() == width && keys[3].len() == width);
+    let mut sums = [[simd.splat(0.0); 4]; M];
+    let mut at = 0;
+    while at < width {
+        let mut key = [simd.splat(0.0); 4];
+        for n in 0..4 {
+            key[n] = if at + LANES <= width {
+                // SAFETY: sixteen elements from `at` on.
+                unsafe { T::load(simd, keys[n].as_ptr().add(at)) }
+            } else {
+                load_tail(simd, &keys[n][at..])
+            };
+        }
+        for m in 0..M {
+            // SAFETY: `M` rows of `padded` numbers.
+            let query = unsafe { simd.load(queries.as_ptr().add(m * padded + at)) };
+            for n in 0..4 {
+                sums[m][n] = simd.fma(key[n], query, sums[m][n]);
+            }
+        }
+        at += LANES;
+    }
+    let mut found = [[0.0; 4]; M];
+    for m in 0..M {
+        found[m] = simd.sum4(sums[m]);
+    }
+    found
 }
 
 /// Adds weighted values to the sums of `M` rows; returns `M`.
