@@ -182,7 +182,7 @@ OMLX_ENUM(omlx_precision, uint32_t) {
     /// Activations are rounded to 8 bits per group of weights: about three times as fast.
     OMLX_PRECISION_FAST = 0,
     /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
-    /// on `threads`.
+    /// on `threads` (except for weights in mxfp8, which MLX computes).
     OMLX_PRECISION_EXACT = 1,
 };
 
@@ -201,13 +201,14 @@ typedef struct omlx_pool_options {
     const char *models_dir;
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     const char *default_model;
-    /// Prompt tokens in one forward pass; 0 is 256 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 128 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     uint32_t prefill_chunk;
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
     /// that are not set. No other thread may call getenv() or setenv() meanwhile.
     uint32_t keep_environment;
-    /// Threads that compute on the CPU, shared by all engines of the process; 0 is the number of physical cores.
+    /// Threads that compute on the CPU, at most 1024, shared by all engines of the process; 0 is the number of physical
+    /// cores.
     uint32_t threads;
     /// An `omlx_precision`; without effect on a GPU.
     uint32_t precision;

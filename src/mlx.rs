@@ -458,7 +458,7 @@ impl HostBuffer {
         let pointer = std::ptr::NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or_else(too_large)?;
         #[cfg(target_os = "linux")]
         if align == HUGE_PAGE {
-            // A tenth more bandwidth where the system grants it; refused without harm.
+            // A tenth more bandwidth where the system grants it; refused without harm. Before the first touch.
             // SAFETY: fresh memory of this size, on a page boundary.
             unsafe { libc::madvise(pointer.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
         }

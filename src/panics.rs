@@ -37,7 +37,9 @@ fn silence() {
     WRAPPED.call_once(|| {
         let others = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if DEPTH.get() == 0 {
+            // The threads of kernels hand their panics on to a thread that catches them.
+            let in_kernel = std::thread::current().name().is_some_and(|name| name.starts_with("omlx-cpu"));
+            if DEPTH.get() == 0 && !in_kernel {
                 return others(info);
             }
             let place = info.location().map(|at| format!("{}:{}", at.file(), at.line()));

@@ -1,9 +1,9 @@
 //! The arrays that hold a sequence's keys and values.
 //!
 //! Each sequence owns one contiguous run of rows per layer, grown in steps. Rows are token-major, so that an append is
-//! one run of memory, written in place: nothing outside this type keeps a handle to the arrays across a step, or MLX
-//! would copy them on every append. MLX's attention takes them as `[capacity, heads, width]`; the CPU kernels as blocks
-//! `[capacity / BLOCK_TOKENS, BLOCK_TOKENS, heads, width]`.
+//! one run of memory. MLX's attention takes them as `[capacity, heads, width]` ([`SequenceCache::append`]), in place as
+//! long as nothing outside this type keeps a handle to the arrays across a step. The CPU kernels take blocks
+//! `[capacity / BLOCK_TOKENS, BLOCK_TOKENS, heads, width]` ([`SequenceCache::blocks`]) and write to them themselves.
 
 use std::sync::Arc;
 
@@ -95,8 +95,10 @@ impl SequenceCache {
             array.eval()?;
             Ok::<_, Error>(array)
         };
+        // By half, so that a long prompt is not copied once for every block.
         let grow = |array: Array| {
-            let array = with_room(array, blocks, blocks)?;
+            let capacity = blocks.max(array.dim(0) as usize * 3 / 2);
+            let array = with_room(array, blocks, capacity)?;
             array.eval()?;
             Ok::<_, Error>(array)
         };

@@ -46,7 +46,7 @@ pub enum omlx_precision {
     /// Activations are rounded to 8 bits per group of weights: about three times as fast.
     Fast = 0,
     /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
-    /// on `threads`.
+    /// on `threads` (except for weights in mxfp8, which MLX computes).
     Exact = 1,
 }
 
@@ -67,13 +67,14 @@ pub struct omlx_pool_options {
     pub models_dir: *const c_char,
     /// Id of the model for requests that name none. NULL takes the only usable model, if there is just one.
     pub default_model: *const c_char,
-    /// Prompt tokens in one forward pass; 0 is 256 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
+    /// Prompt tokens in one forward pass; 0 is 128 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     pub prefill_chunk: u32,
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
     /// that are not set. No other thread may call getenv() or setenv() meanwhile.
     pub keep_environment: u32,
-    /// Threads that compute on the CPU, shared by all engines of the process; 0 is the number of physical cores.
+    /// Threads that compute on the CPU, at most 1024, shared by all engines of the process; 0 is the number of physical
+    /// cores.
     pub threads: u32,
     /// An `omlx_precision`; without effect on a GPU.
     pub precision: u32,

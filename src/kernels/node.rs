@@ -19,8 +19,8 @@ pub const PANIC_MARK: &str = "in a kernel: ";
 
 /// Reads evaluated inputs and fills outputs. Runs on MLX's threads, at most once per graph node.
 pub trait CpuKernel: Send + Sync {
-    /// Computes the first of `outputs` from `inputs`: every element of it must be written. The others are the inputs
-    /// that the node writes to, which must not be read through `inputs`.
+    /// Computes the first of `outputs` from `inputs`: every element of it must be written. The others are the arrays
+    /// that the node writes to, which are not among `inputs`.
     fn run(&self, inputs: &[Input<'_>], outputs: Vec<Output<'_>>) -> Result<()>;
 }
 
@@ -293,7 +293,8 @@ pub fn node<K: CpuKernel + 'static>(kernel: K, inputs: &[&Array], shape: &[i32],
 /// The same for a kernel that also writes to the last `written` of its inputs, in place.
 ///
 /// MLX knows nothing of these writes: nodes that touch such an array take effect in the order in which their stream
-/// runs them, and every handle to it sees them. It must be an evaluated array with memory of its own.
+/// runs them, and every handle to it sees them. It must be an evaluated array with memory of its own, which no other
+/// input shares and which the host does not read meanwhile.
 pub fn writing_node<K: CpuKernel + 'static>(
     kernel: K,
     inputs: &[&Array],
@@ -347,11 +348,11 @@ extern "C" fn run_kernel(
             (&*kernel.cast::<Task>(), inputs, &*output)
         };
         let inputs: Vec<_> = inputs.iter().map(|raw| Input { raw }).collect();
-        let written = &inputs[inputs.len() - task.written..];
+        let (inputs, written) = inputs.split_at(inputs.len() - task.written);
         written.iter().try_for_each(Input::contiguous).map_err(|error| error.message().to_owned())?;
         let outputs = std::iter::once(output).chain(written.iter().map(|input| input.raw));
         let outputs = outputs.map(|raw| Output { raw }).collect();
-        task.kernel.run(&inputs, outputs).map_err(|error| error.message().to_owned())
+        task.kernel.run(inputs, outputs).map_err(|error| error.message().to_owned())
     };
     let outcome = panics::catch(body).unwrap_or_else(|panic| Err(format!("{PANIC_MARK}{}", panic.message())));
     let Err(text) = outcome else { return 0 };

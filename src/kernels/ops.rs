@@ -51,7 +51,7 @@ pub enum Join<'a> {
     SwiGlu,
 }
 
-/// The rotation of [`Cpu::rotate`], and a norm of each head before it.
+/// The rotation of [`Cpu::rotate`].
 #[derive(Debug, Clone)]
 pub struct Rotation {
     /// Dimensions that turn: the first ones of each head.
@@ -313,8 +313,7 @@ struct Attend {
 impl CpuKernel for Attend {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
         let (queries, keys, values) = (inputs[0].to_f32()?, inputs[1].to_f32()?, inputs[2].to_f32()?);
-        // Shapes may be asked of inputs that are written to, elements not.
-        let (key_shape, value_shape) = (inputs[3].shape(), inputs[4].shape());
+        let (key_shape, value_shape) = (outputs[1].shape(), outputs[2].shape());
         let (mut value_pool, mut key_pool) = (last(&mut outputs)?, last(&mut outputs)?);
         let row = |shape: &[i32]| (shape[2] * shape[3]) as usize;
         append(&mut key_pool, row(key_shape), &keys, &self.placement.slots);

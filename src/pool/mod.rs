@@ -41,14 +41,17 @@ pub struct PoolOptions {
     pub keep_environment: bool,
 }
 
-/// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once; on
-/// the CPU no more than are computed in about a second, since a cancel is heard between two passes.
+/// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once. On
+/// the CPU not more, since a cancel, an unload and an exit wait for the passes that are on their way.
 pub fn default_prefill_chunk(device: Device) -> usize {
     match device {
-        Device::Cpu => 256,
+        Device::Cpu => 128,
         Device::Gpu => 2048,
     }
 }
+
+/// More threads than any machine has cores.
+const MAX_THREADS: usize = 1024;
 
 /// Several models in one process. All methods may be called from any thread.
 #[derive(Debug)]
@@ -93,6 +96,9 @@ impl EnginePool {
             None if mlx::gpu_available() => Device::Gpu,
             None => Device::Cpu,
         };
+        if let Some(threads) = options.threads.filter(|&threads| threads == 0 || threads > MAX_THREADS) {
+            return Err(Error::invalid_argument(format!("{threads} threads; 1 to {MAX_THREADS} are possible")));
+        }
         let catalogue = match &options.models_dir {
             Some(folder) => Catalogue::scan(folder)?,
             None => Catalogue::default(),

@@ -101,7 +101,7 @@ impl OnFloats {
             ("div", from_fn(|i| a[i] / b[i])),
             ("max", from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })),
             ("max of equals", *a),
-            ("fma", from_fn(|i| if isa == Isa::Scalar { a[i] * b[i] + c[i] } else { a[i].mul_add(b[i], c[i]) })),
+            ("fma", from_fn(|i| if isa == Isa::SCALAR { a[i] * b[i] + c[i] } else { a[i].mul_add(b[i], c[i]) })),
             ("bits, float_of_bits", *a),
             ("sum", [sum(a); LANES]),
             ("sum4, first", [sum(a); LANES]),
@@ -524,7 +524,7 @@ fn prefetches_of_any_address_do_nothing() {
 #[test]
 fn instruction_sets() {
     let found = Isa::available();
-    assert_eq!((found[0], found.last()), (Isa::Scalar, Some(&Isa::best())));
+    assert_eq!((found[0], found.last()), (Isa::SCALAR, Some(&Isa::best())));
     if let Ok(expected) = std::env::var("OMLX_EXPECTED_ISAS") {
         assert_eq!(format!("{found:?}"), expected);
     }

@@ -77,7 +77,7 @@ pub struct Attention<'a> {
     pub block_tokens: usize,
     /// Block ids of all sequences.
     pub tables: &'a [u32],
-    /// The rows to compute.
+    /// The rows to compute; those of no segment are not written.
     pub segments: &'a [Segment],
     /// A score per query head that attends to nothing.
     pub sinks: Option<&'a [f32]>,
@@ -136,11 +136,10 @@ impl Attention<'_> {
         self.check(out.len());
         let out = SharedMut::new(&mut out);
         let tiles = self.tiles();
-        let whole = |tile: &Tile| 0..self.splits(tile).end;
         if tiles.len() >= 4 * workers.count() || tiles.iter().all(|tile| self.splits(tile).len() <= 1) {
             workers.run(tiles.len(), &|task| {
                 let tile = &tiles[task];
-                isa.run(AttendTile { attention: self, tile, splits: whole(tile), keep: None, out });
+                isa.run(AttendTile { attention: self, tile, splits: self.splits(tile), keep: None, out });
             });
             return;
         }

@@ -248,7 +248,8 @@ impl SharedMut {
     /// The memory is still borrowed, and no other thread touches these elements meanwhile.
     #[inline(always)]
     pub unsafe fn write(&self, at: usize, values: &[f32]) {
-        assert!(at + values.len() <= self.len, "a kernel writes past its output");
+        let room = self.len.checked_sub(values.len());
+        assert!(room.is_some_and(|room| at <= room), "a kernel writes past its output");
         // SAFETY: in bounds; exclusive by contract.
         unsafe {
             match self.kind {

@@ -60,9 +60,14 @@ pub fn sin_cos<S: Simd>(simd: S, x: S::F) -> (S::F, S::F) {
     let one = simd.splat_i(1);
     let odd = simd.float_of_int(simd.and(n, one));
     let even = simd.sub(simd.splat(1.0), odd);
-    let sign =
-        |quarter| simd.fma(simd.float_of_int(simd.and(simd.shr::<1>(quarter), one)), simd.splat(-2.0), simd.splat(1.0));
-    let s = simd.mul(simd.fma(odd, cosine, simd.mul(even, sine)), sign(n));
-    let c = simd.mul(simd.fma(odd, sine, simd.mul(even, cosine)), sign(simd.add_i(n, one)));
+    let s = simd.mul(simd.fma(odd, cosine, simd.mul(even, sine)), sign(simd, n));
+    let c = simd.mul(simd.fma(odd, sine, simd.mul(even, cosine)), sign(simd, simd.add_i(n, one)));
     (s, c)
+}
+
+/// Minus one where the second lowest bit is set, one elsewhere.
+#[inline(always)]
+fn sign<S: Simd>(simd: S, quarters: S::I) -> S::F {
+    let negative = simd.float_of_int(simd.and(simd.shr::<1>(quarters), simd.splat_i(1)));
+    simd.fma(negative, simd.splat(-2.0), simd.splat(1.0))
 }

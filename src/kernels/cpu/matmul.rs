@@ -21,6 +21,9 @@ pub const PANEL: usize = LANES;
 /// Panels that a unit computes together.
 pub const PAIR: usize = 2;
 
+/// Larger buffers are not kept: threads of MLX's never end, and neither would what they keep.
+const KEPT_BYTES: usize = 8 << 20;
+
 /// How products with packed weights are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Precision {
@@ -87,7 +90,7 @@ struct Panel {
 }
 
 thread_local! {
-    /// Quantised activations, kept for the next product.
+    /// Quantised activations, kept for the next product unless they are large.
     static QUANTIZED: RefCell<Vec<QuantizedRows>> = const { RefCell::new(Vec::new()) };
     /// Accumulators of a unit, `[M, PAIR * PANEL]`.
     static ACCUMULATORS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -133,6 +136,7 @@ impl MatMul<'_> {
                 let rows = rows.clone();
                 isa.run(Units { product: self, quantized: &quantized, units, expert: *expert, rows, out });
             });
+            kept.retain(|rows| rows.bytes.capacity() <= KEPT_BYTES);
         });
     }
 
@@ -278,7 +282,9 @@ impl Work for Units<'_> {
             }
             self.finish(simd, unit, &mut acc);
         }
-        ACCUMULATORS.set(acc);
+        if acc.capacity() * size_of::<f32>() <= KEPT_BYTES {
+            ACCUMULATORS.set(acc);
+        }
     }
 }
 
@@ -310,7 +316,8 @@ impl Units<'_> {
         match (&matrix.storage, self.product.precision) {
             (Storage::Packed(packed), Precision::Fast) => {
                 let order = Order::of(packed);
-                let Some((_, x)) = self.quantized.iter().find(|(known, _)| *known == order) else { return };
+                let x = self.quantized.iter().find(|(known, _)| *known == order);
+                let (_, x) = x.expect("activations are quantised in the order of every matrix");
                 // Gate and up advance side by side, the panels of one matrix in pairs.
                 let next = if matches!(self.product.finish, Finish::SwiGlu) { PANEL } else { PAIR * PANEL };
                 let mut weights = [WeightRows { packed, first, rows: panels[0].rows, next }; PAIR];

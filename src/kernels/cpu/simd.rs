@@ -128,9 +128,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn prefetch(self, p: *const u8);
 }
 
+/// An instruction set that this processor has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Isa(Kind);
+
+impl std::fmt::Debug for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// The instruction sets that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
+enum Kind {
     /// Portable code.
     Scalar,
     /// AVX2 with FMA and F16C.
@@ -139,7 +149,7 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// Advanced SIMD with the dot product extension.
+    /// Advanced SIMD with the dot product and half precision extensions.
     #[cfg(target_arch = "aarch64")]
     Neon,
 }
@@ -153,18 +163,21 @@ pub trait Work {
 }
 
 impl Isa {
+    /// Portable code, which every processor runs.
+    pub const SCALAR: Isa = Isa(Kind::Scalar);
+
     /// All that this processor has, the portable one first and the best last.
     pub fn available() -> Vec<Isa> {
         #[allow(unused_mut)]
-        let mut found = vec![Isa::Scalar];
+        let mut found = vec![Kind::Scalar];
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
-                found.push(Isa::Avx2);
+                found.push(Kind::Avx2);
                 let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
                 if avx512 && has!("avx512vnni") {
-                    found.push(Isa::Avx512);
+                    found.push(Kind::Avx512);
                 }
             }
         }
@@ -172,32 +185,32 @@ impl Isa {
         {
             use std::arch::is_aarch64_feature_detected as has;
             if has!("neon") && has!("dotprod") && has!("fp16") {
-                found.push(Isa::Neon);
+                found.push(Kind::Neon);
             }
         }
-        found
+        found.into_iter().map(Isa).collect()
     }
 
     /// The best that this processor has.
     pub fn best() -> Isa {
         static BEST: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
-        *BEST.get_or_init(|| *Isa::available().last().unwrap_or(&Isa::Scalar))
+        *BEST.get_or_init(|| *Isa::available().last().unwrap_or(&Isa::SCALAR))
     }
 
-    /// Runs `work` as compiled for this instruction set, which must be one of [`available`](Self::available).
+    /// Runs `work` as compiled for this instruction set.
     #[inline]
     pub fn run<W: Work>(self, work: W) -> W::Output {
-        match self {
-            Isa::Scalar => super::scalar::run(work),
-            // SAFETY: by this function's contract the processor has the features.
+        match self.0 {
+            Kind::Scalar => super::scalar::run(work),
+            // SAFETY: values are made in `available` alone, where the processor has the features.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { super::avx2::run(work) },
+            Kind::Avx2 => unsafe { super::avx2::run(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { super::avx512::run(work) },
+            Kind::Avx512 => unsafe { super::avx512::run(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => unsafe { super::neon::run(work) },
+            Kind::Neon => unsafe { super::neon::run(work) },
         }
     }
 }

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// How long a helper looks for more work before it sleeps.
 const PATIENCE: Duration = Duration::from_micros(200);
 
+/// Looks at helpers that finish, before their core may be needed for them.
+const SPINS: u32 = 4096;
+
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 64;
 
@@ -28,6 +31,8 @@ pub struct Workers {
 struct Crew {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How many the system grants: known when it has refused one.
+    limit: AtomicUsize,
     /// Held while a kernel has the helpers.
     turn: Mutex<()>,
 }
@@ -100,8 +105,10 @@ impl Workers {
         shared.work(body, tasks);
         // Whoever has not come by now is not waited for.
         lock(&shared.state).job = None;
+        let mut looks = 0u32;
         while shared.busy.load(Ordering::Acquire) > 0 {
-            std::hint::spin_loop();
+            looks = looks.saturating_add(1);
+            if looks < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         if let Some(panic) = lock(&shared.panic).take() {
             resume_unwind(panic);
@@ -119,21 +126,26 @@ impl Crew {
             busy: AtomicUsize::new(0),
             panic: Mutex::new(None),
         };
-        Self { shared: Arc::new(shared), threads: Mutex::default(), turn: Mutex::new(()) }
+        Self {
+            shared: Arc::new(shared),
+            threads: Mutex::default(),
+            limit: AtomicUsize::new(usize::MAX),
+            turn: Mutex::new(()),
+        }
     }
 
     /// Helpers that are there, at most `wanted`, after starting those that are missing.
     fn hire(&self, wanted: usize) -> usize {
         let mut threads = lock(&self.threads);
-        while threads.len() < wanted {
+        while threads.len() < wanted.min(self.limit.load(Ordering::Relaxed)) {
             let (shared, index) = (Arc::clone(&self.shared), threads.len());
             let spawned =
                 std::thread::Builder::new().name(format!("omlx-cpu {index}")).spawn(move || shared.help(index));
             match spawned {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
-                    tracing::warn!(%error, "no more threads: kernels run on {} instead of {}", threads.len() + 1, wanted + 1);
-                    break;
+                    self.limit.store(threads.len(), Ordering::Relaxed);
+                    tracing::warn!(%error, "kernels run on {} instead of {} threads", threads.len() + 1, wanted + 1);
                 }
             }
         }
@@ -227,15 +239,24 @@ fn physical_cores() -> usize {
     distinct_cores().map_or(allowed, |cores| cores.clamp(1, allowed))
 }
 
-/// Cores as Linux counts them: hardware threads of one core share their package and core number.
+/// Cores as Linux counts them, of the processors that this process may run on: those that share a core name the same
+/// set of siblings.
 fn distinct_cores() -> Option<usize> {
-    let mut cores = std::collections::BTreeSet::new();
-    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()?.flatten() {
-        let topology = entry.path().join("topology");
-        let read = |name: &str| std::fs::read_to_string(topology.join(name)).ok();
-        if let (Some(package), Some(core)) = (read("physical_package_id"), read("core_id")) {
-            cores.insert((package, core));
-        }
-    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let siblings = |cpu: usize| {
+        std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")).ok()
+    };
+    let cores: std::collections::BTreeSet<_> = cpu_list(allowed)?.into_iter().filter_map(siblings).collect();
     (!cores.is_empty()).then_some(cores.len())
+}
+
+/// The numbers of a list such as `0-3,8`.
+fn cpu_list(text: &str) -> Option<Vec<usize>> {
+    let mut numbers = Vec::new();
+    for part in text.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        numbers.extend(first.parse::<usize>().ok()?..=last.parse().ok()?);
+    }
+    Some(numbers)
 }

@@ -119,6 +119,16 @@ static void option_structs_of_other_sizes(omlx_pool *pool) {
     pool_options.known.device = 77;
     CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_pool_open(&pool_options.known, &other, &error));
     pool_options.known = pool_init;
+    pool_options.known.precision = 9;
+    CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_pool_open(&pool_options.known, &other, &error));
+    pool_options.known = pool_init;
+    pool_options.known.threads = 1u << 20;
+    CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_pool_open(&pool_options.known, &other, &error));
+    /* The struct of an older header ends before these two. */
+    pool_options.known.struct_size = offsetof(omlx_pool_options, threads);
+    CHECK_STATUS(OMLX_OK, omlx_pool_open(&pool_options.known, &other, &error));
+    omlx_pool_release(other);
+    pool_options.known = pool_init;
     pool_options.known.models_dir = "no/such/folder";
     CHECK_STATUS(OMLX_E_NOT_FOUND, omlx_pool_open(&pool_options.known, &other, &error));
 
