@@ -13,10 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{Placement, Segment};
 use crate::mlx;
 
-/// Rows added when a sequence outgrows its arrays.
-const GROWTH: usize = BLOCK_TOKENS;
-
-/// Tokens of a block.
+/// Tokens of a block; also the steps in which contiguous rows grow.
 const BLOCK_TOKENS: usize = 256;
 
 /// What one token of a sequence stores, layer by layer.
@@ -73,11 +70,11 @@ impl SequenceCache {
         let LayerKv { keys: old_keys, values: old_values } = match slot.take() {
             Some(kv) => kv,
             None => LayerKv {
-                keys: zeros(&[GROWTH.max(end), shape.0, shape.1], keys.dtype())?,
-                values: zeros(&[GROWTH.max(end), shape.0, shape.1], values.dtype())?,
+                keys: zeros(&[BLOCK_TOKENS.max(end), shape.0, shape.1], keys.dtype())?,
+                values: zeros(&[BLOCK_TOKENS.max(end), shape.0, shape.1], values.dtype())?,
             },
         };
-        let capacity = end.next_multiple_of(GROWTH);
+        let capacity = end.next_multiple_of(BLOCK_TOKENS);
         let new_keys = mlx::write_rows(with_room(old_keys, end, capacity)?, keys, self.len, end)?;
         let new_values = mlx::write_rows(with_room(old_values, end, capacity)?, values, self.len, end)?;
         let views = (mlx::rows(&new_keys, 0, end)?, mlx::rows(&new_values, 0, end)?);
@@ -90,22 +87,18 @@ impl SequenceCache {
         let blocks = (self.len + tokens).div_ceil(BLOCK_TOKENS);
         let (heads, width) = self.layout.layers[layer];
         let dtype = self.layout.dtype;
-        let make = || {
-            let array = zeros(&[blocks, BLOCK_TOKENS, heads, width], dtype)?;
-            array.eval()?;
-            Ok::<_, Error>(array)
-        };
+        let make = || zeros(&[blocks, BLOCK_TOKENS, heads, width], dtype);
         // By half, so that a long prompt is not copied once for every block.
         let grow = |array: Array| {
             let capacity = blocks.max(array.dim(0) as usize * 3 / 2);
-            let array = with_room(array, blocks, capacity)?;
-            array.eval()?;
-            Ok::<_, Error>(array)
+            with_room(array, blocks, capacity)
         };
         let kv = match self.layers[layer].take() {
             Some(LayerKv { keys, values }) => LayerKv { keys: grow(keys)?, values: grow(values)? },
             None => LayerKv { keys: make()?, values: make()? },
         };
+        // Nothing to do but for new arrays.
+        mlx_rs::transforms::eval([&kv.keys, &kv.values])?;
         let kv = self.layers[layer].insert(kv);
         Ok((&kv.keys, &kv.values))
     }

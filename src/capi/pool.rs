@@ -43,7 +43,7 @@ pub enum omlx_dtype {
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum omlx_precision {
-    /// Activations are rounded to 8 bits per group of weights: about three times as fast.
+    /// Activations are rounded to 8 bits per group of weights: about five times as fast.
     Fast = 0,
     /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
     /// on `threads` (except for weights in mxfp8, which MLX computes).

@@ -23,6 +23,17 @@ pub enum Backend {
     Cpu(Cpu),
 }
 
+impl Backend {
+    /// The kernels, if they compute with this matrix: MLX does otherwise.
+    pub fn kernels(&self, matrix: &Matrix) -> Option<&Cpu> {
+        let foreign = matches!(matrix, Matrix::Quantized(matrix) if matrix.format.mode == QuantMode::Mxfp8);
+        match self {
+            Backend::Cpu(cpu) if !foreign => Some(cpu),
+            _ => None,
+        }
+    }
+}
+
 /// The CPU kernels with the threads they run on. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Cpu {
@@ -94,14 +105,6 @@ impl Cpu {
     /// Kernels on `threads` threads (`None`: the physical cores), with the best instruction set of this processor.
     pub fn new(threads: Option<usize>, precision: Precision) -> Self {
         Self { isa: Isa::best(), workers: Workers::shared(threads), precision }
-    }
-
-    /// Whether there is a kernel for this format.
-    pub fn supports(matrix: &Matrix) -> bool {
-        match matrix {
-            Matrix::Dense(_) => true,
-            Matrix::Quantized(matrix) => matrix.format.mode != QuantMode::Mxfp8,
-        }
     }
 
     /// Products of `x [T, columns]` with the transposes of one or more matrices: f32.

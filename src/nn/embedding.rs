@@ -4,7 +4,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::linear::project;
 use crate::error::Result;
-use crate::kernels::{Backend, Cpu};
+use crate::kernels::{Backend, Operand};
 use crate::mlx::Matrix;
 use crate::weights::Weights;
 
@@ -21,6 +21,7 @@ impl Embedding {
     pub fn load(weights: &mut Weights, path: &str, vocab: usize, hidden: usize) -> Result<Self> {
         let table = weights.matrix(path, vocab, hidden)?;
         let dtype = match &table {
+            _ if matches!(weights.backend(), Backend::Cpu(_)) => Some(Dtype::Float32),
             Matrix::Quantized(q) if q.biases.is_none() => weights.dtype().or(Some(Dtype::Bfloat16)),
             Matrix::Quantized(q) => Some(q.scales.dtype()),
             Matrix::Dense(_) => None,
@@ -30,16 +31,17 @@ impl Embedding {
 
     /// `ids [T] -> [T, hidden]`.
     pub fn forward(&self, ids: &Array) -> Result<Array> {
-        match (&self.backend, &self.table) {
-            (Backend::Cpu(cpu), table) if Cpu::supports(table) => cpu.take_rows(table, ids),
-            (Backend::Cpu(_), Matrix::Quantized(table)) => table.rows(ids, Dtype::Float32),
-            (_, Matrix::Dense(table)) => Ok(table.take_axis(ids, 0)?),
-            (_, Matrix::Quantized(table)) => table.rows(ids, self.dtype.unwrap_or(Dtype::Float32)),
+        if let Some(cpu) = self.backend.kernels(&self.table) {
+            return cpu.take_rows(&self.table, ids);
+        }
+        match &self.table {
+            Matrix::Dense(table) => Ok(table.take_axis(ids, 0)?),
+            Matrix::Quantized(table) => table.rows(ids, self.dtype.unwrap_or(Dtype::Float32)),
         }
     }
 
     /// `x [T, hidden] -> [T, vocab]`: the table as an output projection.
     pub fn as_head(&self, x: &Array) -> Result<Array> {
-        project(&self.backend, &self.table, x)
+        project(&self.backend, Operand { matrix: &self.table, bias: None }, x)
     }
 }

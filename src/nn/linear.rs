@@ -29,22 +29,14 @@ impl Linear {
 
     /// The kernels, if all of `layers` can be computed by them.
     fn kernels<'a>(layers: &[&'a Linear]) -> Option<&'a Cpu> {
-        match &layers.first()?.backend {
-            Backend::Cpu(cpu) if layers.iter().all(|layer| Cpu::supports(&layer.matrix)) => Some(cpu),
-            _ => None,
-        }
+        let mut kernels = layers.iter().map(|layer| layer.backend.kernels(&layer.matrix));
+        let first = kernels.next()??;
+        kernels.all(|cpu| cpu.is_some()).then_some(first)
     }
 
     /// `x [T, input] -> [T, output]`.
     pub fn forward(&self, x: &Array) -> Result<Array> {
-        if let Some(cpu) = Self::kernels(&[self]) {
-            return cpu.linear(x, &[self.operand()], Join::Concat);
-        }
-        let y = product(&self.matrix, x)?;
-        Ok(match &self.bias {
-            Some(bias) => y.add(bias)?,
-            None => y,
-        })
+        project(&self.backend, self.operand(), x)
     }
 
     /// `residual + forward(x)`.
@@ -93,18 +85,17 @@ fn try_map<T, U, const N: usize>(items: [T; N], mut f: impl FnMut(T) -> Result<U
     done.try_into().map_err(|_| crate::error::Error::internal("as many results as items"))
 }
 
-/// `x [T, columns] -> [T, rows]`: MLX's product with the transposed matrix.
-fn product(matrix: &Matrix, x: &Array) -> Result<Array> {
-    match matrix {
-        Matrix::Dense(weight) => Ok(x.matmul(weight.transpose()?)?),
-        Matrix::Quantized(weight) => weight.matmul(x),
-    }
-}
-
 /// `x [T, columns] -> [T, rows]` on `backend`.
-pub(super) fn project(backend: &Backend, matrix: &Matrix, x: &Array) -> Result<Array> {
-    match backend {
-        Backend::Cpu(cpu) if Cpu::supports(matrix) => cpu.linear(x, &[Operand { matrix, bias: None }], Join::Concat),
-        _ => product(matrix, x),
+pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Result<Array> {
+    if let Some(cpu) = backend.kernels(operand.matrix) {
+        return cpu.linear(x, &[operand], Join::Concat);
     }
+    let y = match operand.matrix {
+        Matrix::Dense(weight) => x.matmul(weight.transpose()?)?,
+        Matrix::Quantized(weight) => weight.matmul(x)?,
+    };
+    Ok(match operand.bias {
+        Some(bias) => y.add(bias)?,
+        None => y,
+    })
 }

@@ -49,16 +49,12 @@ struct Scaling {
 /// Rotates the first `dims` of every head by angles that grow with the token's position.
 #[derive(Debug)]
 pub struct Rope {
-    dims: i32,
-    traditional: bool,
     base: Option<f32>,
     /// Multiplies positions.
     scale: f32,
     /// Wavelengths over 2 pi, `[dims / 2]`, instead of `base`.
     wavelengths: Option<Array>,
-    /// Multiplies the input (the "attention factor" of YaRN and LongRoPE).
-    magnitude: f32,
-    /// The same for the CPU kernels.
+    /// What MLX and the CPU kernels need alike; its magnitude is the "attention factor" of YaRN and LongRoPE.
     rotation: Rotation,
 }
 
@@ -73,35 +69,20 @@ impl RopeSpec {
         if scaling.partial_rotary_factor.is_some_and(|f| f != 1.0) {
             return Err(Error::unsupported("partial rotary embeddings are not supported by this architecture"));
         }
-        let mut rope = Rope {
-            dims: dims as i32,
-            traditional: self.rope_traditional,
-            base: Some(theta),
-            scale: 1.0,
-            wavelengths: None,
-            magnitude: 1.0,
-            rotation: Rotation {
-                dims,
-                frequencies: plain_wavelengths(dims, theta).iter().map(|w| 1.0 / w).collect(),
-                traditional: self.rope_traditional,
-                magnitude: 1.0,
-            },
-        };
+        let (mut stretched, mut scale, mut magnitude) = (None, 1.0, 1.0);
         let kind = scaling.rope_type.as_deref().or(scaling.r#type.as_deref()).unwrap_or("default");
         match kind {
             "default" => {}
-            "linear" => rope.set_scale(1.0 / scaling.need_factor(kind)?),
-            "llama3" => rope.set_wavelengths(llama3(dims, theta, &scaling)?),
+            "linear" => scale = 1.0 / scaling.need_factor(kind)?,
+            "llama3" => stretched = Some(llama3(dims, theta, &scaling)?),
             "yarn" => {
-                let (wavelengths, magnitude) = yarn(dims, theta, &scaling)?;
-                rope.set_wavelengths(wavelengths);
-                rope.set_magnitude(magnitude);
+                let (wavelengths, factor) = yarn(dims, theta, &scaling)?;
+                (stretched, magnitude) = (Some(wavelengths), factor);
             }
             "longrope" | "su" => {
                 let trained = self.max_position_embeddings.unwrap_or(context);
-                let (wavelengths, magnitude) = longrope(dims, theta, &scaling, trained, context)?;
-                rope.set_wavelengths(wavelengths);
-                rope.set_magnitude(magnitude);
+                let (wavelengths, factor) = longrope(dims, theta, &scaling, trained, context)?;
+                (stretched, magnitude) = (Some(wavelengths), factor);
             }
             other => {
                 return Err(Error::unsupported(format!(
@@ -109,7 +90,14 @@ impl RopeSpec {
                 )));
             }
         }
-        Ok(rope)
+        let plain = || plain_wavelengths(dims, theta);
+        let frequencies = stretched.clone().unwrap_or_else(plain).iter().map(|w| scale / w).collect();
+        Ok(Rope {
+            base: stretched.is_none().then_some(theta),
+            scale,
+            wavelengths: stretched.map(|w| Array::from_slice(&w, &[w.len() as i32])),
+            rotation: Rotation { dims, frequencies, traditional: self.rope_traditional, magnitude },
+        })
     }
 }
 
@@ -200,22 +188,6 @@ fn longrope(dims: usize, theta: f32, scaling: &Scaling, trained: usize, context:
 }
 
 impl Rope {
-    fn set_scale(&mut self, scale: f32) {
-        self.scale = scale;
-        self.rotation.frequencies = self.rotation.frequencies.iter().map(|f| f * scale).collect();
-    }
-
-    fn set_magnitude(&mut self, magnitude: f32) {
-        self.magnitude = magnitude;
-        self.rotation.magnitude = magnitude;
-    }
-
-    fn set_wavelengths(&mut self, wavelengths: Vec<f32>) {
-        self.base = None;
-        self.rotation.frequencies = wavelengths.iter().map(|w| 1.0 / w).collect();
-        self.wavelengths = Some(Array::from_slice(&wavelengths, &[wavelengths.len() as i32]));
-    }
-
     /// What the CPU kernels need to know.
     pub(super) fn rotation(&self) -> &Rotation {
         &self.rotation
@@ -224,17 +196,14 @@ impl Rope {
     /// Rotates `x [T, heads, width]`; `positions [T]` i32 are the tokens' places in their sequences.
     pub fn forward(&self, x: &Array, positions: &Array) -> Result<Array> {
         let shape = x.shape().to_vec();
-        let x = if self.magnitude == 1.0 {
-            x.clone()
-        } else {
-            x.multiply(Array::from_f32(self.magnitude).as_dtype(x.dtype())?)?
-        };
+        let Rotation { dims, traditional, magnitude, .. } = self.rotation;
+        let x = if magnitude == 1.0 { x.clone() } else { x.multiply(Array::from_f32(magnitude).as_dtype(x.dtype())?)? };
         // MLX rotates along the axis before the last; tokens become the batch so that each has its own offset.
         let x = x.reshape(&[shape[0], shape[1], 1, shape[2]])?;
         let rotated = mlx_rs::fast::rope_dynamic(
             &x,
-            self.dims,
-            self.traditional,
+            dims as i32,
+            traditional,
             self.base,
             self.scale,
             positions,
