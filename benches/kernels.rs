@@ -33,7 +33,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterio
 use omlx::kernels::cpu::Isa;
 use omlx::kernels::cpu::attention::{Attention, AttentionKind, PoolView, Segment};
 use omlx::kernels::cpu::elementwise::{RmsNorm, Rotary, take_rows};
-use omlx::kernels::cpu::floats::{Floats, FloatsMut};
+use omlx::kernels::cpu::floats::{Floats, FloatsMut, Rows};
 use omlx::kernels::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use omlx::kernels::cpu::matrix::{Coding, Matrix, Packed, Scales, Storage};
 use omlx::kernels::cpu::threads::Workers;
@@ -368,12 +368,14 @@ fn rotary(criterion: &mut Criterion) {
     };
     for tokens in [1usize, 512] {
         let x = Random(5).floats(tokens * HEADS * WIDTH);
-        let positions: Vec<i32> = (1000..).take(tokens).collect();
+        let positions: Vec<usize> = (1000..).take(tokens).collect();
         let mut out = vec![0f32; x.len()];
         group.throughput(Throughput::Elements(x.len() as u64));
         for isa in instruction_sets() {
             group.bench_function(format!("{tokens}x{HEADS}x{WIDTH}/{}/{}t", lower(isa), workers.count()), |bencher| {
-                bencher.iter(|| rotary.run(isa, &workers, &x, HEADS, &positions, FloatsMut::F32(&mut out)));
+                bencher.iter(|| {
+                    rotary.run(isa, &workers, Rows::packed(&x, HEADS * WIDTH), &positions, FloatsMut::F32(&mut out))
+                });
             });
         }
     }

@@ -10,4 +10,4 @@ mod ops;
 pub use cpu::attention::{AttentionKind, Segment};
 pub use cpu::matmul::Precision;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
-pub use ops::{Backend, Cpu, Heads, Join, Operand, Placement, Rotation};
+pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};

@@ -6,7 +6,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::cpu::attention::{Attention, AttentionKind, PoolView, Segment, append};
 use super::cpu::elementwise::{RmsNorm, Rotary, take_rows};
-use super::cpu::floats::{Floats, FloatsMut};
+use super::cpu::floats::{Floats, FloatsMut, Rows};
 use super::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use super::cpu::matrix::{Coding, Matrix as Packing, Packed, Scales, Storage};
 use super::cpu::{Isa, threads::Workers};
@@ -75,15 +75,20 @@ pub struct Rotation {
     pub magnitude: f32,
 }
 
-/// Queries, keys and values of a step, and the pools of their layer.
+/// The weight `[width]` of an RMS norm, and what is added to the mean of squares.
+pub type NormOf<'a> = (&'a Array, f32);
+
+/// What a step attends with, and the pools of the layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Heads<'a> {
-    /// `[T, heads, width]`.
-    pub queries: &'a Array,
-    /// `[T, kv_heads, width]`.
-    pub keys: &'a Array,
-    /// `[T, kv_heads, width]`.
-    pub values: &'a Array,
+    /// Heads of queries, keys and values side by side, as they come from their projections: `[T, columns]`.
+    pub joined: &'a Array,
+    /// Of each head of queries, before its rotation.
+    pub query_norm: Option<NormOf<'a>>,
+    /// Of each head of keys, before its rotation.
+    pub key_norm: Option<NormOf<'a>>,
+    /// Turns queries and keys.
+    pub rotation: &'a Rotation,
     /// `[blocks, block_tokens, kv_heads, width]`, evaluated; written in place.
     pub key_pool: &'a Array,
     /// The same for values, whose width may differ.
@@ -97,8 +102,15 @@ pub struct Placement {
     pub tables: Vec<u32>,
     /// Place in the pools of every row, counted in tokens over all blocks.
     pub slots: Vec<u32>,
-    /// Runs of rows of one sequence.
+    /// Runs of rows of one sequence, in the rows' order.
     pub segments: Vec<Segment>,
+}
+
+impl Placement {
+    /// Place of every row in its sequence.
+    fn positions(&self) -> impl Iterator<Item = usize> {
+        self.segments.iter().flat_map(|segment| segment.start..segment.start + segment.rows.len())
+    }
 }
 
 impl Cpu {
@@ -107,9 +119,17 @@ impl Cpu {
         Self { isa: Isa::best(), workers: Workers::shared(threads), precision }
     }
 
-    /// Products of `x [T, columns]` with the transposes of one or more matrices: f32.
-    pub fn linear(&self, x: &Array, operands: &[Operand<'_>], join: Join<'_>) -> Result<Array> {
+    /// Products of `x [T, columns]`, normalised before if there is a norm, with the transposes of one or more
+    /// matrices: f32.
+    pub fn linear(
+        &self,
+        x: &Array,
+        norm: Option<NormOf<'_>>,
+        operands: &[Operand<'_>],
+        join: Join<'_>,
+    ) -> Result<Array> {
         let mut inputs = vec![x];
+        let norm = norm.map(|norm| NormLayout::new(norm, &mut inputs));
         let layouts =
             operands.iter().map(|operand| MatrixLayout::new(operand, &mut inputs)).collect::<Result<Vec<_>>>()?;
         let width = match join {
@@ -125,29 +145,13 @@ impl Cpu {
             Join::SwiGlu => Ending::SwiGlu,
         };
         let rows = x.dim(0);
-        node(Linear { cpu: self.clone(), layouts, finish }, &inputs, &[rows, width as i32], Dtype::Float32)
+        node(Linear { cpu: self.clone(), norm, layouts, finish }, &inputs, &[rows, width as i32], Dtype::Float32)
     }
 
     /// RMS norm of the rows of `x [T, width]` with `weight [width]`: f32.
     pub fn rms_norm(&self, x: &Array, weight: &Array, eps: f32) -> Result<Array> {
         let shape = x.shape().to_vec();
         node(Norm { cpu: self.clone(), eps }, &[x, weight], &shape, Dtype::Float32)
-    }
-
-    /// Heads `x [T, heads, width]`, each normalised if `norm` has a weight and an epsilon, then turned by the angles of
-    /// `positions [T]` (i32): f32.
-    pub fn rotate(
-        &self,
-        x: &Array,
-        rotation: &Rotation,
-        norm: Option<(&Array, f32)>,
-        positions: &Array,
-    ) -> Result<Array> {
-        let shape = x.shape().to_vec();
-        let mut inputs = vec![x, positions];
-        inputs.extend(norm.map(|(weight, _)| weight));
-        let kernel = Rotate { cpu: self.clone(), rotation: rotation.clone(), eps: norm.map(|(_, eps)| eps) };
-        node(kernel, &inputs, &shape, Dtype::Float32)
     }
 
     /// Rows `ids` (u32) of a table: `[ids, columns]` f32.
@@ -158,12 +162,36 @@ impl Cpu {
         node(TakeRows { cpu: self.clone(), layout }, &inputs, &shape, Dtype::Float32)
     }
 
-    /// Writes a step's keys and values to the pools, in place, and attends: `[T, heads, value width]` f32.
+    /// Normalises and turns a step's heads, writes its keys and values to the pools, in place, and attends:
+    /// `[T, heads * value width]` f32.
     pub fn attention(&self, heads: Heads<'_>, kind: &AttentionKind, placement: Arc<Placement>) -> Result<Array> {
-        let Heads { queries, keys, values, key_pool, value_pool } = heads;
-        let shape = [queries.dim(0), queries.dim(1), values.dim(2)];
-        let kernel = Attend { cpu: self.clone(), kind: kind.clone(), placement };
-        writing_node(kernel, &[queries, keys, values, key_pool, value_pool], 2, &shape, Dtype::Float32)
+        let Heads { joined, query_norm, key_norm, rotation, key_pool, value_pool } = heads;
+        let shape = [joined.dim(0), kind.heads as i32 * value_pool.dim(3)];
+        let mut inputs = vec![joined];
+        let query_norm = query_norm.map(|norm| NormLayout::new(norm, &mut inputs));
+        let key_norm = key_norm.map(|norm| NormLayout::new(norm, &mut inputs));
+        inputs.extend([key_pool, value_pool]);
+        let (cpu, kind, rotation) = (self.clone(), kind.clone(), rotation.clone());
+        let kernel = Attend { cpu, kind, placement, query_norm, key_norm, rotation };
+        writing_node(kernel, &inputs, 2, &shape, Dtype::Float32)
+    }
+}
+
+/// A norm whose weight is input `at` of a node.
+#[derive(Debug, Clone, Copy)]
+struct NormLayout {
+    at: usize,
+    eps: f32,
+}
+
+impl NormLayout {
+    fn new<'a>((weight, eps): NormOf<'a>, inputs: &mut Vec<&'a Array>) -> Self {
+        inputs.push(weight);
+        Self { at: inputs.len() - 1, eps }
+    }
+
+    fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<RmsNorm<'a>> {
+        Ok(RmsNorm { weight: inputs[self.at].floats()?, eps: self.eps })
     }
 }
 
@@ -235,13 +263,19 @@ enum Ending {
 
 struct Linear {
     cpu: Cpu,
+    norm: Option<NormLayout>,
     layouts: Vec<MatrixLayout>,
     finish: Ending,
 }
 
 impl CpuKernel for Linear {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        let x = inputs[0].to_f32()?;
+        let mut x = inputs[0].to_f32()?;
+        if let Some(norm) = &self.norm {
+            let mut normed = vec![0f32; x.len()];
+            norm.read(inputs)?.run(self.cpu.isa, &self.cpu.workers, &x, FloatsMut::F32(&mut normed));
+            x = normed.into();
+        }
         let projections = self.layouts.iter().map(|layout| layout.read(inputs)).collect::<Result<Vec<_>>>()?;
         let residual = match (self.finish, inputs.last()) {
             (Ending::Add, Some(residual)) => residual.to_f32()?,
@@ -272,28 +306,6 @@ impl CpuKernel for Norm {
     }
 }
 
-struct Rotate {
-    cpu: Cpu,
-    rotation: Rotation,
-    eps: Option<f32>,
-}
-
-impl CpuKernel for Rotate {
-    fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        let Rotation { dims, frequencies, traditional, magnitude } = &self.rotation;
-        let norm = match self.eps {
-            Some(eps) => Some(RmsNorm { weight: inputs[2].floats()?, eps }),
-            None => None,
-        };
-        let (heads, width) = (inputs[0].shape()[1] as usize, inputs[0].shape()[2] as usize);
-        let (dims, traditional, magnitude) = (*dims, *traditional, *magnitude);
-        let rotary = Rotary { width, dims, frequencies, traditional, magnitude, norm };
-        let (x, positions) = (inputs[0].to_f32()?, inputs[1].integers()?);
-        rotary.run(self.cpu.isa, &self.cpu.workers, &x, heads, positions, last(&mut outputs)?);
-        Ok(())
-    }
-}
-
 struct TakeRows {
     cpu: Cpu,
     layout: MatrixLayout,
@@ -311,21 +323,52 @@ struct Attend {
     cpu: Cpu,
     kind: AttentionKind,
     placement: Arc<Placement>,
+    query_norm: Option<NormLayout>,
+    key_norm: Option<NormLayout>,
+    rotation: Rotation,
+}
+
+impl Attend {
+    /// Heads, normalised and turned.
+    fn rotate(
+        &self,
+        rows: Rows<'_>,
+        width: usize,
+        norm: Option<NormLayout>,
+        inputs: &[Input<'_>],
+        positions: &[usize],
+    ) -> Result<Vec<f32>> {
+        let Rotation { dims, ref frequencies, traditional, magnitude } = self.rotation;
+        let norm = norm.map(|norm| norm.read(inputs)).transpose()?;
+        let rotary = Rotary { width, dims, frequencies, traditional, magnitude, norm };
+        let mut turned = vec![0f32; positions.len() * rows.width];
+        rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut turned));
+        Ok(turned)
+    }
 }
 
 impl CpuKernel for Attend {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        let (queries, keys, values) = (inputs[0].to_f32()?, inputs[1].to_f32()?, inputs[2].to_f32()?);
         let (key_shape, value_shape) = (outputs[1].shape(), outputs[2].shape());
         let (mut value_pool, mut key_pool) = (last(&mut outputs)?, last(&mut outputs)?);
-        let row = |shape: &[i32]| (shape[2] * shape[3]) as usize;
-        append(&mut key_pool, row(key_shape), &keys, &self.placement.slots);
-        append(&mut value_pool, row(value_shape), &values, &self.placement.slots);
+        let (key_width, value_width) = (key_shape[3] as usize, value_shape[3] as usize);
+        let joined = inputs[0].to_f32()?;
+        let stride = inputs[0].shape()[1] as usize;
+        let (query_columns, key_columns) = (self.kind.heads * key_width, self.kind.kv_heads * key_width);
+        let columns =
+            |first: usize, width: usize| Rows { numbers: joined.get(first..).unwrap_or_default(), width, stride };
+        let positions: Vec<usize> = self.placement.positions().collect();
+        let queries = self.rotate(columns(0, query_columns), key_width, self.query_norm, inputs, &positions)?;
+        let keys = columns(query_columns, key_columns);
+        let keys = self.rotate(keys, key_width, self.key_norm, inputs, &positions)?;
+        let values = columns(query_columns + key_columns, self.kind.kv_heads * value_width);
+        append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
+        append(&mut value_pool, values, &self.placement.slots);
         let attention = Attention {
             kind: &self.kind,
             queries: &queries,
-            keys: PoolView { numbers: view(&key_pool), width: key_shape[3] as usize },
-            values: PoolView { numbers: view(&value_pool), width: value_shape[3] as usize },
+            keys: PoolView { numbers: view(&key_pool), width: key_width },
+            values: PoolView { numbers: view(&value_pool), width: value_width },
             block_tokens: key_shape[1] as usize,
             tables: &self.placement.tables,
             segments: &self.placement.segments,

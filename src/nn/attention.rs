@@ -73,31 +73,32 @@ impl Attention {
         })
     }
 
-    /// `residual + attention(x)`, all `[T, hidden]`; appends the step's keys and values to the cache.
-    pub fn forward_onto(&self, x: &Array, residual: &Array, step: &mut Step<'_>) -> Result<Array> {
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
-        let tokens = x.dim(0);
-        let [queries, keys, values] = Linear::forward_all([&self.query, &self.key, &self.value], x)?;
-        let split = |y: Array, heads: usize| y.reshape(&[tokens, heads as i32, head_dim as i32]);
-        let (queries, keys, values) = (split(queries, heads)?, split(keys, kv_heads)?, split(values, kv_heads)?);
+    /// `x + attention(norm(x))`, all `[T, hidden]`; appends the step's keys and values to the cache.
+    pub fn forward_onto(&self, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let attended = match &self.backend {
-            Backend::Mlx => self.attend(queries, keys, values, step)?,
-            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, queries, keys, values, step)?,
+            Backend::Mlx => self.attend(&norm.forward(x)?, step)?,
+            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, x, norm, step)?,
         };
-        self.output.forward_onto(&attended.reshape(&[tokens, (heads * head_dim) as i32])?, residual)
+        self.output.forward_onto(&attended, x)
     }
 
     fn scale(&self) -> f32 {
         (self.spec.head_dim as f32).powf(-0.5)
     }
 
-    /// With MLX's operations, over contiguous rows. In and out: `[T, heads, width]`.
-    fn attend(&self, queries: Array, keys: Array, values: Array, step: &mut Step<'_>) -> Result<Array> {
+    /// With MLX's operations, over contiguous rows: `[T, hidden]` to `[T, heads * head_dim]`.
+    fn attend(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
+        let tokens = x.dim(0);
+        let project = |layer: &Linear, heads: usize| -> Result<Array> {
+            Ok(layer.forward(x)?.reshape(&[tokens, heads as i32, head_dim as i32])?)
+        };
+        let (queries, keys) = (project(&self.query, heads)?, project(&self.key, kv_heads)?);
+        let values = project(&self.value, kv_heads)?;
         let norm = |y: Array, norm: &Option<RmsNorm>| match norm {
             Some(norm) => norm.forward(&y),
             None => Ok(y),
         };
-        let tokens = queries.dim(0);
         let queries = self.rope.forward(&norm(queries, &self.query_norm)?, step.positions)?;
         let keys = self.rope.forward(&norm(keys, &self.key_norm)?, step.positions)?;
         let (keys, values) = step.cache.append(self.layer, &keys, &values)?;
@@ -114,28 +115,26 @@ impl Attention {
             None if tokens > 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
             None => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
         };
-        Ok(attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?)
+        let by_token = attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?;
+        Ok(by_token.reshape(&[tokens, (heads * head_dim) as i32])?)
     }
 
-    /// With the CPU kernels, over blocks. In and out: `[T, heads, width]`.
-    fn attend_in_blocks(
-        &self,
-        cpu: &Cpu,
-        queries: Array,
-        keys: Array,
-        values: Array,
-        step: &mut Step<'_>,
-    ) -> Result<Array> {
+    /// With the CPU kernels, over blocks: `[T, hidden]`, before the norm, to `[T, heads * head_dim]`.
+    fn attend_in_blocks(&self, cpu: &Cpu, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, window, .. } = self.spec;
-        let rotate = |y: &Array, norm: &Option<RmsNorm>| {
-            cpu.rotate(y, self.rope.rotation(), norm.as_ref().map(RmsNorm::parts), step.positions)
-        };
-        let (queries, keys) = (rotate(&queries, &self.query_norm)?, rotate(&keys, &self.key_norm)?);
-        let tokens = queries.dim(0) as usize;
+        let joined = Linear::forward_joined(&[&self.query, &self.key, &self.value], x, norm)?;
+        let tokens = x.dim(0) as usize;
         let placement = step.cache.placement(tokens);
         let (key_pool, value_pool) = step.cache.blocks(self.layer, tokens)?;
         let kind = AttentionKind { kv_heads, heads, scale: self.scale(), window, soft_cap: None };
-        let heads = Heads { queries: &queries, keys: &keys, values: &values, key_pool, value_pool };
+        let heads = Heads {
+            joined: &joined,
+            query_norm: self.query_norm.as_ref().map(RmsNorm::parts),
+            key_norm: self.key_norm.as_ref().map(RmsNorm::parts),
+            rotation: self.rope.rotation(),
+            key_pool,
+            value_pool,
+        };
         let attended = cpu.attention(heads, &kind, placement)?;
         step.cache.mark(attended.clone());
         Ok(attended)

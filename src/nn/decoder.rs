@@ -114,8 +114,8 @@ impl Decoder {
     pub fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
         let mut x = self.embedding.forward(step.tokens)?;
         for layer in &self.layers {
-            x = layer.attention.forward_onto(&layer.attention_norm.forward(&x)?, &x, step)?;
-            x = layer.mlp.forward_onto(&layer.mlp_norm.forward(&x)?, &x)?;
+            x = layer.attention.forward_onto(&x, &layer.attention_norm, step)?;
+            x = layer.mlp.forward_onto(&x, &layer.mlp_norm)?;
             if let Some(trace) = step.trace.as_deref_mut() {
                 trace.push(x.clone());
             }

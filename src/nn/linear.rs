@@ -2,9 +2,10 @@
 
 use mlx_rs::Array;
 
+use super::RmsNorm;
 use crate::error::Result;
 use crate::kernels::{Backend, Cpu, Join, Operand};
-use crate::mlx::{self, Matrix};
+use crate::mlx::Matrix;
 use crate::weights::Weights;
 
 /// `y = x W^T + b` over the last axis.
@@ -42,53 +43,38 @@ impl Linear {
     /// `residual + forward(x)`.
     pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
         match Self::kernels(&[self]) {
-            Some(cpu) => cpu.linear(x, &[self.operand()], Join::Add(residual)),
+            Some(cpu) => cpu.linear(x, None, &[self.operand()], Join::Add(residual)),
             None => Ok(residual.add(self.forward(x)?)?),
         }
     }
 
-    /// The outputs of layers that share their input, in their order.
-    pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Array) -> Result<[Array; N]> {
-        let Some(cpu) = Self::kernels(&layers) else {
-            return try_map(layers, |layer| layer.forward(x));
-        };
-        let joined = cpu.linear(x, &layers.map(Linear::operand), Join::Concat)?;
-        let mut start = 0;
-        try_map(layers, |layer| {
-            let width = layer.width();
-            start += width;
-            mlx::columns(&joined, start - width, start)
-        })
+    /// The outputs of layers for `norm(x)`, side by side: `[T, sum of outputs]`.
+    pub fn forward_joined(layers: &[&Linear], x: &Array, norm: &RmsNorm) -> Result<Array> {
+        if let Some(cpu) = Self::kernels(layers) {
+            let operands: Vec<_> = layers.iter().map(|layer| layer.operand()).collect();
+            return cpu.linear(x, Some(norm.parts()), &operands, Join::Concat);
+        }
+        let x = &norm.forward(x)?;
+        let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>>>()?;
+        Ok(mlx_rs::ops::concatenate(&outputs, -1)?)
     }
 
-    /// `silu(gate(x)) * up(x)`.
-    pub fn forward_gated(gate: &Linear, up: &Linear, x: &Array) -> Result<Array> {
+    /// `silu(gate(y)) * up(y)` of `y = norm(x)`.
+    pub fn forward_gated(gate: &Linear, up: &Linear, x: &Array, norm: &RmsNorm) -> Result<Array> {
         if let Some(cpu) = Self::kernels(&[gate, up]) {
-            return cpu.linear(x, &[gate.operand(), up.operand()], Join::SwiGlu);
+            return cpu.linear(x, Some(norm.parts()), &[gate.operand(), up.operand()], Join::SwiGlu);
         }
+        let x = &norm.forward(x)?;
         let gate = gate.forward(x)?;
         // Composed by hand: the activations of mlx-rs use MLX's compile, which starts a compiler on the CPU.
         Ok(gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(up.forward(x)?)?)
     }
-
-    /// Output features.
-    fn width(&self) -> usize {
-        match &self.matrix {
-            Matrix::Dense(weight) => weight.dim(0) as usize,
-            Matrix::Quantized(matrix) => matrix.weight.dim(0) as usize,
-        }
-    }
-}
-
-fn try_map<T, U, const N: usize>(items: [T; N], mut f: impl FnMut(T) -> Result<U>) -> Result<[U; N]> {
-    let done = items.into_iter().map(&mut f).collect::<Result<Vec<_>>>()?;
-    done.try_into().map_err(|_| crate::error::Error::internal("as many results as items"))
 }
 
 /// `x [T, columns] -> [T, rows]` on `backend`.
 pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Result<Array> {
     if let Some(cpu) = backend.kernels(operand.matrix) {
-        return cpu.linear(x, &[operand], Join::Concat);
+        return cpu.linear(x, None, &[operand], Join::Concat);
     }
     let y = match operand.matrix {
         Matrix::Dense(weight) => x.matmul(weight.transpose()?)?,

@@ -2,7 +2,7 @@
 
 use mlx_rs::Array;
 
-use super::Linear;
+use super::{Linear, RmsNorm};
 use crate::error::Result;
 use crate::weights::Weights;
 
@@ -24,8 +24,8 @@ impl SwiGlu {
         })
     }
 
-    /// `residual + mlp(x)`, all `[T, hidden]`.
-    pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
-        self.down.forward_onto(&Linear::forward_gated(&self.gate, &self.up, x)?, residual)
+    /// `x + mlp(norm(x))`, all `[T, hidden]`.
+    pub fn forward_onto(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
+        self.down.forward_onto(&Linear::forward_gated(&self.gate, &self.up, x, norm)?, x)
     }
 }

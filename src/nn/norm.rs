@@ -3,7 +3,7 @@
 use mlx_rs::Array;
 
 use crate::error::Result;
-use crate::kernels::Backend;
+use crate::kernels::{Backend, NormOf};
 use crate::weights::Weights;
 
 /// Root-mean-square norm over the last axis (Zhang and Sennrich 2019).
@@ -30,7 +30,7 @@ impl RmsNorm {
     }
 
     /// Weight and epsilon, for kernels that do more than the norm.
-    pub(super) fn parts(&self) -> (&Array, f32) {
+    pub(super) fn parts(&self) -> NormOf<'_> {
         (&self.weight, self.eps)
     }
 }

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use crate::case::formats;
 use crate::cpu::Isa;
 use crate::cpu::elementwise::{RmsNorm, Rotary, take_rows};
+use crate::cpu::floats::Rows;
 use crate::guard::{EDGES, Edge, Guarded};
 use crate::numbers::{Numbers, Placed, TYPES, Type, bits, cases, rounded};
 use crate::reference::{Expected, Random, Weights, first_miss};
@@ -59,17 +60,19 @@ struct Turn {
     frequencies: Vec<f32>,
     norm: Option<(Numbers, f32)>,
     heads: usize,
-    positions: Vec<i32>,
+    positions: Vec<usize>,
+    /// Numbers between the rows of the input.
+    gap: usize,
 }
 
 fn turns() -> impl Strategy<Value = Turn> {
     let width = prop_oneof![2 => prop::sample::select(&[64usize, 80, 128, 256][..]), 1 => 1usize..70];
-    let positions = prop::collection::vec(prop_oneof![0i32..100, 0i32..99_999], 0..12);
+    let positions = prop::collection::vec(prop_oneof![0usize..100, 0usize..99_999], 0..12);
     let options =
         (any::<bool>(), prop_oneof![Just(1f32), 0.5f32..2.0], any::<bool>(), prop::sample::select(&TYPES[..]));
-    let shape = (width, 0f64..=1.0, 1usize..6);
+    let shape = (width, 0f64..=1.0, 1usize..6, 0usize..3);
     (any::<u64>(), shape, positions, options).prop_map(
-        |(seed, (width, part, heads), positions, (traditional, magnitude, normed, kind))| {
+        |(seed, (width, part, heads, gap), positions, (traditional, magnitude, normed, kind))| {
             let mut random = Random(seed);
             // All dimensions in half of the cases.
             let pairs = ((width / 2) as f64 * (part * 2.0).min(1.0)) as usize;
@@ -77,7 +80,7 @@ fn turns() -> impl Strategy<Value = Turn> {
             let frequencies = (0..pairs).map(|i| base.powf(-(i as f64) / pairs as f64) as f32).collect();
             let weight = Numbers::new(kind, (0..width).map(|_| 1.0 + 0.3 * random.normal()));
             let norm = normed.then_some((weight, 1e-6));
-            Turn { width, pairs, traditional, magnitude, frequencies, norm, heads, positions }
+            Turn { width, pairs, traditional, magnitude, frequencies, norm, heads, positions, gap }
         },
     )
 }
@@ -96,12 +99,17 @@ impl Turn {
         let weight = self.norm.as_ref().map(|(weight, _)| weight.place(edge));
         let norm = self.norm.as_ref().zip(weight.as_ref());
         let norm = norm.map(|((_, eps), weight)| RmsNorm { weight: weight.floats(), eps: *eps });
-        let (x, frequencies) = (Guarded::new(x, edge), Guarded::new(&self.frequencies, edge));
+        let stride = self.row() + self.gap;
+        let apart: Vec<f32> =
+            x.chunks_exact(self.row()).flat_map(|row| row.iter().copied().chain(vec![f32::NAN; self.gap])).collect();
+        let x = Guarded::new(&apart[..apart.len().saturating_sub(self.gap)], edge);
+        let x = Rows { numbers: &x, width: self.row(), stride };
+        let frequencies = Guarded::new(&self.frequencies, edge);
         let positions = Guarded::new(&self.positions, edge);
         let Turn { width, traditional, magnitude, heads, .. } = *self;
         let rotary = Rotary { width, dims: 2 * self.pairs, frequencies: &frequencies, traditional, magnitude, norm };
         let mut out = Placed::output(kind, self.positions.len() * heads * width, edge);
-        rotary.run(isa, &workers(threads), &x, heads, &positions, out.floats_mut());
+        rotary.run(isa, &workers(threads), x, &positions, out.floats_mut());
         out.numbers()
     }
 
@@ -242,7 +250,7 @@ fn bounds_notice_small_errors() {
     let frequencies = (0..32).map(|i| 10_000f32.powf(-(i as f32) / 32.0)).collect();
     let norm = Some((weight.clone(), 1e-6));
     let (traditional, magnitude) = (false, 1.0);
-    let right = Turn { width: 64, pairs: 32, traditional, magnitude, frequencies, norm, heads: 2, positions };
+    let right = Turn { width: 64, pairs: 32, traditional, magnitude, frequencies, norm, heads: 2, positions, gap: 1 };
     let x = right.input(&mut Random(1));
     let change = |change: &dyn Fn(&mut Turn)| {
         let mut wrong = right.clone();
@@ -252,7 +260,7 @@ fn bounds_notice_small_errors() {
     let wrongs = [
         ("neighbours as pairs", change(&|t| t.traditional = true)),
         ("the next position", change(&|t| t.positions[1] += 1)),
-        ("the other direction", change(&|t| t.positions[0] = -3)),
+        ("the other direction", change(&|t| t.frequencies.iter_mut().for_each(|f| *f = -*f))),
         ("a frequency", change(&|t| t.frequencies[31] *= 1.01)),
         ("magnitude", change(&|t| t.magnitude = 1.0001)),
         ("no norm", change(&|t| t.norm = None)),
@@ -304,8 +312,10 @@ fn sizes_that_do_not_agree_are_refused() {
     };
     let normed = |x: &[f32], len| refused(len, &|out| norm.run(isa, &workers, x, out));
     assert!(!normed(&ones[..8], 8) && normed(&ones[..8], 7) && normed(&ones[..7], 7));
-    let rotated =
-        |rotary: &Rotary<'_>, x: &[f32], len| refused(len, &|out| rotary.run(isa, &workers, x, 2, &[0, 1], out));
+    let rotated = |rotary: &Rotary<'_>, x: &[f32], len| {
+        let rows = Rows::packed(x, 2 * rotary.width);
+        refused(len, &|out| rotary.run(isa, &workers, rows, &[0, 1], out))
+    };
     assert!(!rotated(&rotary, &ones[..16], 16));
     assert!(
         rotated(&rotary, &ones[..15], 16) && rotated(&rotary, &ones[..17], 16) && rotated(&rotary, &ones[..16], 15)

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use chunk::{AttendChunk, Chunk};
 
-use super::floats::{Element, Floats, FloatsMut, SharedMut, as_bf16, as_f16};
+use super::floats::{Element, Floats, FloatsMut, Rows, SharedMut, as_bf16, as_f16};
 use super::math;
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
@@ -24,8 +24,11 @@ const CHUNK: usize = 32;
 /// Keys that one task attends to at most when there are more threads than heads; a multiple of `CHUNK`.
 const SPLIT: usize = 512;
 
-/// Query rows of a tile: tokens times the query heads that share a head of keys.
+/// Query rows of a tile at most, unless a single token has more that share a head of keys.
 const ROWS: usize = 24;
+
+/// Tasks that a thread should have, so that all end together.
+const TASKS_PER_THREAD: usize = 1;
 
 /// A pool's rows `[blocks * block_tokens, kv_heads, width]`.
 #[derive(Debug, Clone, Copy)]
@@ -83,13 +86,24 @@ pub struct Attention<'a> {
     pub sinks: Option<&'a [f32]>,
 }
 
-/// Rows that share their keys: some tokens of a segment and the query heads of one head of keys.
+/// What is computed together: some tokens of a segment, for some heads of keys that lie side by side in memory.
+///
+/// Its rows are the queries of the first head of keys, token by token, then those of the next.
 #[derive(Debug, Clone)]
 struct Tile {
     segment: usize,
     /// Rows of the step.
     tokens: Range<usize>,
-    kv_head: usize,
+    kv_heads: Range<usize>,
+}
+
+/// A tile, or one split of it.
+#[derive(Debug)]
+struct Task {
+    tile: usize,
+    splits: Range<usize>,
+    /// Where the result waits to be merged with those of the tile's other splits.
+    part: Option<usize>,
 }
 
 /// Softmax-weighted sums over some of the keys, for the rows of a tile.
@@ -120,13 +134,13 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Writes rows `[T, heads, width]` into a pool: row `i` at place `slots[i]`, counted in tokens over all blocks.
-pub fn append(pool: &mut FloatsMut<'_>, row: usize, rows: &[f32], slots: &[u32]) {
-    assert_eq!(rows.len(), slots.len() * row, "one slot a row");
+/// Writes rows of `heads * width` numbers into a pool: row `i` at place `slots[i]`, counted in tokens over all blocks.
+pub fn append(pool: &mut FloatsMut<'_>, rows: Rows<'_>, slots: &[u32]) {
+    rows.check(slots.len());
     let pool = SharedMut::new(pool);
-    for (rows, &slot) in rows.chunks_exact(row.max(1)).zip(slots) {
+    for (row, &slot) in slots.iter().enumerate() {
         // SAFETY: the pool is borrowed, and nobody else writes; `write` checks the bounds.
-        unsafe { pool.write(slot as usize * row, rows) };
+        unsafe { pool.write(slot as usize * rows.width, rows.row(row)) };
     }
 }
 
@@ -135,28 +149,24 @@ impl Attention<'_> {
     pub fn run(&self, isa: Isa, workers: &Workers, mut out: FloatsMut<'_>) {
         self.check(out.len());
         let out = SharedMut::new(&mut out);
-        let tiles = self.tiles();
-        if tiles.len() >= 4 * workers.count() || tiles.iter().all(|tile| self.splits(tile).len() <= 1) {
-            workers.run(tiles.len(), &|task| {
-                let tile = &tiles[task];
-                isa.run(AttendTile { attention: self, tile, splits: self.splits(tile), keep: None, out });
-            });
-            return;
-        }
-        // Too few heads for the threads: splits are tasks of their own, merged afterwards in the same order.
-        let tasks: Vec<(usize, usize)> =
-            tiles.iter().enumerate().flat_map(|(i, tile)| self.splits(tile).map(move |split| (i, split))).collect();
-        let partials: Vec<Mutex<Partial>> = tasks.iter().map(|_| Mutex::default()).collect();
-        let locked = |at: usize| partials[at].lock().unwrap_or_else(PoisonError::into_inner);
+        let tiles = self.tiles(workers.count());
+        let (tasks, parts) = self.tasks(&tiles, workers.count());
+        let parts: Vec<Mutex<Partial>> = (0..parts).map(|_| Mutex::default()).collect();
+        let part = |at: usize| parts[at].lock().unwrap_or_else(PoisonError::into_inner);
         workers.run(tasks.len(), &|task| {
-            let (tile, split) = tasks[task];
-            let keep = Some(&mut *locked(task));
-            isa.run(AttendTile { attention: self, tile: &tiles[tile], splits: split..split + 1, keep, out });
+            let Task { tile, splits, part: kept } = &tasks[task];
+            let mut guard = kept.map(part);
+            let keep = guard.as_deref_mut();
+            isa.run(AttendTile { attention: self, tile: &tiles[*tile], splits: splits.clone(), keep, out });
         });
-        workers.run(tiles.len(), &|index| {
-            let of_tile = tasks.iter().enumerate().filter(|(_, (tile, _))| *tile == index);
-            let parts: Vec<Partial> = of_tile.map(|(task, _)| std::mem::take(&mut *locked(task))).collect();
-            isa.run(MergeSplits { attention: self, tile: &tiles[index], parts: &parts, out });
+        // The splits of a tile are neighbours among the tasks.
+        let split: Vec<&[Task]> =
+            tasks.chunk_by(|a, b| a.tile == b.tile).filter(|tasks| tasks[0].part.is_some()).collect();
+        workers.run(split.len(), &|index| {
+            let tile = &tiles[split[index][0].tile];
+            let kept = split[index].iter().filter_map(|task| task.part);
+            let parts: Vec<Partial> = kept.map(|at| std::mem::take(&mut *part(at))).collect();
+            isa.run(MergeSplits { attention: self, tile, parts: &parts, out });
         });
     }
 
@@ -180,20 +190,58 @@ impl Attention<'_> {
         }
     }
 
-    fn tiles(&self) -> Vec<Tile> {
-        let tokens_per_tile = (ROWS / self.group()).max(1);
+    fn tiles(&self, threads: usize) -> Vec<Tile> {
+        let (group, kv_heads) = (self.group(), self.kind.kv_heads);
+        let tokens_per_tile = (ROWS / group).max(1);
+        let cut = |segment: &Segment| segment.rows.clone().step_by(tokens_per_tile);
+        // Heads of keys lie side by side: taken together, memory is read in longer runs. But there must be enough tasks.
+        let tasks: usize =
+            self.segments.iter().map(|s| cut(s).count() * ((s.start + s.rows.len()) / SPLIT).max(1)).sum();
+        let enough = kv_heads / (TASKS_PER_THREAD * threads).div_ceil(tasks.max(1));
         let mut tiles = Vec::new();
         for (segment, Segment { rows, .. }) in self.segments.iter().enumerate() {
-            for first in rows.clone().step_by(tokens_per_tile) {
+            for first in cut(&self.segments[segment]) {
                 let tokens = first..(first + tokens_per_tile).min(rows.end);
-                for kv_head in 0..self.kind.kv_heads {
-                    tiles.push(Tile { segment, tokens: tokens.clone(), kv_head });
+                let heads = enough.min(ROWS / (tokens.len() * group)).max(1);
+                for head in (0..kv_heads).step_by(heads) {
+                    let kv_heads = head..(head + heads).min(kv_heads);
+                    tiles.push(Tile { segment, tokens: tokens.clone(), kv_heads });
                 }
             }
         }
         // The longest first, so that threads end together.
         tiles.sort_by_key(|tile| std::cmp::Reverse(self.position(tile, tile.tokens.end)));
         tiles
+    }
+
+    /// Whole tiles, but splits of those that one thread would be left alone with; and how many of the latter.
+    fn tasks(&self, tiles: &[Tile], threads: usize) -> (Vec<Task>, usize) {
+        let work = |tile: &Tile| self.splits(tile).len() * tile.kv_heads.len();
+        let total: usize = tiles.iter().map(work).sum();
+        let (mut tasks, mut parts) = (Vec::new(), 0);
+        for (index, tile) in tiles.iter().enumerate() {
+            let splits = self.splits(tile);
+            if splits.len() <= 1 || work(tile) * threads * TASKS_PER_THREAD <= total {
+                tasks.push(Task { tile: index, splits, part: None });
+                continue;
+            }
+            for split in splits {
+                tasks.push(Task { tile: index, splits: split..split + 1, part: Some(parts) });
+                parts += 1;
+            }
+        }
+        (tasks, parts)
+    }
+
+    /// Rows of a tile that share a head of keys.
+    fn rows_per_head(&self, tile: &Tile) -> usize {
+        tile.tokens.len() * self.group()
+    }
+
+    /// Row of the step, and query head, of a row of a tile.
+    fn place(&self, tile: &Tile, row: usize) -> (usize, usize) {
+        let (kv_head, row) = (row / self.rows_per_head(tile), row % self.rows_per_head(tile));
+        (tile.tokens.start + row / self.group(), (tile.kv_heads.start + kv_head) * self.group() + row % self.group())
     }
 
     /// Position in the sequence of a row of the step.
@@ -309,10 +357,10 @@ impl AttendTile<'_> {
     #[inline(always)]
     fn attend<S: Simd, T: Element>(&self, simd: S, keys: &[T], values: &[T], scratch: &mut Scratch) {
         let (attention, tile) = (self.attention, self.tile);
-        let rows = tile.tokens.len() * attention.group();
+        let rows = attention.rows_per_head(tile) * tile.kv_heads.len();
         let padded = attention.values.width.next_multiple_of(LANES);
         load_queries(attention, tile, &mut scratch.queries);
-        scratch.scores.resize(rows * CHUNK, 0.0);
+        scratch.scores.resize(attention.rows_per_head(tile) * CHUNK, 0.0);
         scratch.total.reset(rows, padded);
         for split in self.splits.clone() {
             scratch.split.reset(rows, padded);
@@ -325,17 +373,17 @@ impl AttendTile<'_> {
                 let seen = start.max(first) - start..end.min(start + CHUNK) - start;
                 let mut next = [0; CHUNK];
                 if start + CHUNK < end {
-                    let keys_ahead = start + CHUNK..end.min(start + 2 * CHUNK);
-                    let count = keys_ahead.len();
-                    attention.slots(tile, keys_ahead, &mut next);
-                    if rows <= S::DOT_ROWS {
-                        // Rows of one head lie apart: the hardware does not foresee them.
-                        prefetch(simd, attention, tile.kv_head, &next[..count], keys, attention.keys.width);
-                        prefetch(simd, attention, tile.kv_head, &next[..count], values, attention.values.width);
-                    }
+                    attention.slots(tile, start + CHUNK..end.min(start + 2 * CHUNK), &mut next);
                 }
-                let chunk = Chunk { attention, tile, rows, start, seen };
-                simd.call(AttendChunk { chunk: &chunk, keys, values, slots: &slots, scratch: &mut *scratch });
+                let chunk = Chunk { attention, tile, start, seen };
+                simd.call(AttendChunk {
+                    chunk: &chunk,
+                    keys,
+                    values,
+                    slots: &slots,
+                    next: &next,
+                    scratch: &mut *scratch,
+                });
                 slots = next;
                 start += CHUNK;
             }
@@ -348,47 +396,26 @@ impl AttendTile<'_> {
     }
 }
 
-#[inline(always)]
-fn prefetch<S: Simd, T: Element>(
-    simd: S,
-    attention: &Attention<'_>,
-    head: usize,
-    slots: &[usize],
-    pool: &[T],
-    width: usize,
-) {
-    for slot in slots {
-        let row = pool.as_ptr().wrapping_add((slot * attention.kind.kv_heads + head) * width).cast::<u8>();
-        let mut line = 0;
-        while line < width * size_of::<T>() {
-            simd.prefetch(row.wrapping_add(line));
-            line += 64;
-        }
-    }
-}
-
 /// The queries of a tile's rows, padded with zeros to whole vectors.
 fn load_queries(attention: &Attention<'_>, tile: &Tile, out: &mut Vec<f32>) {
-    let (width, group) = (attention.keys.width, attention.group());
+    let width = attention.keys.width;
     let padded = width.next_multiple_of(LANES);
     out.clear();
-    out.resize(tile.tokens.len() * group * padded, 0.0);
-    for (token, out) in tile.tokens.clone().zip(out.chunks_exact_mut(group * padded)) {
-        let first = (token * attention.kind.heads + tile.kv_head * group) * width;
-        let queries = attention.queries[first..first + group * width].chunks_exact(width);
-        for (query, out) in queries.zip(out.chunks_exact_mut(padded)) {
-            out[..width].copy_from_slice(query);
-        }
+    out.resize(attention.rows_per_head(tile) * tile.kv_heads.len() * padded, 0.0);
+    for (row, out) in out.chunks_exact_mut(padded).enumerate() {
+        let (token, head) = attention.place(tile, row);
+        let first = (token * attention.kind.heads + head) * width;
+        out[..width].copy_from_slice(&attention.queries[first..first + width]);
     }
 }
 
 /// Divides by the sums and writes the tile's rows.
 #[inline(always)]
 fn finish<S: Simd>(simd: S, attention: &Attention<'_>, tile: &Tile, total: &mut Partial, out: SharedMut) {
-    let (group, width) = (attention.group(), attention.values.width);
+    let width = attention.values.width;
     let padded = width.next_multiple_of(LANES);
     for row in 0..total.max.len() {
-        let head = tile.kv_head * group + row % group;
+        let (token, head) = attention.place(tile, row);
         if let Some(sinks) = attention.sinks {
             // A key without a value.
             let max = total.max[row].max(sinks[head]);
@@ -399,7 +426,7 @@ fn finish<S: Simd>(simd: S, attention: &Attention<'_>, tile: &Tile, total: &mut 
         let sum = total.sum[row];
         let values = &mut total.values[row * padded..][..width];
         values.iter_mut().for_each(|value| *value /= sum);
-        let at = ((tile.tokens.start + row / group) * attention.kind.heads + head) * width;
+        let at = (token * attention.kind.heads + head) * width;
         // SAFETY: every row and head belongs to one tile, and `run` waits for all tiles.
         unsafe { out.write(at, values) };
     }
@@ -419,7 +446,7 @@ impl Work for MergeSplits<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let padded = self.attention.values.width.next_multiple_of(LANES);
-        let rows = self.tile.tokens.len() * self.attention.group();
+        let rows = self.attention.rows_per_head(self.tile) * self.tile.kv_heads.len();
         let mut total = Partial::default();
         total.reset(rows, padded);
         for part in self.parts {

@@ -1,7 +1,7 @@
 //! Row by row operations: RMS norm, rotary positions, rows of an embedding table.
 
 use super::dot::{UnpackRow, load_tail};
-use super::floats::{Floats, FloatsMut, SharedMut};
+use super::floats::{Floats, FloatsMut, Rows, SharedMut};
 use super::math;
 use super::matrix::{Matrix, Storage};
 use super::simd::{Isa, LANES, Simd, Work};
@@ -108,17 +108,23 @@ pub struct Rotary<'a> {
 }
 
 impl Rotary<'_> {
-    /// Heads `x [T, heads, width]` at `positions [T]` into `out`, of the same shape. Panics if sizes do not agree.
-    pub fn run(&self, isa: Isa, workers: &Workers, x: &[f32], heads: usize, positions: &[i32], mut out: FloatsMut<'_>) {
-        let (tokens, row) = (positions.len(), heads * self.width);
-        assert!(out.len() == tokens * row && x.len() == tokens * row, "size of the heads");
+    /// Heads of the rows `x` at `positions [T]` into `out [T, heads, width]`. Panics if sizes do not agree.
+    pub fn run(&self, isa: Isa, workers: &Workers, x: Rows<'_>, positions: &[usize], mut out: FloatsMut<'_>) {
+        let (tokens, row) = (positions.len(), x.width);
+        assert!(out.len() == tokens * row && row.is_multiple_of(self.width.max(1)), "size of the heads");
+        x.check(tokens);
         assert!(self.dims <= self.width && self.frequencies.len() * 2 == self.dims, "pairs of dimensions");
         assert!(self.norm.is_none_or(|norm| norm.weight.len() == self.width), "a norm of heads");
         let out = SharedMut::new(&mut out);
         for_rows(workers, tokens, row, &|rows| {
             for token in rows {
-                let x = &x[token * row..(token + 1) * row];
-                isa.run(RotateToken { rotary: self, x, position: positions[token], at: token * row, out });
+                isa.run(RotateToken {
+                    rotary: self,
+                    x: x.row(token),
+                    position: positions[token],
+                    at: token * row,
+                    out,
+                });
             }
         });
     }
@@ -127,7 +133,7 @@ impl Rotary<'_> {
 struct RotateToken<'a> {
     rotary: &'a Rotary<'a>,
     x: &'a [f32],
-    position: i32,
+    position: usize,
     at: usize,
     out: SharedMut,
 }

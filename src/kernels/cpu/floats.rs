@@ -272,3 +272,33 @@ impl SharedMut {
         }
     }
 }
+
+/// Rows of numbers at equal distances, such as some columns of a larger array.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// From the first number of the first row on.
+    pub numbers: &'a [f32],
+    /// Numbers of a row.
+    pub width: usize,
+    /// From the beginning of one row to that of the next.
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows one after another.
+    pub fn packed(numbers: &'a [f32], width: usize) -> Self {
+        Self { numbers, width, stride: width }
+    }
+
+    /// Row `index`.
+    pub fn row(&self, index: usize) -> &'a [f32] {
+        &self.numbers[index * self.stride..][..self.width]
+    }
+
+    /// Panics if there are not exactly `rows`.
+    pub fn check(&self, rows: usize) {
+        let needed = rows.checked_sub(1).map_or(0, |last| last * self.stride + self.width);
+        let exact = self.stride > self.width || self.numbers.len() == needed;
+        assert!(exact && self.numbers.len() >= needed && self.stride >= self.width, "{rows} rows of {}", self.width);
+    }
+}

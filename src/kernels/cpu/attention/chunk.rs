@@ -6,13 +6,12 @@ use super::super::dot::load_tail;
 use super::super::floats::{Element, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
-use super::{Attention, AttentionKind, CHUNK, Partial, Scratch, Tile, exp};
+use super::{Attention, AttentionKind, CHUNK, Scratch, Tile, exp};
 
 /// Some neighbouring keys, and a tile that attends to them.
 pub(super) struct Chunk<'a> {
     pub attention: &'a Attention<'a>,
     pub tile: &'a Tile,
-    pub rows: usize,
     /// Position of the chunk: a multiple of `CHUNK`.
     pub start: usize,
     /// Keys of the chunk that some row sees.
@@ -21,19 +20,33 @@ pub(super) struct Chunk<'a> {
 
 /// Rows of keys or values of one head: those of key `i` begin at `offset + slots[i] * stride`.
 #[derive(Clone, Copy)]
-struct Rows<'a, T> {
+struct HeadRows<'a, T> {
     numbers: &'a [T],
     width: usize,
     stride: usize,
     offset: usize,
     slots: &'a [usize; CHUNK],
+    next: Option<&'a [usize; CHUNK]>,
 }
 
-impl<T> Rows<'_, T> {
+impl<T> HeadRows<'_, T> {
     #[inline(always)]
     fn row(&self, key: usize) -> &[T] {
         let at = self.offset + self.slots[key] * self.stride;
         &self.numbers[at..at + self.width]
+    }
+
+    /// Fetches some of the elements of the row that takes the place of `key` in the next chunk.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>) {
+        let Some(next) = self.next else { return };
+        let at = self.offset + next[key] * self.stride;
+        let row = self.numbers.as_ptr().wrapping_add(at).cast::<u8>();
+        let mut at = columns.start * size_of::<T>();
+        while at < columns.end * size_of::<T>() {
+            simd.prefetch(row.wrapping_add(at));
+            at += 64;
+        }
     }
 }
 
@@ -55,6 +68,8 @@ pub(super) struct AttendChunk<'a, T> {
     pub values: &'a [T],
     /// Index in the pools of the row of each seen key.
     pub slots: &'a [usize; CHUNK],
+    /// The same of the next chunk; zeros where there is none.
+    pub next: &'a [usize; CHUNK],
     pub scratch: &'a mut Scratch,
 }
 
@@ -63,33 +78,63 @@ impl<T: Element> Work for AttendChunk<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { chunk, slots, scratch, .. } = self;
+        let Self { chunk, slots, next, scratch, .. } = self;
         let Scratch { queries, keys, values, scores, split, .. } = scratch;
         let (attention, tile) = (chunk.attention, chunk.tile);
-        let rows = |numbers, width| {
-            let stride = attention.kind.kv_heads * width;
-            Rows { numbers, width, stride, offset: tile.kv_head * width, slots }
-        };
-        let (key_rows, value_rows) = (rows(self.keys, attention.keys.width), rows(self.values, attention.values.width));
-        if chunk.rows > S::DOT_ROWS {
-            // Many rows: widened once for all of them.
-            simd.call(Widen { rows: key_rows, seen: chunk.seen.clone(), out: keys });
-            simd.call(Widen { rows: value_rows, seen: chunk.seen.clone(), out: values });
-            let near = |numbers, width| Rows { numbers, width, stride: width, offset: 0, slots: &IN_ORDER };
-            chunk.score(simd, queries, near(&**keys, attention.keys.width), scores);
-            chunk.weigh(simd, scores, split);
-            chunk.add_values(simd, scores, near(&**values, attention.values.width), split);
-        } else {
-            chunk.score(simd, queries, key_rows, scores);
-            chunk.weigh(simd, scores, split);
-            chunk.add_values(simd, scores, value_rows, split);
+        let rows = attention.rows_per_head(tile);
+        let (key_width, value_width) = (attention.keys.width, attention.values.width);
+        let (key_padded, value_padded) = (key_width.next_multiple_of(LANES), value_width.next_multiple_of(LANES));
+        let stride = attention.kind.kv_heads;
+        for (i, head) in tile.kv_heads.clone().enumerate() {
+            let far = |numbers, width| HeadRows {
+                numbers,
+                width,
+                stride: stride * width,
+                offset: head * width,
+                slots,
+                next: Some(next),
+            };
+            let (key_rows, value_rows) = (far(self.keys, key_width), far(self.values, value_width));
+            let queries = &queries[i * rows * key_padded..];
+            let mut sums = Sums {
+                max: &mut split.max[i * rows..(i + 1) * rows],
+                sum: &mut split.sum[i * rows..(i + 1) * rows],
+                values: &mut split.values[i * rows * value_padded..(i + 1) * rows * value_padded],
+            };
+            if rows > S::DOT_ROWS {
+                // Many rows: widened once for all of them.
+                simd.call(Widen { rows: key_rows, seen: chunk.seen.clone(), out: keys });
+                simd.call(Widen { rows: value_rows, seen: chunk.seen.clone(), out: values });
+                let near = |numbers, width| HeadRows {
+                    numbers,
+                    width,
+                    stride: width,
+                    offset: 0,
+                    slots: &IN_ORDER,
+                    next: None,
+                };
+                chunk.score(simd, queries, near(&**keys, key_width), scores);
+                chunk.weigh(simd, scores, &mut sums);
+                chunk.add_values(simd, scores, near(&**values, value_width), &mut sums);
+            } else {
+                chunk.score(simd, queries, key_rows, scores);
+                chunk.weigh(simd, scores, &mut sums);
+                chunk.add_values(simd, scores, value_rows, &mut sums);
+            }
         }
     }
 }
 
+/// The part of a [`Partial`](super::Partial) that belongs to one head of keys.
+struct Sums<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    values: &'a mut [f32],
+}
+
 /// Copies rows to f32, one after another.
 struct Widen<'a, T> {
-    rows: Rows<'a, T>,
+    rows: HeadRows<'a, T>,
     seen: Range<usize>,
     out: &'a mut Vec<f32>,
 }
@@ -108,29 +153,36 @@ impl<T: Element> Work for Widen<'_, T> {
 }
 
 impl Chunk<'_> {
+    fn rows(&self) -> usize {
+        self.attention.rows_per_head(self.tile)
+    }
+
     /// Dot products of all rows with all seen keys.
     #[inline(always)]
-    fn score<S: Simd, T: Element>(&self, simd: S, queries: &[f32], keys: Rows<'_, T>, scores: &mut [f32]) {
+    fn score<S: Simd, T: Element>(&self, simd: S, queries: &[f32], mut keys: HeadRows<'_, T>, scores: &mut [f32]) {
         let padded = keys.width.next_multiple_of(LANES);
         let mut row = 0;
-        while row < self.rows {
+        while row < self.rows() {
             let queries = &queries[row * padded..];
             let scores = &mut scores[row * CHUNK..];
             let seen = self.seen.clone();
-            row += match self.rows - row {
+            row += match self.rows() - row {
                 6.. if S::DOT_ROWS >= 6 => simd.call(Scores::<T, 6> { keys, queries, scores, seen }),
+                4.. if S::DOT_ROWS >= 4 => simd.call(Scores::<T, 4> { keys, queries, scores, seen }),
                 2.. if S::DOT_ROWS >= 2 => simd.call(Scores::<T, 2> { keys, queries, scores, seen }),
                 _ => simd.call(Scores::<T, 1> { keys, queries, scores, seen }),
             };
+            // Once is enough.
+            keys.next = None;
         }
     }
 
     /// Scores to weights, with the row's sums brought to a common largest score.
     #[inline(always)]
-    fn weigh<S: Simd>(&self, simd: S, scores: &mut [f32], split: &mut Partial) {
+    fn weigh<S: Simd>(&self, simd: S, scores: &mut [f32], sums: &mut Sums<'_>) {
         let (attention, tile) = (self.attention, self.tile);
-        let padded = split.values.len() / self.rows.max(1);
-        for row in 0..self.rows {
+        let padded = sums.values.len() / self.rows().max(1);
+        for row in 0..self.rows() {
             let scores = &mut scores[row * CHUNK..(row + 1) * CHUNK];
             let position = attention.position(tile, tile.tokens.start + row / attention.group());
             let first = attention.first_key(position).clamp(self.start, self.start + CHUNK) - self.start;
@@ -142,24 +194,32 @@ impl Chunk<'_> {
             scale_scores(simd, scores, attention.kind);
             scores[..first].fill(f32::NEG_INFINITY);
             scores[end..].fill(f32::NEG_INFINITY);
-            weigh_row(simd, scores, row, padded, split);
+            weigh_row(simd, scores, row, padded, sums);
         }
     }
 
     /// Adds the values of the seen keys, weighted.
     #[inline(always)]
-    fn add_values<S: Simd, T: Element>(&self, simd: S, weights: &[f32], values: Rows<'_, T>, split: &mut Partial) {
+    fn add_values<S: Simd, T: Element>(
+        &self,
+        simd: S,
+        weights: &[f32],
+        mut values: HeadRows<'_, T>,
+        sums: &mut Sums<'_>,
+    ) {
         let padded = values.width.next_multiple_of(LANES);
         let mut row = 0;
-        while row < self.rows {
+        while row < self.rows() {
             let weights = &weights[row * CHUNK..];
-            let sums = &mut split.values[row * padded..];
+            let sums = &mut sums.values[row * padded..];
             let seen = self.seen.clone();
-            row += match self.rows - row {
+            row += match self.rows() - row {
                 6.. if S::DOT_ROWS >= 6 => simd.call(AddValues::<T, 6> { weights, values, seen, sums }),
+                4.. if S::DOT_ROWS >= 4 => simd.call(AddValues::<T, 4> { weights, values, seen, sums }),
                 2.. if S::DOT_ROWS >= 2 => simd.call(AddValues::<T, 2> { weights, values, seen, sums }),
                 _ => simd.call(AddValues::<T, 1> { weights, values, seen, sums }),
             };
+            values.next = None;
         }
     }
 }
@@ -184,9 +244,9 @@ fn scale_scores<S: Simd>(simd: S, scores: &mut [f32], kind: &AttentionKind) {
 
 /// A row's scores to weights; sum and values of the row so far follow a larger maximum.
 #[inline(always)]
-fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, split: &mut Partial) {
+fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sums: &mut Sums<'_>) {
     assert_eq!(scores.len(), CHUNK);
-    let values = &mut split.values[row * padded..(row + 1) * padded];
+    let values = &mut sums.values[row * padded..(row + 1) * padded];
     let p = scores.as_mut_ptr();
     let mut largest = simd.splat(f32::NEG_INFINITY);
     let mut at = 0;
@@ -196,8 +256,8 @@ fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sp
         at += LANES;
     }
     let max = simd.max_lane(largest);
-    let max = if max > split.max[row] { max } else { split.max[row] };
-    let old = exp(simd, split.max[row] - max);
+    let max = if max > sums.max[row] { max } else { sums.max[row] };
+    let old = exp(simd, sums.max[row] - max);
     let mut sum = simd.splat(0.0);
     at = 0;
     while at < CHUNK {
@@ -209,8 +269,8 @@ fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sp
         }
         at += LANES;
     }
-    split.max[row] = max;
-    split.sum[row] = split.sum[row] * old + simd.sum(sum);
+    sums.max[row] = max;
+    sums.sum[row] = sums.sum[row] * old + simd.sum(sum);
     if old != 1.0 {
         at = 0;
         while at < padded {
@@ -226,7 +286,7 @@ fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sp
 
 /// Scores of `M` rows with the seen keys; returns `M`.
 struct Scores<'a, T, const M: usize> {
-    keys: Rows<'a, T>,
+    keys: HeadRows<'a, T>,
     queries: &'a [f32],
     scores: &'a mut [f32],
     seen: Range<usize>,
@@ -244,6 +304,9 @@ impl<T: Element, const M: usize> Work for Scores<'_, T, M> {
             let last = seen.end - 1;
             let four =
                 [keys.row(key), keys.row(last.min(key + 1)), keys.row(last.min(key + 2)), keys.row(last.min(key + 3))];
+            for ahead in key..(key + 4).min(CHUNK) {
+                keys.prefetch(simd, ahead, 0..keys.width);
+            }
             let found = dot_four::<S, T, M>(simd, four, queries);
             let len = (seen.end - key).min(4);
             for m in 0..M {
@@ -293,7 +356,7 @@ fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; 4], queri
 /// Adds weighted values to the sums of `M` rows; returns `M`.
 struct AddValues<'a, T, const M: usize> {
     weights: &'a [f32],
-    values: Rows<'a, T>,
+    values: HeadRows<'a, T>,
     seen: Range<usize>,
     sums: &'a mut [f32],
 }
@@ -336,6 +399,7 @@ impl<T: Element, const M: usize> AddValues<'_, T, M> {
                 }
             }
             for key in self.seen.clone() {
+                self.values.prefetch(simd, key, at..at + V * LANES);
                 let row = self.values.row(key).as_ptr().add(at);
                 let mut values = [simd.splat(0.0); V];
                 for v in 0..V {
