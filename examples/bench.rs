@@ -150,6 +150,7 @@ fn arrivals(state: &RequestState) -> Result<Vec<Instant>> {
     loop {
         match state.next(None) {
             Ok(Event::Delta(delta)) => times.extend(delta.tokens.iter().map(|_| Instant::now())),
+            Ok(Event::ChoiceDone(..)) => {}
             Ok(Event::Done(done)) => return done.error.map_or(Ok(times), Err),
             Err(_) => return Err(Error::internal("the request ended without a done event")),
         }
@@ -171,16 +172,21 @@ fn prefill(pool: &EnginePool, len: usize) -> Result<Duration> {
     let mut time = Duration::ZERO;
     for salt in 0..if pool.device() == Device::Gpu { 2 } else { 1 } {
         let sent = Instant::now();
-        let times = arrivals(&*pool.generate(request(len, salt, 1)?)?)?;
+        // Nothing of it may be in the cache.
+        let times = arrivals(&*pool.generate(request(len, len + salt, 1)?)?)?;
         time = *times.first().ok_or_else(|| Error::internal("no token came"))? - sent;
     }
     Ok(time)
 }
 
-/// Tokens and time of `batch` requests decoding together.
+/// Tokens and time of `batch` requests while all of them decode. Their prompts are in the cache by then, so that they
+/// begin together.
 fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, Duration)> {
+    for salt in 0..batch {
+        arrivals(&*pool.generate(request(options.context, salt, 1)?)?)?;
+    }
     let states: Vec<Arc<RequestState>> = (0..batch)
-        .map(|salt| pool.generate(request(options.context, salt, options.steps + 1)?))
+        .map(|salt| pool.generate(request(options.context, salt, options.steps + batch)?))
         .collect::<Result<_>>()?;
     let readers: Vec<_> = states.into_iter().map(|state| std::thread::spawn(move || arrivals(&state))).collect();
     let times: Vec<Vec<Instant>> = readers
@@ -188,15 +194,22 @@ fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, 
         .map(|reader| reader.join().unwrap_or_else(|_| Err(Error::internal("a reader failed"))))
         .collect::<Result<_>>()?;
     let start = times.iter().filter_map(|t| t.first()).max().copied().unwrap_or_else(Instant::now);
-    let end = times.iter().filter_map(|t| t.last()).max().copied().unwrap_or(start);
-    let counted = times.iter().flatten().filter(|time| **time > start).count();
+    let end = times.iter().filter_map(|t| t.last()).min().copied().unwrap_or(start);
+    let counted = times.iter().flatten().filter(|time| **time > start && **time <= end).count();
     Ok((counted, end - start))
 }
 
 fn run() -> Result<()> {
     let options = Options::parse()?;
     let Options { device, dtype, precision, threads, .. } = options;
-    let pool = EnginePool::open(PoolOptions { device, dtype, precision, threads, ..Default::default() })?;
+    let pool = EnginePool::open(PoolOptions {
+        device,
+        dtype,
+        precision,
+        threads,
+        max_sequences: options.batches.iter().max().copied(),
+        ..Default::default()
+    })?;
     match (&options.random, &options.folder) {
         (Some(name), None) => pool.add_random_model("bench", random_config(name)?)?,
         (None, Some(folder)) => drop(pool.add_model(Path::new(folder), Some("bench"))?),

@@ -119,6 +119,9 @@ omlx_status omlx_error_status(const omlx_error *error);
 /// What went wrong, for people; alive as long as the error; "" for NULL.
 const char *omlx_error_message(const omlx_error *error);
 
+/// Milliseconds after which it makes sense to try again, after `OMLX_E_BUSY`; 0 if that is not known.
+uint64_t omlx_error_retry_after_ms(const omlx_error *error);
+
 /// Frees an error; NULL is ignored.
 void omlx_error_release(omlx_error *error);
 
@@ -212,10 +215,22 @@ typedef struct omlx_pool_options {
     uint32_t threads;
     /// An `omlx_precision`; without effect on a GPU.
     uint32_t precision;
+    /// Answers of a model that are computed together; 0 is 8. More wait in the queue.
+    uint32_t max_sequences;
+    /// Requests that may wait for a model; 0 is 64. One more is refused with `OMLX_E_BUSY`.
+    uint32_t queue_length;
+    /// Bytes that keys and values of each model may take; 0 is an eighth of the machine's memory. Taken as they are needed.
+    /// What no answer uses any more stays for later requests that begin with the same tokens.
+    uint64_t cache_bytes;
+    /// Tokens of a block of the KV cache, a power of two from 8 to 256; 0 is 32.
+    uint32_t block_tokens;
+    /// What a step should take while answers are running, in milliseconds; 0 is 50. Prompts are computed in pieces that
+    /// keep to it: less makes running answers smoother, and new ones begin later.
+    uint32_t target_latency_ms;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0 }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;
@@ -232,6 +247,17 @@ omlx_status omlx_pool_open(const omlx_pool_options *options, omlx_pool **pool, o
 /// work with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same,
 /// and does not wait for callbacks then.
 omlx_status omlx_pool_close(omlx_pool *pool, omlx_error **error);
+
+/// How metrics are written.
+OMLX_ENUM(omlx_metrics_format, uint32_t) {
+    /// `{"models": {id: {name: number}}}`.
+    OMLX_METRICS_FORMAT_JSON = 0,
+    /// Prometheus's text format, version 0.0.4.
+    OMLX_METRICS_FORMAT_PROMETHEUS = 1,
+};
+
+/// Counters and state of all loaded models: queue, steps, tokens, cache. `format` is an `omlx_metrics_format`.
+omlx_status omlx_pool_metrics(omlx_pool *pool, uint32_t format, omlx_string **text, omlx_error **error);
 
 /// Adds a reference; NULL is ignored.
 void omlx_pool_retain(omlx_pool *pool);
@@ -273,6 +299,8 @@ OMLX_ENUM(omlx_event_kind, uint32_t) {
     OMLX_EVENT_KIND_TEXT = 1,
     /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
     OMLX_EVENT_KIND_DONE = 2,
+    /// The end of one of several answers: `choice` and `finish_reason`. Not sent for the only one.
+    OMLX_EVENT_KIND_CHOICE_DONE = 3,
 };
 
 /// Why a request ended.
@@ -481,6 +509,42 @@ omlx_status omlx_render_template(
     const char *request_json,
     size_t request_len,
     omlx_string **text,
+    omlx_error **error);
+
+// Cache -----------------------------------------------------------------------------------------------------
+
+/// State of a loaded model's cache as a JSON object: blocks used, cached and free, the tokens and bytes of one, entries,
+/// prompt tokens computed and found in the cache. A `model` of NULL is the default model.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+omlx_status omlx_cache_stats(omlx_pool *pool, const char *model, omlx_string **text, omlx_error **error);
+
+/// Forgets what is cached and neither in use nor pinned. `bytes`, which may be NULL, receives how much room that makes
+/// for later requests. Blocking while the model loads.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+omlx_status omlx_cache_clear(omlx_pool *pool, const char *model, uint64_t *bytes, omlx_error **error);
+
+/// Keeps what is cached of the beginning of a request's prompt, until it is unpinned or the model is unloaded: neither
+/// other requests nor `omlx_cache_clear` take its place. `tokens`, which may be NULL, receives for how many tokens; run the
+/// request first, with a `max_tokens` of 1 if no answer is wanted. Pinning again adds what has been cached since.
+/// `request_json` is as for `omlx_generate`. Blocking while the model loads and the tokenizer is read.
+///
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_TEMPLATE`, `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+omlx_status omlx_cache_pin(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    uint64_t *tokens,
+    omlx_error **error);
+
+/// Ends the pin of a request's prompt. Blocking like `omlx_cache_pin`.
+///
+/// Errors: as `omlx_cache_pin`, and `OMLX_E_NOT_FOUND` if it was not pinned.
+omlx_status omlx_cache_unpin(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
     omlx_error **error);
 
 // Log -------------------------------------------------------------------------------------------------------

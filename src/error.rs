@@ -4,6 +4,7 @@
 
 use std::ffi::CStr;
 use std::fmt;
+use std::time::Duration;
 
 /// Outcome of a call. `0` is success, everything else names a class of failure a host can act on.
 ///
@@ -98,6 +99,7 @@ impl Status {
 pub struct Error {
     status: Status,
     message: String,
+    after: Option<Duration>,
 }
 
 /// Result of every fallible function of the crate.
@@ -107,7 +109,18 @@ impl Error {
     /// An error of class `status`; `message` should name the file, tensor, key or value concerned.
     pub fn new(status: Status, message: impl Into<String>) -> Self {
         debug_assert_ne!(status, Status::Ok, "an error needs a failing status");
-        Self { status, message: message.into() }
+        Self { status, message: message.into(), after: None }
+    }
+
+    /// The same error with the time after which it makes sense to try again.
+    pub fn retry_after(mut self, after: Duration) -> Self {
+        self.after = Some(after);
+        self
+    }
+
+    /// The time after which it makes sense to try again, if that is known.
+    pub fn after(&self) -> Option<Duration> {
+        self.after
     }
 
     /// The class of failure.

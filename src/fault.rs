@@ -1,12 +1,20 @@
-//! Faults on demand, for tests: a panic at a named point of one engine. Compiled to nothing outside unit tests.
+//! Faults on demand, for tests: a panic or a mistake at a named point of one engine. Compiled to nothing outside unit
+//! tests.
 
 #[cfg(test)]
-pub use armed::{arm, in_graph, point};
+pub use armed::{arm, happens, in_graph, point};
 
 /// Panics if a test armed this point for the engine `id`.
 #[cfg(not(test))]
 #[inline(always)]
 pub fn point(_name: &str, _id: &str) {}
+
+/// Whether a test wants a mistake here in the engine `id`.
+#[cfg(not(test))]
+#[inline(always)]
+pub fn happens(_name: &str, _id: &str) -> bool {
+    false
+}
 
 /// `array` itself; in tests, a graph node that copies it and has a fault point of its own.
 #[cfg(not(test))]
@@ -29,22 +37,28 @@ mod armed {
     /// Armed points: name, engine, and how many passes are let through first.
     static ARMED: Mutex<Vec<(&'static str, String, usize)>> = Mutex::new(Vec::new());
 
-    /// Arms `name` in the engine `id`: the pass after `passes` harmless ones panics, once.
+    /// Arms `name` in the engine `id`: the pass after `passes` harmless ones goes wrong, once.
     pub fn arm(name: &'static str, id: &str, passes: usize) {
         lock(&ARMED).push((name, id.to_owned(), passes));
     }
 
     /// Panics if a test armed this point for the engine `id`.
     pub fn point(name: &str, id: &str) {
+        if happens(name, id) {
+            panic!("injected at {name}");
+        }
+    }
+
+    /// Whether this pass is the one that a test armed for the engine `id`.
+    pub fn happens(name: &str, id: &str) -> bool {
         let mut armed = lock(&ARMED);
-        let Some(index) = armed.iter().position(|(n, i, _)| *n == name && i == id) else { return };
+        let Some(index) = armed.iter().position(|(n, i, _)| *n == name && i == id) else { return false };
         if armed[index].2 > 0 {
             armed[index].2 -= 1;
-            return;
+            return false;
         }
         armed.swap_remove(index);
-        drop(armed);
-        panic!("injected at {name}");
+        true
     }
 
     struct Copy {

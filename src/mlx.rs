@@ -111,6 +111,13 @@ pub fn at_exit(hook: extern "C" fn()) {
     }
 }
 
+/// Bytes of memory that the machine has.
+pub fn physical_memory() -> usize {
+    // SAFETY: plain numbers in and out.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    pages.max(0) as usize * size.max(0) as usize
+}
+
 /// Whether the loaded MLX has a usable GPU.
 pub fn gpu_available() -> bool {
     let mut available = false;
@@ -415,12 +422,30 @@ pub fn rows(source: &Array, start: usize, stop: usize) -> Result<Array> {
     })
 }
 
-/// Columns `start..stop` of a matrix; a view, nothing is copied.
-pub fn columns(source: &Array, start: usize, stop: usize) -> Result<Array> {
-    let (from, to, steps) = ([0, start as i32], [source.dim(0), stop as i32], [1, 1]);
-    // SAFETY: two entries for two axes, which outlive the call.
+/// `target` with `updates` written where `indices` say, for each of its first axes one array of places `[n]`; in place
+/// when nothing else refers to `target`. `updates` is `[n, 1, ..]` with a 1 for every indexed axis. Places must exist.
+pub fn scatter(target: Array, indices: &[&Array], updates: &Array) -> Result<Array> {
+    let axes: Vec<i32> = (0..indices.len() as i32).collect();
+    let handles: Vec<_> = indices.iter().map(|index| index.as_ptr()).collect();
+    // SAFETY: all handles are alive for the call; MLX copies what it keeps, and the vector is freed here.
     array_from(|out, stream| unsafe {
-        mlx_sys::mlx_slice(out, source.as_ptr(), from.as_ptr(), 2, to.as_ptr(), 2, steps.as_ptr(), 2, stream)
+        let places = mlx_sys::mlx_vector_array_new_data(handles.as_ptr(), handles.len());
+        let code =
+            mlx_sys::mlx_scatter(out, target.as_ptr(), places, updates.as_ptr(), axes.as_ptr(), axes.len(), stream);
+        mlx_sys::mlx_vector_array_free(places);
+        code
+    })
+}
+
+/// The first `count` keys of `[sequences, heads, keys, width]`; a view, nothing is copied.
+pub fn keys(source: &Array, count: usize) -> Result<Array> {
+    let (from, steps) = ([0; 4], [1; 4]);
+    let mut to = [0; 4];
+    to.copy_from_slice(source.shape());
+    to[2] = count as i32;
+    // SAFETY: four entries for four axes, which outlive the call.
+    array_from(|out, stream| unsafe {
+        mlx_sys::mlx_slice(out, source.as_ptr(), from.as_ptr(), 4, to.as_ptr(), 4, steps.as_ptr(), 4, stream)
     })
 }
 

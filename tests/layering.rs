@@ -36,7 +36,13 @@ const PURE: &[&str] = &[
     "panics.rs",
     "sync.rs",
     "text",
+    "cache/blocks.rs",
+    "cache/manager.rs",
+    "cache/prefix.rs",
     "engine/events.rs",
+    "engine/metrics.rs",
+    "engine/pace.rs",
+    "engine/queue.rs",
     "engine/request.rs",
     "engine/scheduler.rs",
     "engine/sequence.rs",
@@ -52,7 +58,10 @@ const IMPURE_MARKS: &[&str] = &[
     "crate::kernels",
     "crate::nn",
     "crate::models",
-    "crate::cache",
+    // Blocks and their index are pure; their modules are named in full.
+    "crate::cache::{",
+    "crate::cache::pages",
+    "cache::Pages",
     "crate::weights",
 ];
 

@@ -1,5 +1,10 @@
-//! Keys and values of running sequences.
+//! Keys and values: which blocks there are and what they hold (pure), and the arrays that they lie in.
 
+pub mod blocks;
+pub mod manager;
 mod pages;
+pub mod prefix;
 
-pub use pages::{KvLayout, SequenceCache};
+pub use blocks::{BlockCounts, BlockId};
+pub use manager::{BlockCopy, BlockManager, GroupKind, Table};
+pub use pages::{KvLayout, Pages, Writes, copy_places, place};

@@ -16,6 +16,8 @@ pub enum omlx_event_kind {
     Text = 1,
     /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
     Done = 2,
+    /// The end of one of several answers: `choice` and `finish_reason`. Not sent for the only one.
+    ChoiceDone = 3,
 }
 
 /// Why a request ended.
@@ -142,17 +144,19 @@ impl LogprobView {
 impl EventView {
     pub fn new(event: Event) -> Self {
         match event {
-            Event::Delta(Delta { text, tokens, logprobs }) => {
-                let logprobs = LogprobView::new(logprobs);
-                Self::build(omlx_event_kind::Text, text, tokens, logprobs, None)
+            Event::Delta(delta) => Self::build(omlx_event_kind::Text, delta, None),
+            Event::ChoiceDone(choice, reason) => {
+                let mut view = Self::build(omlx_event_kind::ChoiceDone, Delta { choice, ..Delta::default() }, None);
+                view.event.finish_reason = finish_reason(reason) as u32;
+                view
             }
-            Event::Done(done) => {
-                Self::build(omlx_event_kind::Done, String::new(), Vec::new(), LogprobView::default(), Some(done))
-            }
+            Event::Done(done) => Self::build(omlx_event_kind::Done, Delta::default(), Some(done)),
         }
     }
 
-    fn build(kind: omlx_event_kind, text: String, tokens: Vec<u32>, logprobs: LogprobView, done: Option<Done>) -> Self {
+    fn build(kind: omlx_event_kind, delta: Delta, done: Option<Done>) -> Self {
+        let Delta { choice, text, tokens, logprobs } = delta;
+        let logprobs = LogprobView::new(logprobs);
         let text_len = text.len();
         let mut text = text.into_bytes();
         text.push(0);
@@ -161,7 +165,7 @@ impl EventView {
         let event = omlx_event {
             struct_size: size_of::<omlx_event>() as u32,
             kind: kind as u32,
-            choice: 0,
+            choice: choice as u32,
             finish_reason: done.as_ref().map_or(omlx_finish_reason::None, |d| finish_reason(d.reason)) as u32,
             text: text.as_ptr().cast(),
             text_len,

@@ -8,6 +8,7 @@
 #![allow(clippy::missing_safety_doc, reason = "one contract for all functions, at the top of the header")]
 
 mod bundled;
+mod cache;
 mod callback;
 mod error;
 mod event;
@@ -18,6 +19,7 @@ mod pool;
 mod request;
 mod text;
 
+pub use cache::*;
 pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
 pub use error::*;
 pub use event::*;

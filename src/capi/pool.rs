@@ -3,10 +3,11 @@
 use std::ffi::c_char;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use mlx_rs::Dtype;
 
-use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, optional_string, output};
+use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, omlx_string, optional_string, output};
 use crate::error::{Error, Result, Status};
 use crate::kernels::Precision;
 use crate::mlx::Device;
@@ -78,6 +79,18 @@ pub struct omlx_pool_options {
     pub threads: u32,
     /// An `omlx_precision`; without effect on a GPU.
     pub precision: u32,
+    /// Answers of a model that are computed together; 0 is 8. More wait in the queue.
+    pub max_sequences: u32,
+    /// Requests that may wait for a model; 0 is 64. One more is refused with `OMLX_E_BUSY`.
+    pub queue_length: u32,
+    /// Bytes that keys and values of each model may take; 0 is an eighth of the machine's memory. Taken as they are needed.
+    /// What no answer uses any more stays for later requests that begin with the same tokens.
+    pub cache_bytes: u64,
+    /// Tokens of a block of the KV cache, a power of two from 8 to 256; 0 is 32.
+    pub block_tokens: u32,
+    /// What a step should take while answers are running, in milliseconds; 0 is 50. Prompts are computed in pieces that
+    /// keep to it: less makes running answers smoother, and new ones begin later.
+    pub target_latency_ms: u32,
 }
 
 impl Default for omlx_pool_options {
@@ -93,6 +106,11 @@ impl Default for omlx_pool_options {
             keep_environment: 0,
             threads: 0,
             precision: 0,
+            max_sequences: 0,
+            queue_length: 0,
+            cache_bytes: 0,
+            block_tokens: 0,
+            target_latency_ms: 0,
         }
     }
 }
@@ -139,6 +157,11 @@ impl omlx_pool_options {
             keep_environment: self.keep_environment != 0,
             threads: nonzero(self.threads),
             precision,
+            block_tokens: nonzero(self.block_tokens),
+            cache_bytes: (self.cache_bytes > 0).then(|| usize::try_from(self.cache_bytes).unwrap_or(usize::MAX)),
+            max_sequences: nonzero(self.max_sequences),
+            queue_length: nonzero(self.queue_length),
+            target_latency: (self.target_latency_ms > 0).then(|| Duration::from_millis(self.target_latency_ms.into())),
         })
     }
 }
@@ -198,6 +221,36 @@ pub unsafe extern "C" fn omlx_pool_open(
         // SAFETY: checked above not to be NULL.
         unsafe { pool.write(Arc::into_raw(Arc::new(opened)).cast_mut()) };
         Ok(())
+    })
+}
+
+/// How metrics are written.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_metrics_format {
+    /// `{"models": {id: {name: number}}}`.
+    Json = 0,
+    /// Prometheus's text format, version 0.0.4.
+    Prometheus = 1,
+}
+
+/// Counters and state of all loaded models: queue, steps, tokens, cache. `format` is an `omlx_metrics_format`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_metrics(
+    pool: *mut omlx_pool,
+    format: u32,
+    text: *mut *mut omlx_string,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let pool = unsafe { borrow(pool, "pool") }?;
+        let metrics = match format {
+            0 => pool.pool.metrics_json(),
+            1 => pool.pool.metrics_prometheus(),
+            other => return Err(Error::invalid_argument(format!("metrics format {other} does not exist"))),
+        };
+        omlx_string::write(metrics, text)
     })
 }
 

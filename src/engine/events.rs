@@ -28,9 +28,11 @@ pub struct TokenLogprob {
     pub top: Vec<TokenLogprob>,
 }
 
-/// A piece of the answer.
+/// A piece of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Delta {
+    /// Which of several answers; 0 for the only one.
+    pub choice: usize,
     /// Whole characters; may be empty while a character or a stop string is incomplete.
     pub text: String,
     /// The tokens sampled since the last event.
@@ -94,13 +96,15 @@ impl Done {
 pub enum Event {
     /// Text and tokens.
     Delta(Delta),
+    /// The end of one of several answers, and why; not sent for the only one.
+    ChoiceDone(usize, FinishReason),
     /// The end; nothing follows.
     Done(Done),
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// At most one delta and one done: unread deltas merge.
+    /// At most one delta and one end for each answer, and one done: unread deltas merge.
     events: VecDeque<Event>,
     unread_tokens: usize,
     /// A done event was queued.
@@ -168,7 +172,9 @@ impl RequestState {
         loop {
             if let Some(event) = queue.events.pop_front() {
                 let was_paused = queue.unread_tokens >= PAUSE_TOKENS;
-                queue.unread_tokens = 0;
+                if let Event::Delta(delta) = &event {
+                    queue.unread_tokens -= delta.tokens.len();
+                }
                 drop(queue);
                 if was_paused {
                     self.nudge_worker();
@@ -227,7 +233,9 @@ impl RequestState {
             match event {
                 Event::Delta(delta) => {
                     queue.unread_tokens += delta.tokens.len();
-                    match queue.events.back_mut() {
+                    // What waits of the same answer grows; the order between answers means nothing.
+                    let same = |event: &&mut Event| matches!(event, Event::Delta(last) if last.choice == delta.choice);
+                    match queue.events.iter_mut().rev().find(same) {
                         Some(Event::Delta(last)) => {
                             last.text.push_str(&delta.text);
                             last.tokens.extend(delta.tokens);
@@ -236,6 +244,7 @@ impl RequestState {
                         _ => queue.events.push_back(Event::Delta(delta)),
                     }
                 }
+                Event::ChoiceDone(..) => queue.events.push_back(event),
                 Event::Done(done) => {
                     queue.ended = true;
                     queue.events.push_back(Event::Done(done));
@@ -302,5 +311,103 @@ impl Drop for EventSink {
     fn drop(&mut self) {
         let error = self.failure.get().cloned().unwrap_or_else(|| Error::internal("the engine lost the request"));
         self.end(Done::failed(error, Usage::default()));
+    }
+}
+
+/// The writing ends of a request's answers: the last one to end, or the first to fail, ends the request.
+#[derive(Debug)]
+pub struct ChoiceSink {
+    choice: usize,
+    shared: Arc<Choices>,
+}
+
+#[derive(Debug)]
+struct Choices {
+    state: Arc<RequestState>,
+    count: usize,
+    open: Mutex<OpenChoices>,
+}
+
+#[derive(Debug)]
+struct OpenChoices {
+    /// Gone when the request has ended.
+    sink: Option<EventSink>,
+    left: usize,
+    /// Of the answers that have ended.
+    usage: Usage,
+}
+
+impl ChoiceSink {
+    /// The ends of `count` answers.
+    pub fn of(sink: EventSink, count: usize) -> Vec<Self> {
+        let state = Arc::clone(sink.state());
+        let open = Mutex::new(OpenChoices { sink: Some(sink), left: count, usage: Usage::default() });
+        let shared = Arc::new(Choices { state, count, open });
+        (0..count).map(|choice| Self { choice, shared: Arc::clone(&shared) }).collect()
+    }
+
+    /// The request.
+    pub fn state(&self) -> &RequestState {
+        &self.shared.state
+    }
+
+    /// Whether the request has ended although this answer has not: another one has failed.
+    pub fn is_over(&self) -> bool {
+        lock(&self.shared.open).sink.is_none()
+    }
+
+    /// Sends a piece of the answer.
+    pub fn delta(&self, delta: Delta) {
+        if let Some(sink) = &lock(&self.shared.open).sink {
+            sink.delta(Delta { choice: self.choice, ..delta });
+        }
+    }
+
+    /// Ends the answer.
+    pub fn finish(self, end: Result<FinishReason, Error>, usage: Usage) {
+        let mut open = lock(&self.shared.open);
+        open.left -= 1;
+        open.usage.add(&usage);
+        let usage = open.usage;
+        let last = open.left == 0;
+        let done = match end {
+            Err(error) => Done::failed(error, usage),
+            Ok(reason) => {
+                if let Some(sink) = open.sink.as_ref().filter(|_| self.shared.count > 1) {
+                    sink.state.push(Event::ChoiceDone(self.choice, reason));
+                }
+                if !last {
+                    return;
+                }
+                Done { reason, error: None, usage }
+            }
+        };
+        let sink = open.sink.take();
+        drop(open);
+        if let Some(sink) = sink {
+            sink.done(done);
+        }
+    }
+}
+
+impl Usage {
+    /// The usage of several answers to one prompt: their tokens add up, the prompt counts once.
+    fn add(&mut self, other: &Usage) {
+        let first = |a: f64, b: f64| {
+            if a == 0.0 {
+                b
+            } else if b == 0.0 {
+                a
+            } else {
+                a.min(b)
+            }
+        };
+        self.prompt_tokens = other.prompt_tokens;
+        // The first answer finds what other requests left; the others find the first.
+        self.cached_tokens =
+            if self.completion_tokens == 0 { other.cached_tokens } else { self.cached_tokens.min(other.cached_tokens) };
+        self.completion_tokens += other.completion_tokens;
+        self.seconds_to_first_token = first(self.seconds_to_first_token, other.seconds_to_first_token);
+        self.tokens_per_second += other.tokens_per_second;
     }
 }

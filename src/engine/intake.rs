@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use crossbeam_channel::{Receiver, Sender};
 
 use super::events::EventSink;
+use super::queue::QueueTicket;
 use super::request::{ChatInput, Input, Request};
 use super::sequence::{Prepared, cancelled};
 use super::worker::Command;
@@ -24,7 +25,7 @@ use crate::text::{StopMatcher, TextModel, Tokenizer};
 #[derive(Debug)]
 pub enum Message {
     /// Prepare and run a request.
-    Submit(Box<Request>, EventSink),
+    Submit(Box<Request>, QueueTicket, EventSink),
     /// Return.
     Stop,
 }
@@ -32,7 +33,7 @@ pub enum Message {
 impl Message {
     /// The sink of a submission that found no thread to take it.
     pub fn fail(self, error: Error) {
-        if let Message::Submit(_, sink) = self {
+        if let Message::Submit(_, _, sink) = self {
             sink.fail(error);
         }
     }
@@ -115,7 +116,7 @@ impl EngineText {
     }
 
     /// Prompt tokens of `input`, every one of which the model has.
-    fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
+    pub fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
         let ids = match input {
             Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false)?,
             Input::Text(text) => self.tokenizer()?.encode(text, true)?,
@@ -180,6 +181,9 @@ impl EngineText {
             sampling,
             stop_tokens,
             stop,
+            ticket: None,
+            choices: request.choices,
+            priority: request.priority,
             sink,
         })
     }
@@ -192,7 +196,7 @@ fn fresh_seed() -> u64 {
 
 /// Serves until told to stop or the worker is gone.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<Command>, shared: &Shared) {
-    while let Ok(Message::Submit(request, sink)) = inbox.recv() {
+    while let Ok(Message::Submit(request, ticket, sink)) = inbox.recv() {
         // A stop must not wait until the requests before it are prepared.
         if shared.failure.get().is_some() {
             sink.fail(shared.reason());
@@ -211,7 +215,8 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<
             }
         });
         match prepared {
-            Ok(Ok((prepared, text))) => {
+            Ok(Ok((mut prepared, text))) => {
+                prepared.ticket = Some(ticket);
                 let waker = worker.clone();
                 prepared.sink.state().attach_worker(Box::new(move || drop(waker.send(Command::Wake))));
                 let sent = worker.send(Command::Admit(Box::new(prepared), text));

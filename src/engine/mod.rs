@@ -8,6 +8,9 @@
 
 mod events;
 mod intake;
+mod metrics;
+mod pace;
+mod queue;
 mod request;
 mod runner;
 mod scheduler;
@@ -20,12 +23,16 @@ mod tests;
 
 pub use events::{Delta, Done, Event, EventSink, FinishReason, RequestState, TokenLogprob, Usage, Wake};
 pub use intake::{EngineText, LazyText};
-pub use request::{ChatInput, Input, Request};
+pub use metrics::EngineMetrics;
+pub use request::{ChatInput, Input, Priority, Request};
+pub use worker::CacheCommand;
 
+use queue::Queue;
 use threads::Threads;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::Duration;
 
 use mlx_rs::Dtype;
 
@@ -61,6 +68,16 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// Prompt tokens in one forward pass.
     pub prefill_chunk: usize,
+    /// Tokens of a block of the KV cache.
+    pub block_tokens: usize,
+    /// Bytes that the KV cache may take.
+    pub cache_bytes: usize,
+    /// Sequences that run at the same time.
+    pub max_sequences: usize,
+    /// Requests that may wait.
+    pub queue_length: usize,
+    /// What a step should take while answers are running.
+    pub target_latency: Duration,
     /// Tokenizer, templates and defaults.
     pub text: Arc<LazyText>,
 }
@@ -90,6 +107,9 @@ struct Shared {
     phase: Mutex<Phase>,
     changed: Condvar,
     failure: Failure,
+    queue: Arc<Queue>,
+    /// As the worker left them after its last step.
+    metrics: Mutex<EngineMetrics>,
 }
 
 impl Shared {
@@ -126,6 +146,8 @@ impl Engine {
             phase: Mutex::new(Phase::Loading),
             changed: Condvar::new(),
             failure: Arc::new(OnceLock::new()),
+            queue: Queue::new(options.queue_length),
+            metrics: Mutex::default(),
         });
         let (intake, intake_inbox) = crossbeam_channel::unbounded();
         let (worker, worker_inbox) = crossbeam_channel::unbounded();
@@ -152,16 +174,29 @@ impl Engine {
         Ok(Self { shared, threads })
     }
 
-    /// The cell that events of this engine's requests fall back to when no better reason for an end is known.
-    pub fn failure(&self) -> Failure {
-        Arc::clone(&self.shared.failure)
-    }
-
-    /// Accepts a request; returns at once. Whatever happens to it is told through `sink`.
-    pub fn submit(&self, request: Request, sink: EventSink) {
-        if let Err(rejected) = self.threads.intake.send(intake::Message::Submit(Box::new(request), sink)) {
+    /// Accepts a request and returns at once; everything else that happens to it is told through its events. `Busy` if
+    /// too many requests wait.
+    pub fn submit(&self, request: Request) -> Result<Arc<RequestState>> {
+        let ticket = self.shared.queue.enter()?;
+        let (state, sink) = RequestState::new(Arc::clone(&self.shared.failure));
+        if let Err(rejected) = self.threads.intake.send(intake::Message::Submit(Box::new(request), ticket, sink)) {
             rejected.into_inner().fail(self.shared.reason());
         }
+        Ok(state)
+    }
+
+    /// What the engine tells about itself.
+    pub fn metrics(&self) -> EngineMetrics {
+        *lock(&self.shared.metrics)
+    }
+
+    /// Asks something of the cache; blocks until the step that is being planned is launched.
+    pub fn cache(&self, command: CacheCommand) -> Result<usize> {
+        self.wait_ready()?;
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        let gone = || self.shared.reason();
+        self.threads.worker.send(worker::Command::Cache(command, answer)).map_err(|_| gone())?;
+        answered.recv().map_err(|_| gone())
     }
 
     /// The error this engine ended with, if it ended.

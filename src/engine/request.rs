@@ -17,6 +17,22 @@ const MAX_STOP_BYTES: usize = 4096;
 /// Most likely tokens reported at most, as in OpenAI's API.
 const MAX_TOP_LOGPROBS: usize = 20;
 
+/// Answers to one prompt at most.
+const MAX_CHOICES: usize = 16;
+
+/// Before whom a request runs; within a class the first to come is first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
+    /// Somebody is watching.
+    High,
+    /// Nothing special.
+    #[default]
+    Normal,
+    /// Work that can wait.
+    Low,
+}
+
 /// What the model continues.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
@@ -78,6 +94,10 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Do not stop at the model's end-of-text tokens.
     pub ignore_eos: bool,
+    /// Answers to sample.
+    pub choices: usize,
+    /// Before whom it runs.
+    pub priority: Priority,
 }
 
 /// The JSON object. Field names are the API.
@@ -108,7 +128,8 @@ struct RawRequest {
     stop: Option<Stop>,
     stop_token_ids: Option<Vec<u32>>,
     ignore_eos: Option<bool>,
-    n: Option<u32>,
+    n: Option<usize>,
+    priority: Option<Priority>,
     /// Accepted for compatibility: every request streams.
     #[serde(rename = "stream")]
     _stream: Option<bool>,
@@ -184,6 +205,9 @@ impl RawRequest {
         if self.max_tokens == Some(0) || self.max_completion_tokens == Some(0) {
             return Err(Error::invalid_request("\"max_tokens\" must be at least 1"));
         }
+        if self.n.is_some_and(|n| n == 0 || n > MAX_CHOICES) {
+            return Err(Error::invalid_request(format!("\"n\" must lie between 1 and {MAX_CHOICES}")));
+        }
         if self.top_p == Some(0.0) {
             return Err(Error::invalid_request("\"top_p\" must be above 0"));
         }
@@ -215,6 +239,8 @@ impl RawRequest {
             stop,
             stop_tokens,
             ignore_eos: self.ignore_eos.unwrap_or(false),
+            choices: self.n.unwrap_or(1),
+            priority: self.priority.unwrap_or_default(),
             model: self.model.clone(),
             input: self.input()?,
         })
@@ -222,9 +248,6 @@ impl RawRequest {
 
     /// What the API knows and this library does not do yet must not be ignored silently.
     fn refuse_unsupported(&self) -> Result<()> {
-        if self.n.is_some_and(|n| n != 1) {
-            return Err(Error::unsupported("\"n\" other than 1 is not supported"));
-        }
         match self.tool_choice.as_ref().map(|choice| choice.as_str()) {
             None | Some(Some("auto" | "none")) => {}
             Some(_) => {
@@ -372,7 +395,9 @@ mod tests {
             (r#"{"prompt":"x","top_logprobs":3}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","logprobs":true,"top_logprobs":21}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","prompt":"y"}"#, Status::InvalidRequest),
-            (r#"{"prompt":"x","n":2}"#, Status::Unsupported),
+            (r#"{"prompt":"x","n":0}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","n":17}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","priority":"urgent"}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","response_format":{"type":"json_object"}}"#, Status::Unsupported),
             (r#"{"prompt":"x","tool_choice":"required"}"#, Status::Unsupported),
             (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, Status::Unsupported),

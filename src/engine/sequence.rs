@@ -4,7 +4,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::events::{Delta, Done, EventSink, FinishReason, TokenLogprob, Usage};
+use super::events::{ChoiceSink, Delta, EventSink, FinishReason, TokenLogprob, Usage};
+use super::queue::QueueTicket;
+use super::request::Priority;
+use crate::cache::manager::Table;
 use crate::error::{Error, Result, Status};
 use crate::sampling::SamplingParams;
 use crate::text::{Detokenizer, StopMatcher, TextModel};
@@ -25,6 +28,12 @@ pub struct Prepared {
     pub stop_tokens: HashSet<u32>,
     /// Finds the strings that end the answer and are not part of it.
     pub stop: StopMatcher,
+    /// Its place in the queue.
+    pub ticket: Option<QueueTicket>,
+    /// Answers to the same prompt; at least one.
+    pub choices: usize,
+    /// Before whom it runs.
+    pub priority: Priority,
     /// Where the events go.
     pub sink: EventSink,
 }
@@ -41,9 +50,20 @@ pub struct Sequence {
     /// Sampled tokens that are still on the device.
     pub(super) unread: usize,
     pub(super) max_tokens: usize,
+    pub(super) priority: Priority,
+    /// When it was queued.
+    pub(super) queued: Instant,
+    /// Prompt tokens that the cache had.
+    cached: usize,
+    /// The most tokens that it had computed so far.
+    reached: usize,
+    /// Its place in the queue, until it runs.
+    pub(super) ticket: Option<QueueTicket>,
+    /// Its blocks, while it has any.
+    pub(super) table: Option<Table>,
     sampling: SamplingParams,
     stop_tokens: HashSet<u32>,
-    sink: EventSink,
+    sink: ChoiceSink,
     text: Option<TextState>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
@@ -82,23 +102,39 @@ pub struct SampledToken {
 }
 
 impl Sequence {
-    /// `text` is absent for models without a tokenizer: their events carry token ids only.
-    pub fn new(id: SequenceId, prepared: Prepared, text: Option<Arc<TextModel>>) -> Self {
-        let text = text.map(|model| TextState { detokenizer: Detokenizer::new(true), stop: prepared.stop, model });
-        Self {
-            id,
-            prompt_len: prepared.prompt.len(),
-            tokens: prepared.prompt,
-            computed: 0,
-            unread: 0,
-            max_tokens: prepared.max_tokens,
-            sampling: prepared.sampling,
-            stop_tokens: prepared.stop_tokens,
-            sink: prepared.sink,
-            text,
-            first_token: None,
-            last_token: None,
-        }
+    /// The sequences of a request, one for each answer, named from `first` on. `text` is absent for models without a
+    /// tokenizer: their events carry token ids only.
+    pub fn of_request(first: SequenceId, prepared: Prepared, text: Option<Arc<TextModel>>, now: Instant) -> Vec<Self> {
+        let Prepared { prompt, max_tokens, sampling, stop_tokens, stop, mut ticket, choices, priority, sink } =
+            prepared;
+        let sinks = ChoiceSink::of(sink, choices).into_iter().enumerate();
+        sinks
+            .map(|(choice, sink)| Self {
+                id: first + choice as SequenceId,
+                prompt_len: prompt.len(),
+                tokens: prompt.clone(),
+                computed: 0,
+                unread: 0,
+                max_tokens,
+                priority,
+                queued: now,
+                cached: 0,
+                reached: 0,
+                ticket: if choice == 0 { ticket.take() } else { None },
+                table: None,
+                // Answers differ, and the first is the one that a request for a single answer gets.
+                sampling: SamplingParams { seed: sampling.seed.wrapping_add(choice as u64), ..sampling.clone() },
+                stop_tokens: stop_tokens.clone(),
+                sink,
+                text: text.clone().map(|model| TextState {
+                    detokenizer: Detokenizer::new(true),
+                    stop: stop.clone(),
+                    model,
+                }),
+                first_token: None,
+                last_token: None,
+            })
+            .collect()
     }
 
     /// Its name.
@@ -121,13 +157,41 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
+    /// Tokens that are known, or on their way, and not computed.
+    pub fn left(&self) -> usize {
+        (self.tokens.len() + self.unread).saturating_sub(self.computed)
+    }
+
+    /// Its first `tokens` tokens need not be computed. Returns how many of them are of the prompt and were not before.
+    pub fn skip_to(&mut self, tokens: usize) -> usize {
+        self.computed = tokens;
+        let new = tokens.min(self.prompt_len).saturating_sub(self.reached);
+        self.cached += new;
+        self.reach();
+        new
+    }
+
+    /// Its tokens up to `end` are being computed; whether another one is sampled after them.
+    pub fn run_to(&mut self, end: usize) -> bool {
+        let samples = end >= self.tokens.len();
+        self.unread += usize::from(samples);
+        self.computed = end;
+        self.reach();
+        samples
+    }
+
+    /// What is computed again later counts neither as new nor as cached.
+    fn reach(&mut self) {
+        self.reached = self.reached.max(self.computed);
+    }
+
     /// Whether the host asked to end it.
     pub fn is_cancelled(&self) -> bool {
-        self.sink.state().is_cancelled()
+        self.sink.state().is_cancelled() || self.sink.is_over()
     }
 
     /// Whether the host is too far behind with reading.
-    pub fn is_paused(&self) -> bool {
+    pub fn sink_is_full(&self) -> bool {
         self.sink.state().is_full()
     }
 
@@ -140,7 +204,7 @@ impl Sequence {
         if self.stop_tokens.contains(&sampled.token) {
             return Ok(Some(FinishReason::Stop));
         }
-        let mut delta = Delta { text: String::new(), tokens: vec![sampled.token], logprobs: Vec::new() };
+        let mut delta = Delta { tokens: vec![sampled.token], ..Delta::default() };
         let mut stopped = false;
         if let Some(text) = &mut self.text {
             let piece = text.detokenizer.push(text.model.tokenizer()?, sampled.token)?;
@@ -168,19 +232,17 @@ impl Sequence {
         TokenLogprob { top: top.into_iter().map(entry).collect(), ..entry((token, logprob)) }
     }
 
-    /// Ends the sequence and its request. What the stop matcher still withheld is sent first, unless a stop string
-    /// was found or the request failed.
+    /// Ends the sequence, and its request if it is the last of it or failed. What the stop matcher still withheld is sent
+    /// first, unless a stop string was found or the request failed.
     pub fn finish(mut self, end: Result<FinishReason, Error>) {
         let usage = self.usage();
-        let reason = match end {
-            Ok(reason) => reason,
-            Err(error) => return self.sink.fail_with(error, usage),
-        };
-        let tail = self.text.as_mut().map(TextState::tail).unwrap_or_default();
-        if !tail.is_empty() {
-            self.sink.delta(Delta { text: tail, ..Delta::default() });
+        if end.is_ok() {
+            let tail = self.text.as_mut().map(TextState::tail).unwrap_or_default();
+            if !tail.is_empty() {
+                self.sink.delta(Delta { text: tail, ..Delta::default() });
+            }
         }
-        self.sink.done(Done { reason, error: None, usage });
+        self.sink.finish(end, usage);
     }
 
     fn usage(&self) -> Usage {
@@ -194,7 +256,7 @@ impl Sequence {
         };
         Usage {
             prompt_tokens: self.prompt_len,
-            cached_tokens: 0,
+            cached_tokens: self.cached,
             completion_tokens: generated,
             seconds_to_first_token: self.first_token.map_or(0.0, |first| (first - accepted).as_secs_f64()),
             tokens_per_second: rate,

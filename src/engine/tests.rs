@@ -36,6 +36,7 @@ fn finish(state: &RequestState) -> (Vec<u32>, Done) {
     loop {
         match state.next(Some(deadline - Instant::now())).expect("an event") {
             Event::Delta(delta) => tokens.extend(delta.tokens),
+            Event::ChoiceDone(..) => {}
             Event::Done(done) => {
                 assert_eq!(
                     state.next(Some(Duration::ZERO)),
@@ -74,6 +75,25 @@ fn prompts_in_chunks_give_the_same_tokens() {
     let chunked = EnginePool::open(options).unwrap();
     chunked.add_model(&fixture("qwen3-f32"), Some("chunked")).unwrap();
     assert_eq!(finish(&generate(&chunked, "chunked", 12)).0, whole);
+}
+
+#[test]
+fn a_wrong_block_table_changes_the_answer() {
+    let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), ..Default::default() };
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(&fixture("qwen3-f32"), Some("wrong-table")).unwrap();
+    let prompt: Vec<usize> = (0..40).map(|i| i * 11 % 80).collect();
+    let ask = || {
+        let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
+        let answer = finish(&pool.generate(request(&json)).unwrap()).0;
+        pool.cache_clear(None).unwrap();
+        answer
+    };
+    let right = ask();
+    assert_eq!(ask(), right);
+    // One decoding step reads the blocks in the wrong order.
+    crate::fault::arm("runner.table", "wrong-table", 2);
+    assert_ne!(ask(), right, "tests of equal answers see nothing");
 }
 
 /// A fault at `point` ends one request with `Internal`; the other model and later requests are untouched.

@@ -98,7 +98,9 @@ pub struct Heads<'a> {
 /// Where the rows of a step belong.
 #[derive(Debug)]
 pub struct Placement {
-    /// Block ids of all sequences.
+    /// Blocks whose rows are copied before anything is written: from and to.
+    pub copies: Vec<(u32, u32)>,
+    /// Blocks of all sequences.
     pub tables: Vec<u32>,
     /// Place in the pools of every row, counted in tokens over all blocks.
     pub slots: Vec<u32>,
@@ -362,6 +364,10 @@ impl CpuKernel for Attend {
         let keys = columns(query_columns, key_columns);
         let keys = self.rotate(keys, key_width, self.key_norm, inputs, &positions)?;
         let values = columns(query_columns + key_columns, self.kind.kv_heads * value_width);
+        for &(from, to) in &self.placement.copies {
+            copy_block(&mut key_pool, key_shape, from, to)?;
+            copy_block(&mut value_pool, value_shape, from, to)?;
+        }
         append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
         append(&mut value_pool, values, &self.placement.slots);
         let attention = Attention {
@@ -376,6 +382,24 @@ impl CpuKernel for Attend {
         };
         attention.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);
         Ok(())
+    }
+}
+
+/// Copies a block of a pool over another one.
+fn copy_block(pool: &mut FloatsMut<'_>, shape: &[i32], from: u32, to: u32) -> Result<()> {
+    fn copy<T: Copy>(numbers: &mut [T], block: usize, from: usize, to: usize) -> Result<()> {
+        let there = |at: usize| (at + 1) * block <= numbers.len();
+        if !there(from) || !there(to) {
+            return Err(Error::internal("a copy of a block that does not exist"));
+        }
+        numbers.copy_within(from * block..(from + 1) * block, to * block);
+        Ok(())
+    }
+    let block = shape[1..].iter().map(|&n| n as usize).product();
+    let (from, to) = (from as usize, to as usize);
+    match pool {
+        FloatsMut::F32(x) => copy(x, block, from, to),
+        FloatsMut::F16(x) | FloatsMut::Bf16(x) => copy(x, block, from, to),
     }
 }
 

@@ -22,8 +22,8 @@ pub trait Model {
     /// Runs the step's `T` tokens: hidden states `[T, hidden]` before the final norm.
     fn hidden(&self, step: &mut Step<'_>) -> Result<Array>;
 
-    /// Logits `[n, vocab]` of the last `n` rows of `hidden [T, hidden]`.
-    fn logits(&self, hidden: &Array, n: usize) -> Result<Array>;
+    /// Logits `[n, vocab]` of the rows `wanted [n]` (i32) of `hidden [T, hidden]`; of all of them without it.
+    fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array>;
 }
 
 impl Model for Decoder {
@@ -35,8 +35,8 @@ impl Model for Decoder {
         Decoder::hidden(self, step)
     }
 
-    fn logits(&self, hidden: &Array, n: usize) -> Result<Array> {
-        Decoder::logits(self, hidden, n)
+    fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array> {
+        Decoder::logits(self, hidden, wanted)
     }
 }
 

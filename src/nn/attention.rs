@@ -1,7 +1,8 @@
-//! Multi-head attention with grouped key and value heads over a sequence's cache.
+//! Multi-head attention with grouped key and value heads over the blocks of sequences.
+
+use std::sync::Arc;
 
 use mlx_rs::Array;
-use mlx_rs::fast::{ScaledDotProductAttentionMask as Mask, scaled_dot_product_attention};
 
 use super::{Linear, RmsNorm, Rope, Step};
 use crate::error::Result;
@@ -86,7 +87,7 @@ impl Attention {
         (self.spec.head_dim as f32).powf(-0.5)
     }
 
-    /// With MLX's operations, over contiguous rows: `[T, hidden]` to `[T, heads * head_dim]`.
+    /// With MLX's operations: `[T, hidden]` to `[T, heads * head_dim]`.
     fn attend(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let tokens = x.dim(0);
@@ -101,31 +102,17 @@ impl Attention {
         };
         let queries = self.rope.forward(&norm(queries, &self.query_norm)?, step.positions)?;
         let keys = self.rope.forward(&norm(keys, &self.key_norm)?, step.positions)?;
-        let (keys, values) = step.cache.append(self.layer, &keys, &values)?;
-        // From token-major [n, heads, width] to MLX's [1, heads, n, width]; views, nothing is copied.
-        let by_head = |y: &Array| y.transpose_axes(&[1, 0, 2])?.expand_dims(0);
-        let length = keys.dim(0) as usize;
-        let scale = self.scale();
-        let (queries, keys, values) = (by_head(&queries)?, by_head(&keys)?, by_head(&values)?);
-        let attended = match self.spec.window.filter(|&window| length > window) {
-            Some(window) => {
-                let mask = window_mask(tokens as usize, length, window)?;
-                scaled_dot_product_attention(&queries, &keys, &values, scale, &mask, None)?
-            }
-            None if tokens > 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
-            None => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
-        };
-        let by_token = attended.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])?;
-        Ok(by_token.reshape(&[tokens, (heads * head_dim) as i32])?)
+        let pools = step.pages.append(self.layer, step.gathers.writes(), &keys, &values)?;
+        let attended = step.gathers.attend(&queries, pools, self.scale(), self.spec.window)?;
+        step.written = Some(attended.clone());
+        Ok(attended.reshape(&[tokens, (heads * head_dim) as i32])?)
     }
 
     /// With the CPU kernels, over blocks: `[T, hidden]`, before the norm, to `[T, heads * head_dim]`.
     fn attend_in_blocks(&self, cpu: &Cpu, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, window, .. } = self.spec;
         let joined = Linear::forward_joined(&[&self.query, &self.key, &self.value], x, norm)?;
-        let tokens = x.dim(0) as usize;
-        let placement = step.cache.placement(tokens);
-        let (key_pool, value_pool) = step.cache.blocks(self.layer, tokens)?;
+        let (key_pool, value_pool) = step.pages.layer(self.layer)?;
         let kind = AttentionKind { kv_heads, heads, scale: self.scale(), window, soft_cap: None };
         let heads = Heads {
             joined: &joined,
@@ -135,21 +122,8 @@ impl Attention {
             key_pool,
             value_pool,
         };
-        let attended = cpu.attention(heads, &kind, placement)?;
-        step.cache.mark(attended.clone());
+        let attended = cpu.attention(heads, &kind, Arc::clone(step.placement))?;
+        step.written = Some(attended.clone());
         Ok(attended)
     }
-}
-
-/// `[queries, length]` booleans: the last `queries` of `length` tokens each see themselves and what is less than
-/// `window` tokens before them.
-fn window_mask(queries: usize, length: usize, window: usize) -> Result<Array> {
-    let first = length - queries;
-    let own: Vec<i32> = (first..length).map(|i| i as i32).collect();
-    let all: Vec<i32> = (0..length as i32).collect();
-    let own = Array::from_slice(&own, &[queries as i32, 1]);
-    let all = Array::from_slice(&all, &[1, length as i32]);
-    let causal = all.le(&own)?;
-    let near = own.subtract(&all)?.lt(Array::from_int(window as i32))?;
-    Ok(causal.logical_and(near)?)
 }

@@ -1,21 +1,29 @@
 //! The decoder-only transformer that dense models share: what differs between them is a [`DecoderSpec`].
 
+use std::sync::Arc;
+
 use mlx_rs::Array;
 
-use super::{Attention, AttentionSpec, Embedding, Linear, RmsNorm, RopeSpec, SwiGlu};
-use crate::cache::{KvLayout, SequenceCache};
+use super::{Attention, AttentionSpec, Embedding, Gathers, Linear, RmsNorm, RopeSpec, SwiGlu};
+use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::Result;
-use crate::mlx;
+use crate::kernels::Placement;
 use crate::weights::Weights;
 
-/// One forward pass: which tokens, where they stand, and the cache they extend.
+/// One forward pass: which tokens of which sequences, and the pools that they extend.
 pub struct Step<'a> {
     /// Token ids `[T]`, u32.
     pub tokens: &'a Array,
-    /// Positions in their sequence `[T]`, i32.
+    /// Positions in their sequences `[T]`, i32.
     pub positions: &'a Array,
-    /// Keys and values so far; the step appends its own.
-    pub cache: &'a mut SequenceCache,
+    /// Keys and values so far; the step adds its own.
+    pub pages: &'a mut Pages,
+    /// Where the rows belong.
+    pub placement: &'a Arc<Placement>,
+    /// The same for MLX's operations.
+    pub gathers: &'a mut Gathers,
+    /// Computed after the newest writes to the pools.
+    pub written: Option<Array>,
     /// Receives each layer's output `[T, hidden]` when set (parity tests).
     pub trace: Option<&'a mut Vec<Array>>,
 }
@@ -101,11 +109,11 @@ impl Decoder {
         let head =
             (!spec.tied_head).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false)).transpose()?;
         let layers_kv = spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect();
-        let layout = KvLayout { layers: layers_kv, dtype: weights.float_type() };
+        let layout = KvLayout { groups: vec![GroupKind::Full], layers: layers_kv, dtype: weights.float_type() };
         Ok(Self { embedding, layers, norm, head, layout })
     }
 
-    /// Shapes of the keys and values that a sequence keeps.
+    /// What a token keeps.
     pub fn kv_layout(&self) -> &KvLayout {
         &self.layout
     }
@@ -120,15 +128,15 @@ impl Decoder {
                 trace.push(x.clone());
             }
         }
-        step.cache.advance(step.tokens.dim(0) as usize);
         Ok(x)
     }
 
-    /// Logits `[n, vocab]` of the last `n` rows of `hidden [T, hidden]`.
-    pub fn logits(&self, hidden: &Array, n: usize) -> Result<Array> {
-        let tokens = hidden.dim(0) as usize;
-        let rows = mlx::rows(hidden, tokens - n, tokens)?;
-        let normed = self.norm.forward(&rows)?;
+    /// Logits `[n, vocab]` of the rows `wanted [n]` (i32) of `hidden [T, hidden]`; of all of them without it.
+    pub fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array> {
+        let normed = match wanted {
+            Some(wanted) => self.norm.forward(&hidden.take_axis(wanted, 0)?)?,
+            None => self.norm.forward(hidden)?,
+        };
         match &self.head {
             Some(head) => head.forward(&normed),
             None => self.embedding.as_head(&normed),

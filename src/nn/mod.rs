@@ -6,6 +6,7 @@
 mod attention;
 mod decoder;
 mod embedding;
+mod gather;
 mod linear;
 mod mlp;
 mod norm;
@@ -14,6 +15,7 @@ mod rope;
 pub use attention::{Attention, AttentionSpec};
 pub use decoder::{Decoder, DecoderSpec, LayerSpec, Step};
 pub use embedding::Embedding;
+pub use gather::Gathers;
 pub use linear::Linear;
 pub use mlp::SwiGlu;
 pub use norm::RmsNorm;

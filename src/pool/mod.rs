@@ -1,17 +1,21 @@
 //! The engine pool: which models there are, which are loaded, and where a request goes.
 
 mod catalogue;
+mod metrics;
 
 pub use catalogue::{Catalogue, ModelEntry};
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use mlx_rs::Dtype;
 
 use crate::config::ModelConfig;
-use crate::engine::{Engine, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState};
+use crate::engine::{
+    CacheCommand, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState,
+};
 use crate::error::{Error, Result, Status};
 use crate::kernels::{Backend, Cpu, Precision};
 use crate::mlx::{self, Device};
@@ -37,6 +41,16 @@ pub struct PoolOptions {
     pub context: Option<usize>,
     /// Prompt tokens in one forward pass; `None` is [`default_prefill_chunk`].
     pub prefill_chunk: Option<usize>,
+    /// Tokens of a block of the KV cache, a power of two from 8 to 256; `None` is [`DEFAULT_BLOCK_TOKENS`].
+    pub block_tokens: Option<usize>,
+    /// Bytes that the KV cache of each model may take; `None` is an eighth of the machine's memory.
+    pub cache_bytes: Option<usize>,
+    /// Sequences of a model that run at the same time; `None` is [`DEFAULT_SEQUENCES`].
+    pub max_sequences: Option<usize>,
+    /// Requests that may wait for a model; `None` is [`DEFAULT_QUEUE`].
+    pub queue_length: Option<usize>,
+    /// What a step should take while answers are running; `None` is [`DEFAULT_LATENCY`].
+    pub target_latency: Option<Duration>,
     /// Do not set the environment variables that MLX reads.
     pub keep_environment: bool,
 }
@@ -50,6 +64,18 @@ pub fn default_prefill_chunk(device: Device) -> usize {
     }
 }
 
+/// Tokens of a block of the KV cache by default.
+pub const DEFAULT_BLOCK_TOKENS: usize = 32;
+
+/// Sequences of a model that run at the same time by default.
+pub const DEFAULT_SEQUENCES: usize = 8;
+
+/// Requests that may wait for a model by default.
+pub const DEFAULT_QUEUE: usize = 64;
+
+/// What a step should take by default while answers are running: at 20 tokens a second text flows.
+pub const DEFAULT_LATENCY: Duration = Duration::from_millis(50);
+
 /// More threads than any machine has cores.
 const MAX_THREADS: usize = 1024;
 
@@ -61,6 +87,11 @@ pub struct EnginePool {
     backend: Backend,
     context: Option<usize>,
     prefill_chunk: usize,
+    block_tokens: usize,
+    cache_bytes: usize,
+    max_sequences: usize,
+    queue_length: usize,
+    target_latency: Duration,
     default_model: Option<String>,
     state: Mutex<State>,
 }
@@ -99,6 +130,13 @@ impl EnginePool {
         if let Some(threads) = options.threads.filter(|&threads| threads == 0 || threads > MAX_THREADS) {
             return Err(Error::invalid_argument(format!("{threads} threads; 1 to {MAX_THREADS} are possible")));
         }
+        if let Some(tokens) = options.block_tokens.filter(|n| !n.is_power_of_two() || !(8..=256).contains(n)) {
+            let what = format!("blocks of {tokens} tokens; a power of two from 8 to 256 is possible");
+            return Err(Error::invalid_argument(what));
+        }
+        if options.max_sequences == Some(0) || options.queue_length == Some(0) {
+            return Err(Error::invalid_argument("at least one sequence must run, and one request wait"));
+        }
         let catalogue = match &options.models_dir {
             Some(folder) => Catalogue::scan(folder)?,
             None => Catalogue::default(),
@@ -112,6 +150,11 @@ impl EnginePool {
             },
             context: options.context,
             prefill_chunk: options.prefill_chunk.unwrap_or_else(|| default_prefill_chunk(device)),
+            block_tokens: options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS),
+            cache_bytes: options.cache_bytes.unwrap_or_else(|| mlx::physical_memory() / 8),
+            max_sequences: options.max_sequences.unwrap_or(DEFAULT_SEQUENCES),
+            queue_length: options.queue_length.unwrap_or(DEFAULT_QUEUE),
+            target_latency: options.target_latency.unwrap_or(DEFAULT_LATENCY),
             default_model: options.default_model,
             state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
         })
@@ -146,9 +189,7 @@ impl EnginePool {
     /// Errors only for what can be told at once: an unknown model, a closed pool.
     pub fn generate(&self, request: Request) -> Result<Arc<RequestState>> {
         let engine = self.engine(request.model.as_deref())?;
-        let (handle, sink) = RequestState::new(engine.failure());
-        engine.submit(request, sink);
-        Ok(handle)
+        engine.submit(request)
     }
 
     /// Loads a model and blocks until it is ready.
@@ -191,6 +232,61 @@ impl EnginePool {
         self.text(request.model.as_deref())?.get()?.render(chat)
     }
 
+    /// What the loaded models tell about themselves, by id.
+    pub fn metrics(&self) -> Vec<(String, EngineMetrics)> {
+        let state = lock(&self.state);
+        let loaded = state.engines.iter().filter_map(|(id, slot)| Some((id, slot.engine.as_ref()?)));
+        let loaded = loaded.filter(|(_, engine)| engine.loaded().is_some());
+        let mut metrics: Vec<_> = loaded.map(|(id, engine)| (id.clone(), engine.metrics())).collect();
+        metrics.sort_by(|a, b| a.0.cmp(&b.0));
+        metrics
+    }
+
+    /// The metrics as a JSON object.
+    pub fn metrics_json(&self) -> String {
+        metrics::json(&self.metrics())
+    }
+
+    /// The metrics in Prometheus's text format.
+    pub fn metrics_prometheus(&self) -> String {
+        metrics::prometheus(&self.metrics())
+    }
+
+    /// The metrics of a loaded model as a JSON object.
+    pub fn cache_stats(&self, model: Option<&str>) -> Result<String> {
+        let metrics = self.running(model)?.metrics();
+        serde_json::to_string(&metrics).map_err(|error| Error::internal(format!("metrics: {error}")))
+    }
+
+    /// Forgets what is cached of a loaded model and neither in use nor pinned; returns the bytes that became free.
+    pub fn cache_clear(&self, model: Option<&str>) -> Result<usize> {
+        let engine = self.running(model)?;
+        Ok(engine.cache(CacheCommand::Clear)? * engine.metrics().block_bytes)
+    }
+
+    /// Keeps what is cached of the beginning of a request's prompt; returns for how many tokens.
+    pub fn cache_pin(&self, request: &Request) -> Result<usize> {
+        let engine = self.running(request.model.as_deref())?;
+        engine.cache(CacheCommand::Pin(self.text(request.model.as_deref())?.get()?.prompt(&request.input)?))
+    }
+
+    /// Ends the pin of a request's prompt.
+    pub fn cache_unpin(&self, request: &Request) -> Result<()> {
+        let engine = self.running(request.model.as_deref())?;
+        match engine.cache(CacheCommand::Unpin(self.text(request.model.as_deref())?.get()?.prompt(&request.input)?))? {
+            0 => Err(Error::not_found("this prompt is not pinned")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The engine of a model, which must be there already.
+    fn running(&self, model: Option<&str>) -> Result<Arc<Engine>> {
+        let state = lock(&self.state);
+        let (id, _) = self.resolve(&state, model)?;
+        let engine = state.engines.get(&id).and_then(|slot| slot.engine.clone());
+        engine.ok_or_else(|| Error::not_found(format!("model {id:?} is not loaded")))
+    }
+
     /// Ends all requests and refuses new ones; returns the engines that run down, without waiting for them.
     fn begin_close(&self) -> Vec<Arc<Engine>> {
         let mut state = lock(&self.state);
@@ -231,6 +327,11 @@ impl EnginePool {
             backend: self.backend.clone(),
             context: self.context,
             prefill_chunk: self.prefill_chunk,
+            block_tokens: self.block_tokens,
+            cache_bytes: self.cache_bytes,
+            max_sequences: self.max_sequences,
+            queue_length: self.queue_length,
+            target_latency: self.target_latency,
             text: Arc::clone(&slot.text),
         })?);
         slot.engine = Some(Arc::clone(&engine));

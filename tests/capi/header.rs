@@ -18,6 +18,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "omlx_error",
             "omlx_error_status",
             "omlx_error_message",
+            "omlx_error_retry_after_ms",
             "omlx_error_release",
             "omlx_check_abi",
         ],
@@ -45,6 +46,8 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "omlx_pool",
             "omlx_pool_open",
             "omlx_pool_close",
+            "omlx_metrics_format",
+            "omlx_pool_metrics",
             "omlx_pool_retain",
             "omlx_pool_release",
         ],
@@ -68,6 +71,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("Tokens and templates", &["omlx_tokenize", "omlx_detokenize", "omlx_render_template"]),
+    ("Cache", &["omlx_cache_stats", "omlx_cache_clear", "omlx_cache_pin", "omlx_cache_unpin"]),
     ("Log", &["omlx_log_level", "omlx_log_fn", "omlx_set_log_hook"]),
 ];
 

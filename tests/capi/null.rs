@@ -17,6 +17,10 @@ const OPTIONAL: &[(&str, &str)] = &[
     ("omlx_request_set_wake", "destroy"),
     ("omlx_tokenize", "model"),
     ("omlx_detokenize", "model"),
+    ("omlx_cache_stats", "model"),
+    ("omlx_cache_clear", "model"),
+    ("omlx_cache_clear", "bytes"),
+    ("omlx_cache_pin", "tokens"),
     ("omlx_set_log_hook", "hook"),
     ("omlx_set_log_hook", "user_data"),
     ("omlx_set_log_hook", "destroy"),
@@ -46,10 +50,11 @@ int main(void) {
     omlx_generate_options generate_options = OMLX_GENERATE_OPTIONS_INIT;
     const char *json = "{\"prompt\":[5,6],\"max_tokens\":1}";
     const uint32_t tokens[1] = {5};
+    uint64_t number = 0;
     omlx_pool *pool = open_pool("models");
     omlx_request *request = NULL;
     omlx_error *error = NULL;
-    (void)pool_options, (void)tokens; /* Not every selection of functions needs them. */
+    (void)pool_options, (void)tokens, (void)number; /* Not every selection of functions needs them. */
     CHECK_STATUS(OMLX_OK, omlx_generate(pool, json, strlen(json), &generate_options, &request, &error));
 "#;
 
@@ -86,6 +91,7 @@ fn something(parameter: &Parameter) -> String {
         "void *" => "NULL",
         "size_t" | "int32_t" | "uint32_t" => "1",
         "int64_t" => "0",
+        "uint64_t *" => "&number",
         kind if kind.ends_with("_fn") => "NULL",
         kind if kind.ends_with("**") => "&output",
         kind => panic!("no value for a parameter of type {kind}"),
@@ -108,7 +114,7 @@ fn statements(function: &Prototype, optional: &[(&str, &str)]) -> String {
         "omlx_status" if required.is_empty() || !reports => writeln!(text, "    CHECK({call} == OMLX_OK);"),
         "omlx_status" => writeln!(text, "    CHECK({call} == OMLX_E_INVALID_ARGUMENT);"),
         "const char *" => writeln!(text, "    CHECK({call} != NULL);"),
-        "size_t" => writeln!(text, "    CHECK({call} == 0);"),
+        "size_t" | "uint64_t" => writeln!(text, "    CHECK({call} == 0);"),
         "const uint32_t *" => writeln!(text, "    CHECK({call} == NULL);"),
         _ => writeln!(text, "    (void){call};"),
     };

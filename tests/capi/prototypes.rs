@@ -63,7 +63,7 @@ pub fn parse(header: &str) -> Vec<Prototype> {
 
 /// The return type without what a preprocessor line may have left in front of it.
 fn last_type(text: &str) -> String {
-    let known = ["const char *", "const uint32_t *", "omlx_status", "uint32_t", "size_t", "void"];
+    let known = ["const char *", "const uint32_t *", "omlx_status", "uint32_t", "uint64_t", "size_t", "void"];
     let found = known.iter().find(|known| text.ends_with(*known));
     (*found.unwrap_or_else(|| panic!("a return type that this reader does not know: {text:?}"))).to_owned()
 }

@@ -15,4 +15,5 @@ mod lanes;
 mod matmul;
 mod numbers;
 mod reference;
+mod sample;
 mod threads;

@@ -6,18 +6,24 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use mlx_rs::{Array, Dtype};
-use omlx::cache::SequenceCache;
+use std::sync::Arc;
+
+use omlx::cache::Pages;
 use omlx::config::ModelConfig;
 use omlx::error::Result;
-use omlx::kernels::{Backend, Cpu, Precision};
+use omlx::kernels::{Backend, Cpu, Placement, Precision, Segment};
 use omlx::mlx::{self, Device};
 use omlx::models::{self, Model};
-use omlx::nn::Step;
+use omlx::nn::{Gathers, Step};
 use omlx::weights::Weights;
 use safetensors::SafeTensors;
 
 /// Largest error over the largest reference value.
 const TOLERANCE: f32 = 1e-4;
+
+/// Small blocks, so that every fixture has several; their number and 5 have no common divisor.
+const BLOCK_TOKENS: usize = 16;
+const BLOCKS: usize = 32;
 
 struct Expected {
     ints: HashMap<String, Vec<u32>>,
@@ -64,7 +70,9 @@ fn argmax(row: &[f32]) -> u32 {
 
 struct Run {
     model: Box<dyn Model>,
-    cache: SequenceCache,
+    pages: Pages,
+    /// Tokens so far.
+    len: usize,
 }
 
 impl Run {
@@ -73,20 +81,37 @@ impl Run {
         let context = models::context_length(&config, context)?;
         let weights = Weights::open(folder, &config, Some(Dtype::Float32))?.computed_by(backend.clone());
         let model = models::load(&config, context, weights)?.model;
-        let cache = SequenceCache::new(model.kv_layout());
-        Ok(Self { model, cache })
+        let mut pages = Pages::new(model.kv_layout(), BLOCK_TOKENS)?;
+        pages.resize(BLOCKS);
+        while pages.resize_layer()? {}
+        Ok(Self { model, pages, len: 0 })
     }
 
     /// Logits of all `tokens`, which continue the sequence.
     fn logits(&mut self, tokens: &[u32], trace: Option<&mut Vec<Array>>) -> Vec<f32> {
-        let start = self.cache.len() as i32;
-        let count = tokens.len() as i32;
-        let positions: Vec<i32> = (start..start + count).collect();
-        let ids = Array::from_slice(tokens, &[count]);
-        let positions = Array::from_slice(&positions, &[count]);
-        let mut step = Step { tokens: &ids, positions: &positions, cache: &mut self.cache, trace };
+        let (start, end) = (self.len, self.len + tokens.len());
+        let positions: Vec<i32> = (start as i32..end as i32).collect();
+        let ids = Array::from_slice(tokens, &[tokens.len() as i32]);
+        let positions = Array::from_slice(&positions, &[tokens.len() as i32]);
+        // Blocks in no particular order.
+        let tables: Vec<u32> = (0..end.div_ceil(BLOCK_TOKENS)).map(|i| 1 + (i * 5 % BLOCKS) as u32).collect();
+        let slot = |at: usize| tables[at / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (at % BLOCK_TOKENS) as u32;
+        let slots = (start..end).map(slot).collect();
+        let segments = vec![Segment { rows: 0..tokens.len(), start, table: 0 }];
+        let placement = Arc::new(Placement { copies: Vec::new(), tables, slots, segments });
+        let mut gathers = Gathers::new(&placement, BLOCK_TOKENS);
+        let mut step = Step {
+            tokens: &ids,
+            positions: &positions,
+            pages: &mut self.pages,
+            placement: &placement,
+            gathers: &mut gathers,
+            written: None,
+            trace,
+        };
         let hidden = self.model.hidden(&mut step).unwrap();
-        host(&self.model.logits(&hidden, tokens.len()).unwrap())
+        self.len = end;
+        host(&self.model.logits(&hidden, None).unwrap())
     }
 }
 

@@ -20,6 +20,7 @@ pub mod matrix;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod quantize;
+pub mod sample;
 pub mod scalar;
 pub mod simd;
 pub mod threads;

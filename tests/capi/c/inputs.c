@@ -39,7 +39,7 @@ static void bad_requests(omlx_pool *pool) {
     refused(pool, "{\"messages\":[]}", OMLX_E_INVALID_REQUEST);
     refused(pool, "{\"prompt\":\"x\",\"max_tokens\":1e400}", OMLX_E_INVALID_REQUEST);
     refused(pool, "{\"prompt\":\"x\",\"max_tokens\":99999999999999999999999999}", OMLX_E_INVALID_REQUEST);
-    refused(pool, "{\"prompt\":\"x\",\"n\":2}", OMLX_E_UNSUPPORTED);
+    refused(pool, "{\"prompt\":\"x\",\"n\":17}", OMLX_E_INVALID_REQUEST);
     refused(pool, "{\"prompt\":\"x\",\"unheard_of\":1}", OMLX_E_INVALID_REQUEST);
     memset(deep, '[', sizeof deep - 1);
     refused(pool, deep, OMLX_E_INVALID_REQUEST);

@@ -1,0 +1,451 @@
+//! The blocks of all sequences of a model: tables, sharing, copy-on-write, and the index of what is cached. Pure.
+//!
+//! A table's whole blocks enter the index when the step that writes them is planned: steps run in order, and a layer writes a
+//! step's rows before it attends, so that even another sequence of the same step may share them. Shared blocks are never
+//! written. A sequence that would write to one copies it first; what it copies must come from an earlier step.
+
+use std::collections::HashMap;
+
+use super::blocks::{BlockCounts, BlockId, BlockPool};
+use super::prefix::{BlockKey, NodeId, PrefixIndex, ROOT};
+
+/// Which tokens' rows the layers of a cache group need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupKind {
+    /// All of them.
+    Full,
+    /// The newest ones, as many as this.
+    Window(usize),
+}
+
+/// Rows to copy from one block to another, before a step writes anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockCopy {
+    /// Cache group of both blocks.
+    pub group: usize,
+    /// Whose rows.
+    pub from: BlockId,
+    /// Where to.
+    pub to: BlockId,
+}
+
+/// Where the rows of a sequence are. Its blocks are given back to the manager that made it, never dropped.
+#[derive(Debug)]
+#[must_use = "blocks of a lost table are lost"]
+pub struct Table {
+    /// Of each group, the blocks of positions `0..`, `block_tokens..` and so on; `None` behind a window.
+    groups: Vec<Vec<Option<BlockId>>>,
+    /// The last whole block that is in the index.
+    node: NodeId,
+    /// Tokens up to the end of it.
+    indexed: usize,
+}
+
+impl Table {
+    /// Places for blocks that it has, in every group.
+    pub fn places(&self) -> usize {
+        self.groups.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Blocks of a group; `None` where nobody reads the rows any more.
+    pub fn blocks(&self, group: usize) -> impl Iterator<Item = Option<BlockId>> {
+        self.groups[group].iter().copied()
+    }
+}
+
+/// What the index had for a sequence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Tokens that need not be computed, counted from the beginning.
+    pub tokens: usize,
+    /// More will be there when the step that is being planned has run.
+    pub more_soon: bool,
+}
+
+/// Not enough blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shortage;
+
+/// What becomes of a table's last block when rows are to be written to it.
+#[derive(Debug, Clone, Copy)]
+enum Tail {
+    /// It is written to.
+    Own,
+    /// Others need it: it is copied.
+    Copied,
+    /// It is cached, but there is no block for a copy: it is written to, and no longer cached.
+    Taken,
+}
+
+#[derive(Debug)]
+struct Group {
+    kind: GroupKind,
+    pool: BlockPool<NodeId>,
+}
+
+/// Allocator and index of a model's cache groups, which all have blocks of the same number of tokens.
+#[derive(Debug)]
+pub struct BlockManager {
+    block_tokens: usize,
+    groups: Vec<Group>,
+    index: PrefixIndex,
+    /// The step that is being planned.
+    step: u64,
+    pins: HashMap<BlockKey, Vec<(usize, BlockId)>>,
+}
+
+impl BlockManager {
+    /// Groups without blocks; `key` stands for the model in block keys.
+    pub fn new(block_tokens: usize, groups: &[GroupKind], key: BlockKey) -> Self {
+        let group = |&kind| Group { kind, pool: BlockPool::new(0) };
+        Self {
+            block_tokens,
+            groups: groups.iter().map(group).collect(),
+            index: PrefixIndex::new(groups.len(), key),
+            step: 1,
+            pins: HashMap::new(),
+        }
+    }
+
+    /// Tokens of a block.
+    pub fn block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+
+    /// Cache groups.
+    pub fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Blocks that every group can hand out.
+    pub fn available(&self) -> usize {
+        self.groups.iter().map(|group| group.pool.available()).min().unwrap_or(0)
+    }
+
+    /// How many blocks of a group are in which state.
+    pub fn counts(&self, group: usize) -> BlockCounts {
+        self.groups[group].pool.counts()
+    }
+
+    /// Cached entries: whole blocks, and the ends of prompts and answers.
+    pub fn entries(&self) -> usize {
+        self.index.entries()
+    }
+
+    /// Blocks of a group that exist.
+    pub fn capacity(&self, group: usize) -> usize {
+        self.groups[group].pool.capacity()
+    }
+
+    /// More blocks exist in every group.
+    pub fn grow(&mut self, capacity: usize) {
+        self.groups.iter_mut().for_each(|group| group.pool.grow(capacity));
+    }
+
+    /// The fewest blocks that lose nothing, over all groups.
+    pub fn least_capacity(&self) -> usize {
+        self.groups.iter().map(|group| group.pool.least_capacity()).max().unwrap_or(0)
+    }
+
+    /// Fewer blocks exist in every group; none that is used or cached is lost.
+    pub fn shrink(&mut self, capacity: usize) {
+        let capacity = capacity.max(self.least_capacity());
+        self.groups.iter_mut().for_each(|group| group.pool.shrink(capacity));
+    }
+
+    /// Another step is being planned: what the steps before write is there for it.
+    pub fn next_step(&mut self) {
+        self.step += 1;
+    }
+
+    /// The table of a new sequence.
+    pub fn table(&self) -> Table {
+        Table { groups: vec![Vec::new(); self.groups.len()], node: ROOT, indexed: 0 }
+    }
+
+    /// The table of another sequence that goes on from the same tokens. Both copy a shared block before they write to it.
+    pub fn fork(&mut self, table: &Table) -> Table {
+        for (group, blocks) in self.groups.iter_mut().zip(&table.groups) {
+            blocks.iter().flatten().for_each(|&block| group.pool.retain(block));
+        }
+        Table { groups: table.groups.clone(), node: table.node, indexed: table.indexed }
+    }
+
+    /// Adds to `table`, which holds the whole blocks of `tokens[..computed]`, what the index has of the tokens behind
+    /// them, but none from `limit` on. Without effect unless `computed` is the end of the table's last indexed block.
+    pub fn find(&mut self, table: &mut Table, tokens: &[u32], computed: usize, limit: usize) -> Found {
+        if computed != table.indexed || limit <= computed {
+            return Found { tokens: computed, more_soon: false };
+        }
+        let path = self.path(table, &tokens[..limit]);
+        let mut end = path.len();
+        while end > 0 && !self.serves(table, &path[..end]) {
+            end -= 1;
+        }
+        for (i, &node) in path[..end].iter().enumerate() {
+            let last = table.indexed + (end - i) * self.block_tokens;
+            let position = table.indexed;
+            for (at, group) in self.groups.iter_mut().enumerate() {
+                // The last block is kept in any case: the table's place in the index hangs on it.
+                let kept = i + 1 == end || first_position(group.kind, last) < position + self.block_tokens;
+                let block = self.index.block(node, at).filter(|_| kept);
+                block.into_iter().for_each(|block| group.pool.retain(block));
+                table.groups[at].push(block);
+            }
+            table.node = node;
+            table.indexed += self.block_tokens;
+        }
+        let whole = table.indexed;
+        let Some((node, common)) =
+            self.index.closest_child(table.node, &tokens[whole..limit.min(whole + self.block_tokens)])
+        else {
+            return Found { tokens: whole, more_soon: false };
+        };
+        if (0..self.groups.len()).any(|group| self.index.block(node, group).is_none()) {
+            return Found { tokens: whole, more_soon: false };
+        }
+        if self.index.written(node) == self.step {
+            return Found { tokens: whole, more_soon: true };
+        }
+        for (at, group) in self.groups.iter_mut().enumerate() {
+            let block = self.index.block(node, at);
+            block.into_iter().for_each(|block| group.pool.retain(block));
+            table.groups[at].push(block);
+        }
+        Found { tokens: whole + common, more_soon: false }
+    }
+
+    /// Nodes of the whole blocks of `tokens` behind those of `table`.
+    fn path(&self, table: &Table, tokens: &[u32]) -> Vec<NodeId> {
+        let mut path = Vec::new();
+        let mut node = table.node;
+        for block in tokens[table.indexed..].chunks_exact(self.block_tokens) {
+            let Some(child) = self.index.child(node, block) else { break };
+            path.push(child);
+            node = child;
+        }
+        path
+    }
+
+    /// Whether every group has the rows that a sequence at the end of `path`, behind `table`, needs.
+    fn serves(&self, table: &Table, path: &[NodeId]) -> bool {
+        let end = table.indexed + path.len() * self.block_tokens;
+        self.groups.iter().enumerate().all(|(at, group)| {
+            let first =
+                (first_position(group.kind, end) / self.block_tokens).min((end / self.block_tokens).saturating_sub(1));
+            let before = table.indexed / self.block_tokens;
+            let own = table.groups[at].iter().skip(first).all(Option::is_some);
+            own && path.iter().skip(first.saturating_sub(before)).all(|&node| self.index.block(node, at).is_some())
+        })
+    }
+
+    /// Makes room for rows `start..end` of a sequence, or for none of them. `start` follows the sequence's last row;
+    /// what lies behind its windows is given back. Rows of shared blocks that must be copied first are added to `copies`.
+    pub fn extend(
+        &mut self,
+        table: &mut Table,
+        start: usize,
+        end: usize,
+        copies: &mut Vec<BlockCopy>,
+    ) -> Result<(), Shortage> {
+        self.leave_window(table, start);
+        let needed = end.div_ceil(self.block_tokens);
+        let tail = start / self.block_tokens;
+        let mut shared = vec![Tail::Own; self.groups.len()];
+        for (at, group) in self.groups.iter().enumerate() {
+            let blocks = &table.groups[at];
+            let (new, available) = (needed.saturating_sub(blocks.len()), group.pool.available());
+            let block = blocks.get(tail).copied().flatten().filter(|&block| !self.writable(at, block, start));
+            shared[at] = match block {
+                None if new <= available => Tail::Own,
+                Some(_) if new < available => Tail::Copied,
+                // Nobody else holds it: what is cached there has to go instead.
+                Some(block) if new <= available && group.pool.references(block) == 1 => Tail::Taken,
+                _ => return Err(Shortage),
+            };
+        }
+        for (at, shared) in shared.into_iter().enumerate() {
+            match (shared, table.groups[at].get(tail).copied().flatten()) {
+                (Tail::Copied, Some(from)) => {
+                    let to = self.take(at)?;
+                    if !start.is_multiple_of(self.block_tokens) {
+                        copies.push(BlockCopy { group: at, from, to });
+                    }
+                    table.groups[at][tail] = Some(to);
+                    self.groups[at].pool.release(from);
+                }
+                (Tail::Taken, Some(block)) => {
+                    if let Some(node) = self.groups[at].pool.content(block) {
+                        self.groups[at].pool.forget(block);
+                        self.index.remove_block(node, at);
+                    }
+                }
+                _ => {}
+            }
+            while table.groups[at].len() < needed {
+                let block = self.take(at)?;
+                table.groups[at].push(Some(block));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether rows from position `start` on may be written to a block: nobody else holds it, and none of its cached
+    /// tokens is there.
+    fn writable(&self, group: usize, block: BlockId, start: usize) -> bool {
+        let pool = &self.groups[group].pool;
+        let cached = pool.content(block).map_or(0, |node| self.index.tokens(node).len());
+        pool.references(block) == 1 && cached <= start % self.block_tokens
+    }
+
+    fn take(&mut self, group: usize) -> Result<BlockId, Shortage> {
+        let (block, evicted) = self.groups[group].pool.take().ok_or(Shortage)?;
+        if let Some(node) = evicted {
+            self.index.remove_block(node, group);
+        }
+        Ok(block)
+    }
+
+    /// Puts whole blocks of a sequence into the index: `tokens` are known, and the rows of the first `computed` of them
+    /// are written by the step that is being planned or before. Blocks that are there already are shared instead.
+    pub fn index(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
+        let computed = computed.min(tokens.len());
+        while table.indexed + self.block_tokens <= computed {
+            let block = &tokens[table.indexed..table.indexed + self.block_tokens];
+            let node = self.index.child(table.node, block);
+            let node = node.unwrap_or_else(|| self.index.insert(table.node, block));
+            self.attach(table, node, table.indexed / self.block_tokens);
+            while let Some(shorter) = self.index.shorter_child(table.node, block) {
+                self.forget(shorter);
+            }
+            table.node = node;
+            table.indexed += self.block_tokens;
+        }
+    }
+
+    /// Puts the last, incomplete block of a sequence into the index.
+    pub fn index_tail(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
+        self.index(table, tokens, computed);
+        let tail = &tokens[table.indexed..computed.min(tokens.len())];
+        let place = table.indexed / self.block_tokens;
+        let known = self.index.closest_child(table.node, tail).is_some_and(|(_, common)| common == tail.len());
+        // A block that came from the index and was not written to holds nothing new.
+        let own = |(at, group): (usize, &Group)| {
+            let block = table.groups[at].get(place).copied().flatten();
+            block.is_some_and(|block| group.pool.references(block) == 1)
+        };
+        if tail.is_empty() || known || !self.groups.iter().enumerate().all(own) {
+            return;
+        }
+        while let Some(shorter) = self.index.shorter_child(table.node, tail) {
+            self.forget(shorter);
+        }
+        let node = self.index.insert(table.node, tail);
+        self.attach(table, node, place);
+    }
+
+    /// Makes a node and a place of a table have the same blocks.
+    fn attach(&mut self, table: &mut Table, node: NodeId, place: usize) {
+        for (at, group) in self.groups.iter_mut().enumerate() {
+            let Some(own) = table.groups[at].get(place).copied().flatten() else { continue };
+            match self.index.block(node, at) {
+                Some(known) if known != own => {
+                    group.pool.retain(known);
+                    group.pool.release(own);
+                    table.groups[at][place] = Some(known);
+                }
+                Some(_) => {}
+                None => {
+                    if let Some(old) = group.pool.content(own) {
+                        self.index.remove_block(old, at);
+                    }
+                    group.pool.set_content(own, node);
+                    self.index.set_block(node, at, own, self.step);
+                }
+            }
+        }
+    }
+
+    /// Removes a node that has no children, and its blocks' content.
+    fn forget(&mut self, node: NodeId) {
+        for (at, group) in self.groups.iter_mut().enumerate() {
+            if let Some(block) = self.index.block(node, at) {
+                group.pool.forget(block);
+                self.index.remove_block(node, at);
+            }
+        }
+    }
+
+    /// Gives back blocks whose rows no token from position `start` on needs.
+    fn leave_window(&mut self, table: &mut Table, start: usize) {
+        // The last indexed block stays, as in `find`.
+        let last = (table.indexed / self.block_tokens).saturating_sub(1);
+        for (group, blocks) in self.groups.iter_mut().zip(&mut table.groups) {
+            let first = (first_position(group.kind, start) / self.block_tokens).min(last);
+            let first = first.min(blocks.len());
+            for block in blocks[..first].iter_mut().rev() {
+                let Some(block) = block.take() else { break };
+                group.pool.release(block);
+            }
+        }
+    }
+
+    /// Gives back all blocks of a sequence; those in the index stay cached.
+    pub fn release(&mut self, table: Table) {
+        for (group, blocks) in self.groups.iter_mut().zip(table.groups) {
+            // From the end, so that the beginning of a prompt outlives what follows it.
+            blocks.into_iter().rev().flatten().for_each(|block| group.pool.release(block));
+        }
+    }
+
+    /// Forgets what nobody uses and nothing pins; returns how many blocks became free.
+    pub fn clear(&mut self) -> usize {
+        let mut freed = 0;
+        for at in 0..self.groups.len() {
+            let cached: Vec<BlockId> = self.groups[at].pool.cached().collect();
+            freed += cached.len();
+            for block in cached {
+                if let Some(node) = self.groups[at].pool.content(block) {
+                    self.groups[at].pool.forget(block);
+                    self.index.remove_block(node, at);
+                }
+            }
+        }
+        freed
+    }
+
+    /// Keeps what is cached of the beginning of `tokens` until it is unpinned; returns for how many tokens. Pinning the
+    /// same tokens again takes note of what has been cached since.
+    pub fn pin(&mut self, tokens: &[u32]) -> usize {
+        self.unpin(tokens);
+        let mut table = self.table();
+        let found = self.find(&mut table, tokens, 0, tokens.len());
+        let blocks = table.groups.into_iter().enumerate();
+        let blocks = blocks.flat_map(|(at, blocks)| blocks.into_iter().flatten().map(move |block| (at, block)));
+        self.pins.insert(super::prefix::chain_key(self.index.key(ROOT), tokens), blocks.collect());
+        found.tokens
+    }
+
+    /// Ends a pin; whether there was one.
+    pub fn unpin(&mut self, tokens: &[u32]) -> bool {
+        let Some(blocks) = self.pins.remove(&super::prefix::chain_key(self.index.key(ROOT), tokens)) else {
+            return false;
+        };
+        for (group, block) in blocks.into_iter().rev() {
+            self.groups[group].pool.release(block);
+        }
+        true
+    }
+}
+
+/// The first position whose rows a token at `position` needs.
+fn first_position(kind: GroupKind, position: usize) -> usize {
+    match kind {
+        GroupKind::Full => 0,
+        GroupKind::Window(window) => (position + 1).saturating_sub(window),
+    }
+}
+
+#[cfg(test)]
+#[path = "manager_tests.rs"]
+mod tests;

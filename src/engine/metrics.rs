@@ -1,0 +1,64 @@
+//! What an engine tells about itself. Pure.
+
+use serde::Serialize;
+
+use super::scheduler::Counters;
+use crate::cache::blocks::BlockCounts;
+
+/// Counters since the engine started, and how things stand now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct EngineMetrics {
+    /// Requests that are accepted and do not run yet.
+    pub queued_requests: usize,
+    /// Sequences that wait for a place among the running ones.
+    pub waiting_sequences: usize,
+    /// Sequences that take part in steps.
+    pub running_sequences: usize,
+    /// Steps computed.
+    pub steps: u64,
+    /// Seconds that they took.
+    pub step_seconds: f64,
+    /// The part of them in which the host planned steps, built graphs and sent events.
+    pub host_seconds: f64,
+    /// Prompt tokens computed.
+    pub prompt_tokens: u64,
+    /// Prompt tokens found in the cache.
+    pub cached_tokens: u64,
+    /// Tokens sampled.
+    pub completion_tokens: u64,
+    /// Sequences that gave their blocks to others for a while.
+    pub preemptions: u64,
+    /// Cached whole blocks, and ends of prompts and answers.
+    pub cache_entries: usize,
+    /// Tokens of a block.
+    pub block_tokens: usize,
+    /// Bytes of a block in all layers.
+    pub block_bytes: usize,
+    /// Blocks that sequences and pins hold.
+    pub blocks_used: usize,
+    /// Blocks that are kept for what they hold.
+    pub blocks_cached: usize,
+    /// Empty blocks.
+    pub blocks_free: usize,
+    /// Blocks that there may be at most.
+    pub blocks_limit: usize,
+    /// Bytes of the weights.
+    pub weight_bytes: usize,
+    /// Bytes of the pools.
+    pub cache_bytes: usize,
+}
+
+impl EngineMetrics {
+    /// Takes over what the scheduler counted.
+    pub(super) fn count(&mut self, counters: Counters, blocks: BlockCounts) {
+        self.waiting_sequences = counters.waiting;
+        self.running_sequences = counters.running;
+        self.prompt_tokens = counters.prompt_tokens;
+        self.cached_tokens = counters.cached_tokens;
+        self.completion_tokens = counters.completion_tokens;
+        self.preemptions = counters.preemptions;
+        self.blocks_used = blocks.used;
+        self.blocks_cached = blocks.cached;
+        self.blocks_free = blocks.free;
+    }
+}

@@ -1,0 +1,147 @@
+//! Attention over paged keys and values composed of MLX's operations: blocks are gathered, then attended to.
+//!
+//! Rows that decode go together, over as many blocks as the longest of them needs; each prompt chunk by itself. It is what
+//! a GPU uses where it has no kernel of ours, and what such a kernel is compared with.
+
+use std::sync::Arc;
+
+use mlx_rs::Array;
+use mlx_rs::fast::{ScaledDotProductAttentionMask as Mask, scaled_dot_product_attention};
+use mlx_rs::ops::concatenate;
+
+use crate::cache::Writes;
+use crate::error::{Error, Result};
+use crate::kernels::Placement;
+
+/// A step's places as index arrays, made when first needed and shared by all layers.
+#[derive(Debug)]
+pub struct Gathers {
+    placement: Arc<Placement>,
+    block_tokens: usize,
+    writes: Option<Writes>,
+    parts: Option<Vec<Part>>,
+}
+
+/// Rows that are attended to by one call.
+#[derive(Debug)]
+struct Part {
+    /// Rows of the step.
+    rows: std::ops::Range<usize>,
+    /// `[sequences, blocks]` i32.
+    tables: Array,
+    /// Tokens up to the last of each sequence.
+    lengths: Vec<usize>,
+}
+
+impl Gathers {
+    /// For a step on blocks of `block_tokens`.
+    pub fn new(placement: &Arc<Placement>, block_tokens: usize) -> Self {
+        Self { placement: Arc::clone(placement), block_tokens, writes: None, parts: None }
+    }
+
+    /// Where the step writes.
+    pub fn writes(&mut self) -> &Writes {
+        self.writes.get_or_insert_with(|| Writes::new(&self.placement, self.block_tokens))
+    }
+
+    /// Queries `[T, heads, width]` over the pools of a layer: the same shape.
+    pub fn attend(
+        &mut self,
+        queries: &Array,
+        (keys, values): (&Array, &Array),
+        scale: f32,
+        window: Option<usize>,
+    ) -> Result<Array> {
+        let parts = self.parts.take().unwrap_or_else(|| self.parts());
+        let attended = parts.iter().map(|part| part.attend(queries, keys, values, scale, window));
+        let attended = attended.collect::<Result<Vec<_>>>()?;
+        self.parts = Some(parts);
+        match attended.len() {
+            0 => Err(Error::internal("a step without rows")),
+            1 => Ok(attended.into_iter().next().unwrap_or_else(|| queries.clone())),
+            _ => Ok(concatenate(&attended, 0)?),
+        }
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let Placement { segments, tables, .. } = &*self.placement;
+        let decoding = segments.iter().take_while(|segment| segment.rows.len() == 1).count();
+        let groups = (decoding > 0).then_some(0..decoding).into_iter();
+        let groups = groups.chain((decoding..segments.len()).map(|at| at..at + 1));
+        groups
+            .map(|group| {
+                let segments = &segments[group];
+                let lengths: Vec<usize> = segments.iter().map(|s| s.start + s.rows.len()).collect();
+                let blocks = |length: usize| length.div_ceil(self.block_tokens);
+                let width = lengths.iter().map(|&length| blocks(length)).max().unwrap_or(0);
+                let row = |(segment, &length): (&crate::kernels::Segment, &usize)| {
+                    let own = &tables[segment.table..segment.table + blocks(length)];
+                    // Block 0 holds no rows of anybody's.
+                    own.iter()
+                        .map(|&block| block as i32)
+                        .chain(std::iter::repeat_n(0, width - own.len()))
+                        .collect::<Vec<_>>()
+                };
+                let ids: Vec<i32> = segments.iter().zip(&lengths).flat_map(row).collect();
+                Part {
+                    rows: segments[0].rows.start..segments[segments.len() - 1].rows.end,
+                    tables: Array::from_slice(&ids, &[segments.len() as i32, width as i32]),
+                    lengths,
+                }
+            })
+            .collect()
+    }
+}
+
+impl Part {
+    fn attend(
+        &self,
+        queries: &Array,
+        keys: &Array,
+        values: &Array,
+        scale: f32,
+        window: Option<usize>,
+    ) -> Result<Array> {
+        let sequences = self.lengths.len() as i32;
+        let rows = (self.rows.len() / self.lengths.len()) as i32;
+        let (heads, width) = (queries.dim(1), queries.dim(2));
+        let longest = self.lengths.iter().copied().max().unwrap_or(0);
+        // [sequences, heads, rows, width]
+        let queries = crate::mlx::rows(queries, self.rows.start, self.rows.end)?;
+        let queries = queries.reshape(&[sequences, rows, heads, width])?.transpose_axes(&[0, 2, 1, 3])?;
+        let gather = |pool: &Array| -> Result<Array> {
+            let blocks = pool.take_axis(&self.tables, 0)?;
+            let all = blocks.dim(1) * blocks.dim(2);
+            let keys = blocks.reshape(&[sequences, all, pool.dim(2), pool.dim(3)])?.transpose_axes(&[0, 2, 1, 3])?;
+            // What lies behind the last key of all: a view, nothing is copied.
+            crate::mlx::keys(&keys, longest)
+        };
+        let (keys, values) = (gather(keys)?, gather(values)?);
+        let one = self.lengths.iter().all(|&length| length == longest);
+        let windowed = window.filter(|&window| longest > window);
+        let attended = match windowed {
+            None if one && rows == 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
+            None if one => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
+            _ => {
+                let mask = self.mask(rows as usize, longest, windowed)?;
+                scaled_dot_product_attention(&queries, &keys, &values, scale, &mask, None)?
+            }
+        };
+        Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[sequences * rows, heads, values.dim(3)])?)
+    }
+
+    /// `[sequences, 1, rows, longest]` booleans: the last `rows` tokens of each sequence see themselves and what is before
+    /// them, in a window of less than `window` tokens before them.
+    fn mask(&self, rows: usize, longest: usize, window: Option<usize>) -> Result<Array> {
+        let own: Vec<i32> =
+            self.lengths.iter().flat_map(|&length| (length - rows..length).map(|position| position as i32)).collect();
+        let all: Vec<i32> = (0..longest as i32).collect();
+        let own = Array::from_slice(&own, &[self.lengths.len() as i32, 1, rows as i32, 1]);
+        let all = Array::from_slice(&all, &[1, 1, 1, longest as i32]);
+        let causal = all.le(&own)?;
+        match window {
+            Some(window) => Ok(causal.logical_and(own.subtract(&all)?.lt(Array::from_int(window as i32))?)?),
+            None => Ok(causal),
+        }
+    }
+}

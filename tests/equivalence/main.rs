@@ -1,0 +1,297 @@
+//! Company changes nothing: an answer is the same whether a request is alone or joins and leaves batches, whether its
+//! prompt is computed whole, in chunks or found in the cache, and whether it is preempted. In exact mode on the CPU, greedy
+//! and sampled, on tiny models of every architecture and on the bundled one.
+//!
+//! A plain run plays some seeded schedules; `OMLX_SCHEDULES=500` plays so many.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mlx_rs::Dtype;
+use omlx::engine::{EngineMetrics, Event, Request, RequestState};
+use omlx::error::Status;
+use omlx::kernels::Precision;
+use omlx::mlx::Device;
+use omlx::pool::{EnginePool, PoolOptions};
+use serde_json::{Value, json};
+
+/// A hung engine fails the test instead of the CI's clock.
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn fixture(name: &str) -> PathBuf {
+    root().join("tests/fixtures/models").join(name)
+}
+
+/// Numbers from a seed (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+}
+
+fn exact() -> PoolOptions {
+    PoolOptions {
+        device: Some(Device::Cpu),
+        dtype: Some(Dtype::Float32),
+        precision: Precision::Exact,
+        queue_length: Some(1000),
+        ..PoolOptions::default()
+    }
+}
+
+fn open(model: &Path, options: PoolOptions) -> EnginePool {
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(model, Some("model")).unwrap();
+    pool
+}
+
+fn request(body: &Value) -> Request {
+    Request::from_json(body.to_string().as_bytes(), false).unwrap()
+}
+
+/// Tokens of each answer, or `None` if the request was cancelled.
+fn answers(state: &Arc<RequestState>, choices: usize) -> Option<Vec<Vec<u32>>> {
+    let mut answers = vec![Vec::new(); choices];
+    loop {
+        match state.next(PATIENCE).expect("an event") {
+            Event::Delta(delta) => answers[delta.choice].extend(delta.tokens),
+            Event::ChoiceDone(..) => {}
+            Event::Done(done) => match done.error {
+                None => return Some(answers),
+                Some(error) if error.status() == Status::Cancelled => return None,
+                Some(error) => panic!("{error}"),
+            },
+        }
+    }
+}
+
+/// Prompts that share beginnings, with all kinds of sampling.
+fn bodies(random: &mut Random, vocab: usize, longest: usize, count: usize) -> Vec<Value> {
+    let shared: Vec<Vec<usize>> = (0..3).map(|_| (0..longest / 2).map(|_| random.below(vocab)).collect()).collect();
+    (0..count)
+        .map(|_| {
+            let mut prompt = shared[random.below(3)].clone();
+            prompt.truncate(random.below(longest / 2 + 1));
+            prompt.extend((0..1 + random.below(longest / 2)).map(|_| random.below(vocab)).collect::<Vec<_>>());
+            let mut body = json!({ "prompt": prompt, "max_tokens": 1 + random.below(12), "ignore_eos": true });
+            match random.below(5) {
+                0 => body["temperature"] = json!(0.9),
+                1 => {
+                    body["temperature"] = json!(1.3);
+                    body["top_p"] = json!(0.8);
+                    body["repetition_penalty"] = json!(1.2);
+                }
+                2 => body["frequency_penalty"] = json!(0.7),
+                _ => {}
+            }
+            body["seed"] = json!(random.below(1000));
+            if random.below(6) == 0 {
+                body["n"] = json!(3);
+            }
+            body
+        })
+        .collect()
+}
+
+fn choices(body: &Value) -> usize {
+    body["n"].as_u64().unwrap_or(1) as usize
+}
+
+/// Each request by itself in a pool that caches nothing of the others: answers of `n` are separate requests.
+fn alone(pool: &EnginePool, bodies: &[Value]) -> Vec<Vec<Vec<u32>>> {
+    bodies
+        .iter()
+        .map(|body| {
+            let one = |choice: usize| {
+                let mut body = body.clone();
+                body["seed"] = json!(body["seed"].as_u64().unwrap() + choice as u64);
+                body.as_object_mut().unwrap().remove("n");
+                let answer = answers(&pool.generate(request(&body)).unwrap(), 1).expect("nobody cancels");
+                pool.cache_clear(None).unwrap();
+                answer.into_iter().next().unwrap()
+            };
+            (0..choices(body)).map(one).collect()
+        })
+        .collect()
+}
+
+/// Plays a schedule: requests join at random times, some are cancelled. Every answer must be the expected one.
+fn play(pool: &EnginePool, bodies: &[Value], expected: &[Vec<Vec<u32>>], random: &mut Random) {
+    let mut order: Vec<usize> = (0..bodies.len()).collect();
+    (1..order.len()).rev().for_each(|i| order.swap(i, random.below(i + 1)));
+    let mut running: Vec<(usize, Arc<RequestState>)> = Vec::new();
+    for &at in &order {
+        if random.below(3) == 0 {
+            std::thread::sleep(Duration::from_micros(random.below(3000) as u64));
+        }
+        let state = pool.generate(request(&bodies[at])).unwrap();
+        if random.below(10) == 0 {
+            state.cancel();
+        }
+        running.push((at, state));
+        if random.below(12) == 0 {
+            pool.cache_clear(None).unwrap();
+        }
+    }
+    for (at, state) in running {
+        if let Some(found) = answers(&state, choices(&bodies[at])) {
+            assert_eq!(found, expected[at], "{}", bodies[at]);
+        }
+    }
+}
+
+fn schedules(plain: usize) -> usize {
+    match std::env::var("OMLX_SCHEDULES") {
+        Ok(count) => count.parse().unwrap(),
+        Err(_) => plain,
+    }
+}
+
+fn metrics(pool: &EnginePool) -> EngineMetrics {
+    pool.metrics().into_iter().next().expect("a loaded model").1
+}
+
+/// The metrics when all requests have ended: their last events come a moment earlier.
+fn metrics_at_rest(pool: &EnginePool) -> EngineMetrics {
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        let metrics = metrics(pool);
+        let left = metrics.queued_requests + metrics.waiting_sequences + metrics.running_sequences;
+        if left + metrics.blocks_used == 0 {
+            return metrics;
+        }
+        assert!(std::time::Instant::now() < deadline, "something is left at idle: {metrics:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Options under which nothing stays the same but the answers.
+fn settings(random: &mut Random, block_bytes: usize) -> PoolOptions {
+    PoolOptions {
+        prefill_chunk: Some(1 + random.below(40)),
+        max_sequences: Some(1 + random.below(9)),
+        block_tokens: Some([8, 16, 32][random.below(3)]),
+        // Sometimes so little that sequences are preempted.
+        cache_bytes: (random.below(2) == 0).then(|| block_bytes * (14 + random.below(12))),
+        threads: Some(1 + random.below(2)),
+        ..exact()
+    }
+}
+
+#[test]
+fn company_changes_nothing_on_tiny_models() {
+    let mut random = Random(7);
+    let mut preemptions = 0;
+    let models = ["qwen3-4bit", "llama-f32", "mistral-sliding-window", "qwen2-8bit"];
+    for _ in 0..schedules(12).div_ceil(4) {
+        for name in models {
+            let pool = open(&fixture(name), exact());
+            let bodies = bodies(&mut random, 80, 100, 24);
+            let expected = alone(&pool, &bodies);
+            let metrics_alone = metrics(&pool);
+            let block_bytes = metrics_alone.block_bytes / metrics_alone.block_tokens * 8;
+            let company = open(&fixture(name), settings(&mut random, block_bytes));
+            play(&company, &bodies, &expected, &mut random);
+            preemptions += metrics_at_rest(&company).preemptions;
+            company.close();
+            pool.close();
+        }
+    }
+    assert!(preemptions > 0, "nothing was preempted: this test sees less than it should");
+}
+
+#[test]
+fn company_changes_nothing_on_the_bundled_model() {
+    let mut random = Random(11);
+    let model = root().join("models/tiny-chat");
+    let pool = open(&model, exact());
+    let bodies = bodies(&mut random, 4000, 300, 10);
+    let expected = alone(&pool, &bodies);
+    // As it was: in the cache of this pool, and in those of others.
+    for _ in 0..schedules(8).div_ceil(4) {
+        play(&pool, &bodies, &expected, &mut random);
+    }
+    let company = open(&model, settings(&mut random, metrics(&pool).block_bytes));
+    play(&company, &bodies, &expected, &mut random);
+    assert!(metrics_at_rest(&pool).cached_tokens > 0);
+}
+
+#[test]
+fn a_shared_prompt_is_held_and_computed_once() {
+    let pool = open(&root().join("models/tiny-chat"), PoolOptions { max_sequences: Some(16), ..exact() });
+    pool.load("model").unwrap();
+    let system: Vec<usize> = (0..2000).map(|i| 10 + i * 31 % 3900).collect();
+    let states: Vec<_> = (0..16)
+        .map(|own| {
+            let prompt: Vec<usize> = system.iter().copied().chain([4000 + own, 5, 6]).collect();
+            pool.generate(request(&json!({ "prompt": prompt, "max_tokens": 200, "ignore_eos": true }))).unwrap()
+        })
+        .collect();
+    // All run, none has ended.
+    for state in &states {
+        assert!(matches!(state.next(PATIENCE), Ok(Event::Delta(_))));
+    }
+    let now = metrics(&pool);
+    let own = (3 + 200usize).div_ceil(now.block_tokens) + 1;
+    let held = now.blocks_used * now.block_bytes;
+    assert!(held <= (2000 / now.block_tokens + 16 * own) * now.block_bytes, "{held} bytes are held");
+    assert_eq!((now.running_sequences, now.prompt_tokens), (16, 2000 + 16 * 3));
+    states.iter().for_each(|state| state.cancel());
+    states.iter().for_each(|state| assert!(answers(state, 1).is_none()));
+}
+
+#[test]
+fn a_cached_prompt_answers_at_once_and_pins_hold() {
+    let pool = open(&root().join("models/tiny-chat"), exact());
+    let prompt: Vec<usize> = (0..600).map(|i| 10 + i * 7 % 3900).collect();
+    let body = json!({ "prompt": prompt, "max_tokens": 1, "ignore_eos": true });
+    let cached = |body: &Value| {
+        let state = pool.generate(request(body)).unwrap();
+        loop {
+            if let Event::Done(done) = state.next(PATIENCE).expect("an event") {
+                return done.usage.cached_tokens;
+            }
+        }
+    };
+    assert_eq!((cached(&body), cached(&body)), (0, 599));
+    assert_eq!(pool.cache_pin(&request(&body)).unwrap(), 600);
+    assert_eq!(pool.cache_clear(None).unwrap(), 0, "all that is cached is pinned");
+    assert_eq!(cached(&body), 599);
+    pool.cache_unpin(&request(&body)).unwrap();
+    assert_eq!(pool.cache_unpin(&request(&body)).map_err(|error| error.status()), Err(Status::NotFound));
+    assert!(pool.cache_clear(None).unwrap() > 0);
+    assert_eq!(cached(&body), 0);
+}
+
+#[test]
+fn a_full_queue_refuses_with_a_time() {
+    let options = PoolOptions { max_sequences: Some(1), queue_length: Some(2), ..exact() };
+    let pool = open(&root().join("models/tiny-chat"), options);
+    pool.load("model").unwrap();
+    let body = json!({ "prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": true });
+    let first = pool.generate(request(&body)).unwrap();
+    assert!(matches!(first.next(PATIENCE), Ok(Event::Delta(_))));
+    let waiting = [(); 2].map(|()| pool.generate(request(&body)).unwrap());
+    let refused = pool.generate(request(&body)).unwrap_err();
+    assert_eq!(refused.status(), Status::Busy);
+    assert!(refused.after().is_some());
+    [&first].into_iter().chain(&waiting).for_each(|state| state.cancel());
+    [&first].into_iter().chain(&waiting).for_each(|state| assert!(answers(state, 1).is_none()));
+    let after = pool.generate(request(&json!({ "prompt": [5], "max_tokens": 1 }))).unwrap();
+    assert!(answers(&after, 1).is_some());
+}
