@@ -7,10 +7,11 @@
 //!
 //! Options: `--prompt N,..` prompt lengths (default 512), `--steps N` tokens after the first (default 32), `--batch N,..`
 //! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
-//! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`.
+//! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`, `--latency N` (a prompt of N tokens beside a running
+//! answer; give a `--batch` of at least 2 with it).
 //!
-//! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request has its
-//! first token, over that time. Random weights are as fast as real ones; every weight is a buffer of its own.
+//! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request decodes,
+//! over that time; their prompts are in the cache by then. Random weights are as fast as real ones; every weight is a buffer of its own.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ struct Options {
     dtype: Option<Dtype>,
     precision: Precision,
     threads: Option<usize>,
+    latency: Option<usize>,
 }
 
 fn numbers(text: &str) -> Result<Vec<usize>> {
@@ -70,6 +72,7 @@ impl Options {
             dtype: None,
             precision: Precision::Fast,
             threads: None,
+            latency: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -102,6 +105,7 @@ impl Options {
                         other => return Err(Error::invalid_argument(format!("no precision {other:?}"))),
                     };
                 }
+                "--latency" => options.latency = Some(number(&value()?)?.max(1)),
                 "--threads" => options.threads = Some(number(&value()?)?.max(1)),
                 _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
                 _ => options.folder = Some(arg),
@@ -199,6 +203,48 @@ fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, 
     Ok((counted, end - start))
 }
 
+/// Milliseconds between the tokens of a running answer: the median of a quiet one, and the 99th percentile while a prompt
+/// of `len` tokens is computed beside it; and the prompt's rate as a share of its quiet one.
+fn latency(pool: &EnginePool, len: usize) -> Result<()> {
+    let gaps = |times: &[Instant]| {
+        let mut gaps: Vec<f64> = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+        gaps.sort_by(f64::total_cmp);
+        gaps
+    };
+    let quiet_prompt = prefill(pool, len)?;
+    let quiet = gaps(&arrivals(&*pool.generate(request(64, 5000, 100)?)?)?);
+    // Long enough to outlast the prompt.
+    let running = pool.generate(request(64, 5001, 20_000)?)?;
+    let reader = {
+        let running = Arc::clone(&running);
+        std::thread::spawn(move || {
+            let mut times = Vec::new();
+            while let Ok(event) = running.next(None) {
+                if let Event::Delta(delta) = event {
+                    times.extend(delta.tokens.iter().map(|_| Instant::now()));
+                }
+            }
+            times
+        })
+    };
+    std::thread::sleep(Duration::from_secs(2));
+    let sent = Instant::now();
+    let first = *arrivals(&*pool.generate(request(len, len + 7, 1)?)?)?
+        .first()
+        .ok_or_else(|| Error::internal("no token came"))?;
+    running.cancel();
+    let times = reader.join().map_err(|_| Error::internal("a reader failed"))?;
+    let beside: Vec<Instant> = times.into_iter().filter(|time| (sent..=first).contains(time)).collect();
+    let beside = gaps(&beside);
+    let at = |gaps: &[f64], part: f64| gaps.get(((gaps.len() - 1) as f64 * part) as usize).copied().unwrap_or(f64::NAN);
+    line(json!({
+        "engine": "omlx", "device": pool.device().name(), "name": format!("latency{len}"),
+        "quiet_median_ms": at(&quiet, 0.5), "median_ms": at(&beside, 0.5), "p99_ms": at(&beside, 0.99),
+        "tokens_beside": beside.len(), "prompt_rate": quiet_prompt.as_secs_f64() / (first - sent).as_secs_f64(),
+    }));
+    Ok(())
+}
+
 fn run() -> Result<()> {
     let options = Options::parse()?;
     let Options { device, dtype, precision, threads, .. } = options;
@@ -228,6 +274,13 @@ fn run() -> Result<()> {
     for &batch in &options.batches {
         let (tokens, time) = decode(&pool, &options, batch)?;
         emit(device, "decode", batch, tokens, time);
+    }
+    if let Some(len) = options.latency {
+        latency(&pool, len)?;
+    }
+    for (id, metrics) in pool.metrics() {
+        let share = metrics.host_seconds / metrics.step_seconds;
+        line(json!({ "engine": "omlx", "name": "host", "model": id, "share_of_step_time": share }));
     }
     let peak = mlx_rs::memory::peak_memory()?;
     line(json!({ "engine": "omlx", "device": device.name(), "name": "memory", "peak_bytes": peak }));

@@ -16,7 +16,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cache", &["error", "kernels", "mlx"]),
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "nn", "weights"]),
-    ("sampling", &["error", "mlx"]),
+    ("sampling", &["error", "kernels", "mlx"]),
     ("text", &["error", "panics"]),
     (
         "engine",

@@ -18,7 +18,7 @@ pub struct EngineMetrics {
     pub steps: u64,
     /// Seconds that they took.
     pub step_seconds: f64,
-    /// The part of them in which the host planned steps, built graphs and sent events.
+    /// Seconds in which the host planned steps, and turned tokens into text and events.
     pub host_seconds: f64,
     /// Prompt tokens computed.
     pub prompt_tokens: u64,

@@ -32,6 +32,7 @@ impl Pace {
     pub fn budget(&self, decodes: bool) -> usize {
         let (true, Some(token)) = (decodes, self.token) else { return self.most };
         let decode = self.decode.unwrap_or(0.0);
+
         let room = self.target.max(SLOWDOWN * decode) - decode;
         // Multiples of eight: fewer different shapes, and kernels like them.
         let tokens = ((room / token.max(1e-9)).min(self.most as f64) as usize) / LEAST * LEAST;

@@ -11,7 +11,7 @@ use super::sequence::{SampledToken, SequenceId};
 use crate::cache::{Pages, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Placement, Segment};
+use crate::kernels::{self, Backend, Placement, Segment};
 use crate::models::Model;
 use crate::nn::{Gathers, Step};
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
@@ -22,6 +22,7 @@ pub struct Runner {
     id: String,
     model: Box<dyn Model>,
     vocab: usize,
+    backend: Backend,
     pages: Pages,
     samplers: HashMap<SequenceId, Sampler>,
     /// What the last step sampled, `[rows]`, and whose rows they are: input of a step planned before it is read.
@@ -47,9 +48,9 @@ enum StepResult {
 }
 
 impl Runner {
-    /// Takes the loaded model `id` with `vocab` tokens, and its pools.
-    pub fn new(id: String, model: Box<dyn Model>, vocab: usize, pages: Pages) -> Self {
-        Self { id, model, vocab, pages, samplers: HashMap::new(), newest: None }
+    /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, and its pools.
+    pub fn new(id: String, model: Box<dyn Model>, vocab: usize, backend: Backend, pages: Pages) -> Self {
+        Self { id, model, vocab, backend, pages, samplers: HashMap::new(), newest: None }
     }
 
     /// The pools.
@@ -150,7 +151,7 @@ impl Runner {
             samplers.push(self.samplers.remove(id).ok_or_else(missing)?);
         }
         let mut rows: Vec<&mut Sampler> = samplers.iter_mut().collect();
-        let drawn = sample(logits, &mut rows);
+        let drawn = sample(&self.backend, logits, &mut rows);
         let tops = samplers.iter().map(|sampler| sampler.params().top_logprobs.unwrap_or(0));
         let sampled = ids.iter().copied().zip(tops).collect();
         self.samplers.extend(ids.iter().copied().zip(samplers));

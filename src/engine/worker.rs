@@ -124,7 +124,8 @@ fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
     let context = models::context_length(&config, options.context)?;
     let loaded = models::load(&config, context, weights)?;
     let pages = Pages::new(loaded.model.kv_layout(), options.block_tokens)?;
-    let runner = Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, pages);
+    let runner =
+        Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, options.backend.clone(), pages);
     Ok((runner, loaded.weight_bytes))
 }
 
@@ -158,7 +159,6 @@ impl Worker<'_> {
             }
             self.resize()?;
             let launched = self.launch()?;
-            self.metrics.host_seconds += turn.elapsed().as_secs_f64();
             let before = std::mem::replace(&mut self.in_flight, launched.map(|launched| (launched, turn)));
             let idle = self.in_flight.is_none() && before.is_none();
             if let Some((step, launched)) = before {
@@ -262,7 +262,9 @@ impl Worker<'_> {
 
     fn launch(&mut self) -> Result<Option<Launched>> {
         let mut ended = Vec::new();
-        let plan = self.scheduler.plan(Instant::now(), &mut ended);
+        let started = Instant::now();
+        let plan = self.scheduler.plan(started, &mut ended);
+        self.metrics.host_seconds += started.elapsed().as_secs_f64();
         ended.into_iter().for_each(|id| self.runner.remove(id));
         if plan.runs.is_empty() {
             return Ok(None);

@@ -9,5 +9,6 @@ mod ops;
 
 pub use cpu::attention::{AttentionKind, Segment};
 pub use cpu::matmul::Precision;
+pub use cpu::sample::Draw;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};

@@ -240,6 +240,15 @@ impl<'a> Output<'a> {
             }
         }
     }
+
+    /// The elements of a u32 output, to be written.
+    pub fn into_words(self) -> Result<&'a mut [u32]> {
+        match self.raw.dtype() {
+            // SAFETY: as in `into_floats`.
+            Some(Dtype::Uint32) => Ok(unsafe { self.raw.elements_mut() }),
+            other => Err(wrong_type(other)),
+        }
+    }
 }
 
 type Run = extern "C" fn(*const c_void, *const RawArray, usize, *const RawArray, *mut c_char, usize) -> i32;

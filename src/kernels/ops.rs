@@ -9,6 +9,7 @@ use super::cpu::elementwise::{RmsNorm, Rotary, take_rows};
 use super::cpu::floats::{Floats, FloatsMut, Rows};
 use super::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use super::cpu::matrix::{Coding, Matrix as Packing, Packed, Scales, Storage};
+use super::cpu::sample::{Draw, sample};
 use super::cpu::{Isa, threads::Workers};
 use super::node::{CpuKernel, Input, Output, node, writing_node};
 use crate::error::{Error, Result};
@@ -164,6 +165,12 @@ impl Cpu {
         node(TakeRows { cpu: self.clone(), layout }, &inputs, &shape, Dtype::Float32)
     }
 
+    /// Draws a token for each row of `logits [rows, vocab]`, f32 and one run of memory, as `draws` say: `[rows, 1]` u32.
+    pub fn sample(&self, logits: &Array, draws: Vec<Draw>) -> Result<Array> {
+        let shape = [logits.dim(0), 1];
+        node(DrawTokens { cpu: self.clone(), draws }, &[logits], &shape, Dtype::Uint32)
+    }
+
     /// Normalises and turns a step's heads, writes its keys and values to the pools, in place, and attends:
     /// `[T, heads * value width]` f32.
     pub fn attention(&self, heads: Heads<'_>, kind: &AttentionKind, placement: Arc<Placement>) -> Result<Array> {
@@ -317,6 +324,20 @@ impl CpuKernel for TakeRows {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
         let table = self.layout.read(inputs)?.matrix;
         take_rows(self.cpu.isa, &self.cpu.workers, &table, inputs[0].words()?, last(&mut outputs)?);
+        Ok(())
+    }
+}
+
+struct DrawTokens {
+    cpu: Cpu,
+    draws: Vec<Draw>,
+}
+
+impl CpuKernel for DrawTokens {
+    fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
+        let tokens = outputs.pop().ok_or_else(|| Error::internal("a kernel without output"))?.into_words()?;
+        let (logits, vocab) = (inputs[0].to_f32()?, inputs[0].shape()[1] as usize);
+        sample(self.cpu.isa, &self.cpu.workers, &logits, vocab, &self.draws, tokens);
         Ok(())
     }
 }

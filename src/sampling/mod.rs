@@ -1,4 +1,5 @@
-//! Choosing the next token, on MLX arrays, for all rows of a step in one graph.
+//! Choosing the next token, on MLX arrays, for all rows of a step in one graph: by one kernel on the CPU, composed of MLX's
+//! operations elsewhere. The two draw different tokens for the same seed.
 //!
 //! Order of operations, as in Hugging Face and vLLM: logit bias and penalties, temperature, then the filters (top-k,
 //! top-p, min-p) on the tempered distribution. Noise depends on a row's seed and the number of tokens it has drawn,
@@ -13,6 +14,7 @@ use mlx_rs::ops::indexing::argmax_axis;
 use mlx_rs::ops::{concatenate, select};
 
 use crate::error::Result;
+use crate::kernels::{Backend, Draw};
 
 /// The sampling state of one sequence; its arrays follow the tokens without reading them back.
 #[derive(Debug)]
@@ -98,6 +100,13 @@ impl Sampler {
         Ok(logits)
     }
 
+    /// How the next token is chosen, for the CPU's kernel.
+    fn next_draw(&self) -> Draw {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, .. } = self.params;
+        let temperature = if self.params.is_greedy() { 0.0 } else { temperature };
+        Draw { temperature, top_k, top_p, min_p, seed, drawn: self.drawn }
+    }
+
     /// Standard Gumbel noise `[1, vocab]` for the next draw.
     fn noise(&self) -> Result<Array> {
         let key = mlx_rs::random::key(mix(self.params.seed, self.drawn))?;
@@ -131,11 +140,24 @@ fn mix(seed: u64, drawn: u64) -> u64 {
 }
 
 /// Draws one token per row of `logits [rows, vocab]`; `rows` holds the samplers in the same order.
-pub fn sample(logits: &Array, rows: &mut [&mut Sampler]) -> Result<Drawn> {
+pub fn sample(backend: &Backend, logits: &Array, rows: &mut [&mut Sampler]) -> Result<Drawn> {
     let raw = logits.as_type::<f32>()?;
     let adjusted = adjust_rows(&raw, rows)?;
-    let greedy = argmax_axis(&adjusted, -1, true)?;
-    let tokens = if rows.iter().all(|row| row.params.is_greedy()) {
+    let tokens = match backend {
+        Backend::Cpu(cpu) => cpu.sample(&adjusted, rows.iter().map(|row| row.next_draw()).collect())?,
+        Backend::Mlx => composed(&adjusted, rows)?,
+    };
+    let logprobs = report(&raw, &tokens, rows)?;
+    for (index, row) in rows.iter_mut().enumerate() {
+        row.advance(&crate::mlx::rows(&tokens, index, index + 1)?)?;
+    }
+    Ok(Drawn { tokens: tokens.squeeze_axes(&[1])?, logprobs })
+}
+
+/// The tokens `[rows, 1]`, by MLX's operations.
+fn composed(adjusted: &Array, rows: &[&mut Sampler]) -> Result<Array> {
+    let greedy = argmax_axis(adjusted, -1, true)?;
+    Ok(if rows.iter().all(|row| row.params.is_greedy()) {
         greedy
     } else {
         let column = |value: fn(&SamplingParams) -> f32| column(rows, value);
@@ -143,12 +165,7 @@ pub fn sample(logits: &Array, rows: &mut [&mut Sampler]) -> Result<Drawn> {
         let tempered = adjusted.divide(temperature)?;
         let drawn = draw(&tempered, rows)?;
         select(&column(|p| f32::from(!p.is_greedy())).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
-    };
-    let logprobs = report(&raw, &tokens, rows)?;
-    for (index, row) in rows.iter_mut().enumerate() {
-        row.advance(&crate::mlx::rows(&tokens, index, index + 1)?)?;
-    }
-    Ok(Drawn { tokens: tokens.squeeze_axes(&[1])?, logprobs })
+    })
 }
 
 /// One value per row as `[rows, 1]`.

@@ -30,7 +30,7 @@ fn params() -> SamplingParams {
 fn draws(params: SamplingParams, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
     let logits = array(&[logits()]);
     let mut sampler = Sampler::new(params, prompt, VOCAB);
-    (0..count).map(|_| Ok(sample(&logits, &mut [&mut sampler])?.tokens.as_slice::<u32>()[0])).collect()
+    (0..count).map(|_| Ok(sample(&Backend::Mlx, &logits, &mut [&mut sampler])?.tokens.as_slice::<u32>()[0])).collect()
 }
 
 fn softmax(logits: &[f32]) -> Vec<f32> {
@@ -82,7 +82,7 @@ fn a_row_draws_the_same_alone_and_in_any_batch() {
         let mut together: Vec<Vec<u32>> = vec![Vec::new(); kinds.len()];
         for _ in 0..12 {
             let mut rows: Vec<&mut Sampler> = samplers.iter_mut().collect();
-            let drawn = sample(&batch, &mut rows)?;
+            let drawn = sample(&Backend::Mlx, &batch, &mut rows)?;
             for (row, token) in drawn.tokens.as_slice::<u32>().iter().enumerate() {
                 together[row].push(*token);
             }
@@ -180,7 +180,7 @@ fn a_repetition_penalty_lowers_negative_logits_too() {
         (values[3], values[4]) = (-1.0, -1.2);
         let params = SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() };
         let mut sampler = Sampler::new(params, &[3], VOCAB);
-        let drawn = sample(&array(&[values]), &mut [&mut sampler])?;
+        let drawn = sample(&Backend::Mlx, &array(&[values]), &mut [&mut sampler])?;
         assert_eq!(drawn.tokens.as_slice::<u32>(), [4]);
         Ok(())
     });
@@ -193,7 +193,7 @@ fn logprobs_are_those_of_the_model() {
         let params =
             SamplingParams { logit_bias: vec![(ranked[0], -100.0)], top_logprobs: Some(3), ..Default::default() };
         let mut sampler = Sampler::new(params, &[], VOCAB);
-        let drawn = sample(&array(&[logits()]), &mut [&mut sampler])?;
+        let drawn = sample(&Backend::Mlx, &array(&[logits()]), &mut [&mut sampler])?;
         let report = drawn.logprobs.expect("asked for");
         let expected: Vec<f32> = softmax(&logits()).iter().map(|p| p.ln()).collect();
         let close = |a: f32, b: f32| (a - b).abs() < 1e-5;
@@ -204,6 +204,41 @@ fn logprobs_are_those_of_the_model() {
         for ((id, value), rank) in found.into_iter().zip(&ranked) {
             assert!(id == rank && close(*value, expected[*rank as usize]), "{id} {value}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_cpu_kernel_takes_the_same_parameters() {
+    let cpu = Backend::Cpu(crate::kernels::Cpu::new(Some(1), Default::default()));
+    on_cpu(|| {
+        let one = |params: SamplingParams| -> Result<[u32; 2]> {
+            let draw = |backend: &Backend| -> Result<u32> {
+                let mut sampler = Sampler::new(params.clone(), &[3], VOCAB);
+                Ok(sample(backend, &array(&[logits()]), &mut [&mut sampler])?.tokens.as_slice::<u32>()[0])
+            };
+            Ok([draw(&Backend::Mlx)?, draw(&cpu)?])
+        };
+        // Parameters that leave a single token, whatever the noise.
+        for params in [
+            SamplingParams::default(),
+            SamplingParams { temperature: 5.0, top_k: 1, ..params() },
+            SamplingParams { temperature: 5.0, min_p: 1.0, ..params() },
+            SamplingParams { temperature: 5.0, top_p: 1e-6, ..params() },
+            SamplingParams { logit_bias: vec![(4, 100.0)], ..params() },
+        ] {
+            let [composed, kernel] = one(params.clone())?;
+            assert_eq!(kernel, composed, "{params:?}");
+        }
+        // The noise follows the seed and the number of draws.
+        let draws = |seed: u64| -> Result<Vec<u32>> {
+            let mut sampler = Sampler::new(SamplingParams { seed, ..params() }, &[3], VOCAB);
+            let logits = array(&[logits()]);
+            (0..20).map(|_| Ok(sample(&cpu, &logits, &mut [&mut sampler])?.tokens.as_slice::<u32>()[0])).collect()
+        };
+        assert_eq!(draws(1)?, draws(1)?);
+        assert_ne!(draws(1)?, draws(2)?);
+        assert!(draws(1)?.iter().any(|&token| token != draws(1).unwrap()[0]), "every draw has the same noise");
         Ok(())
     });
 }
