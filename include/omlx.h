@@ -429,14 +429,18 @@ typedef struct omlx_request omlx_request;
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
 ///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
 ///   what to report   "logprobs", "top_logprobs"
+///   how many answers "n", at most 16; each has its `choice` in the events, and its own end before the done event
+///   before whom      "priority": "high", "normal" or "low"; within a class the first to come is first
 ///
 /// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
-/// limit. Tool calls arrive as text. Requests on one model are answered one after another.
+/// limit. Tool calls arrive as text. Requests on one model are computed together, as many as `max_sequences` of the pool's
+/// options says; more wait.
 ///
 /// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
 /// function returns.
 ///
-/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_CLOSED`.
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_BUSY` (too many wait:
+/// `omlx_error_retry_after_ms`), `OMLX_E_CLOSED`. A prompt that the KV cache cannot hold ends with `OMLX_E_OUT_OF_MEMORY`.
 omlx_status omlx_generate(
     omlx_pool *pool,
     const char *request_json,

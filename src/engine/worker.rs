@@ -49,6 +49,9 @@ pub enum CacheCommand {
 /// An idle engine gives memory back after this time.
 const IDLE: Duration = Duration::from_secs(5);
 
+/// How often an engine looks at sequences that could not go on.
+const PAUSED: Duration = Duration::from_millis(20);
+
 /// Loads the model, serves requests until told to stop, and returns all memory to the system.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) {
     let outcome = panics::catch(|| {
@@ -174,7 +177,10 @@ impl Worker<'_> {
 
     /// Waits for a command; false when it is the last one.
     fn wait(&mut self, inbox: &Receiver<Command>) -> Result<bool> {
-        let command = match inbox.recv_timeout(IDLE) {
+        let waits = !self.scheduler.is_idle();
+        let command = match inbox.recv_timeout(if waits { PAUSED } else { IDLE }) {
+            // A reader that is behind nudges when it has caught up; but nobody should have to rely on a nudge.
+            Err(RecvTimeoutError::Timeout) if waits => return Ok(true),
             Err(RecvTimeoutError::Timeout) => {
                 self.shrink()?;
                 self.publish();
@@ -301,12 +307,14 @@ impl Worker<'_> {
     /// Ends the running sequences: what a failed step has written may be anything. A defect is passed on.
     fn fail(&mut self, error: Error) -> Result<()> {
         tracing::error!(model = self.id, %error, "a step failed");
-        // What a kernel noted is part of this failure, not of the next step's.
+        // What the step behind it and its kernels note is part of this failure, not of the next step's.
+        if let Some((step, _)) = self.in_flight.take() {
+            let _ = step.read();
+        }
         let _ = kernels::check();
         if error.status() == Status::Internal || error.message().contains(PANIC_MARK) {
             return Err(Error::internal(error.message()));
         }
-        self.in_flight = None;
         for ended in self.scheduler.fail_running(&error) {
             self.runner.remove(ended);
         }
