@@ -60,7 +60,7 @@ def parse():
     parser.add_argument("--mlx-lm-batch", default="1")
     parser.add_argument("--mlx-lm-context", type=int, default=8)
     parser.add_argument("--mlx-lm-steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, help="of omlx and llama.cpp; their own choice if not given")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of omlx and llama.cpp, so that neither crowds the cores")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--precision", choices=["fast", "exact"], default="fast", help="of omlx's products")
     parser.add_argument("--skip", action="append", choices=PEERS, default=[])

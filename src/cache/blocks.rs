@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Names a block of a pool: its place in the arrays.
+/// Names a block of a pool, from 0 on.
 pub type BlockId = u32;
 
 /// The blocks of one pool. `T` names the content of a block in the prefix index.
@@ -17,8 +17,6 @@ pub struct BlockPool<T> {
     /// Cached blocks by the time of their last use.
     cached: BTreeMap<u64, BlockId>,
     clock: u64,
-    /// Blocks that may be handed out; those behind are on their way out.
-    capacity: usize,
 }
 
 #[derive(Debug)]
@@ -43,21 +41,20 @@ pub struct BlockCounts {
 impl<T: Copy> BlockPool<T> {
     /// A pool of `capacity` free blocks.
     pub fn new(capacity: usize) -> Self {
-        let mut pool =
-            Self { blocks: Vec::new(), free: BTreeSet::new(), cached: BTreeMap::new(), clock: 0, capacity: 0 };
+        let mut pool = Self { blocks: Vec::new(), free: BTreeSet::new(), cached: BTreeMap::new(), clock: 0 };
         pool.grow(capacity);
         pool
     }
 
     /// Blocks that exist.
     pub fn capacity(&self) -> usize {
-        self.capacity
+        self.blocks.len()
     }
 
     /// How many blocks are in which state.
     pub fn counts(&self) -> BlockCounts {
         let (cached, free) = (self.cached.len(), self.free.len());
-        BlockCounts { used: self.capacity - cached - free, cached, free }
+        BlockCounts { used: self.capacity() - cached - free, cached, free }
     }
 
     /// Blocks that [`take`](Self::take) can hand out.
@@ -135,26 +132,22 @@ impl<T: Copy> BlockPool<T> {
 
     /// More blocks exist.
     pub fn grow(&mut self, capacity: usize) {
-        for id in self.capacity..capacity {
-            if id == self.blocks.len() {
-                self.blocks.push(Block { references: 0, content: None, last_use: 0 });
-            }
+        for id in self.capacity()..capacity {
+            self.blocks.push(Block { references: 0, content: None, last_use: 0 });
             self.free.insert(id as BlockId);
         }
-        self.capacity = self.capacity.max(capacity);
     }
 
     /// The smallest capacity that loses no block with content or references.
     pub fn least_capacity(&self) -> usize {
-        (0..self.capacity).rev().find(|&id| !self.free.contains(&(id as BlockId))).map_or(0, |last| last + 1)
+        (0..self.capacity()).rev().find(|&id| !self.free.contains(&(id as BlockId))).map_or(0, |last| last + 1)
     }
 
     /// Fewer blocks exist: at least [`least_capacity`](Self::least_capacity).
     pub fn shrink(&mut self, capacity: usize) {
-        let capacity = capacity.clamp(self.least_capacity(), self.capacity);
+        let capacity = capacity.clamp(self.least_capacity(), self.capacity());
         self.free.split_off(&(capacity as BlockId));
         self.blocks.truncate(capacity);
-        self.capacity = capacity;
     }
 
     fn block(&mut self, id: BlockId) -> &mut Block<T> {
