@@ -24,8 +24,12 @@ const CHUNK: usize = 32;
 /// Keys that one task attends to at most when there are more threads than heads; a multiple of `CHUNK`.
 const SPLIT: usize = 512;
 
-/// Query rows of a tile at most, unless a single token has more that share a head of keys.
-const ROWS: usize = 24;
+/// Query rows of a tile at most, unless a single token has more that share a head of keys. A tile reads its keys and
+/// values once, from memory in a long context: that should take less time than what is computed with them.
+const ROWS: usize = 48;
+
+/// The same where a tile takes several heads of keys.
+const ROWS_OF_HEADS: usize = 24;
 
 /// Tasks that a thread should have, so that all end together.
 const TASKS_PER_THREAD: usize = 1;
@@ -111,7 +115,7 @@ struct Task {
 struct Partial {
     /// Largest score; negative infinity if there was no key.
     max: Vec<f32>,
-    /// Sum of `e^(score - max)`.
+    /// `[rows, LANES]`; the lanes of a row add up to its sum of `e^(score - max)`.
     sum: Vec<f32>,
     /// `[rows, value width rounded up to lanes]`, not divided by `sum`.
     values: Vec<f32>,
@@ -195,14 +199,20 @@ impl Attention<'_> {
         let tokens_per_tile = (ROWS / group).max(1);
         let cut = |segment: &Segment| segment.rows.clone().step_by(tokens_per_tile);
         // Heads of keys lie side by side: taken together, memory is read in longer runs. But there must be enough tasks.
-        let tasks: usize =
+        let tasks: usize = self.segments.iter().map(|segment| cut(segment).count()).sum();
+        let splits: usize =
             self.segments.iter().map(|s| cut(s).count() * ((s.start + s.rows.len()) / SPLIT).max(1)).sum();
-        let enough = kv_heads / (TASKS_PER_THREAD * threads).div_ceil(tasks.max(1));
+        let enough = kv_heads / (TASKS_PER_THREAD * threads).div_ceil(splits.max(1));
         let mut tiles = Vec::new();
         for (segment, Segment { rows, .. }) in self.segments.iter().enumerate() {
             for first in cut(&self.segments[segment]) {
                 let tokens = first..(first + tokens_per_tile).min(rows.end);
-                let heads = enough.min(ROWS / (tokens.len() * group)).max(1);
+                let most = enough.min(ROWS_OF_HEADS / (tokens.len() * group)).max(1);
+                // The same number in each tile, and where there are few tiles, as many for each thread.
+                let parts = kv_heads.div_ceil(most);
+                let few = tasks < threads || (parts > 1 && tasks * parts < 4 * threads);
+                let parts = if few { parts.next_multiple_of(threads) } else { parts };
+                let heads = kv_heads.div_ceil(parts);
                 for head in (0..kv_heads).step_by(heads) {
                     let kv_heads = head..(head + heads).min(kv_heads);
                     tiles.push(Tile { segment, tokens: tokens.clone(), kv_heads });
@@ -210,18 +220,17 @@ impl Attention<'_> {
             }
         }
         // The longest first, so that threads end together.
-        tiles.sort_by_key(|tile| std::cmp::Reverse(self.position(tile, tile.tokens.end)));
+        tiles.sort_by_key(|tile| std::cmp::Reverse(self.work(tile)));
         tiles
     }
 
     /// Whole tiles, but splits of those that one thread would be left alone with; and how many of the latter.
     fn tasks(&self, tiles: &[Tile], threads: usize) -> (Vec<Task>, usize) {
-        let work = |tile: &Tile| self.splits(tile).len() * tile.kv_heads.len();
-        let total: usize = tiles.iter().map(work).sum();
+        let total: usize = tiles.iter().map(|tile| self.work(tile)).sum();
         let (mut tasks, mut parts) = (Vec::new(), 0);
         for (index, tile) in tiles.iter().enumerate() {
             let splits = self.splits(tile);
-            if splits.len() <= 1 || work(tile) * threads * TASKS_PER_THREAD <= total {
+            if splits.len() <= 1 || self.work(tile) * threads * TASKS_PER_THREAD <= total {
                 tasks.push(Task { tile: index, splits, part: None });
                 continue;
             }
@@ -231,6 +240,11 @@ impl Attention<'_> {
             }
         }
         (tasks, parts)
+    }
+
+    /// How long a tile takes, in a unit of its own: to read a key takes about as long as to compute with it for four rows.
+    fn work(&self, tile: &Tile) -> usize {
+        self.splits(tile).len() * tile.kv_heads.len() * (self.rows_per_head(tile) + 4)
     }
 
     /// Rows of a tile that share a head of keys.
@@ -282,34 +296,45 @@ impl Partial {
         self.max.clear();
         self.max.resize(rows, f32::NEG_INFINITY);
         self.sum.clear();
-        self.sum.resize(rows, 0.0);
+        self.sum.resize(rows * LANES, 0.0);
         self.values.clear();
         self.values.resize(rows * width, 0.0);
     }
 
-    /// Adds the result of later keys for row `row`, whose values are `width` numbers.
+    /// Adds the result of later keys.
     #[inline(always)]
-    fn merge<S: Simd>(&mut self, simd: S, row: usize, (max, sum, values): (f32, f32, &[f32])) {
-        // No key; but scores that are not numbers have no maximum either, and must not be lost.
-        if max == f32::NEG_INFINITY && !sum.is_nan() {
-            return;
-        }
-        let width = values.len();
-        let larger = if max > self.max[row] { max } else { self.max[row] };
-        let (old, new) = (exp(simd, self.max[row] - larger), exp(simd, max - larger));
-        self.max[row] = larger;
-        self.sum[row] = self.sum[row] * old + sum * new;
-        let mine = &mut self.values[row * width..(row + 1) * width];
-        let (old, new) = (simd.splat(old), simd.splat(new));
-        let mut at = 0;
-        while at < width {
-            // SAFETY: widths are multiples of sixteen, and both slices have `width` numbers.
-            unsafe {
-                let scaled = simd.mul(simd.load(mine.as_ptr().add(at)), old);
-                simd.store(mine.as_mut_ptr().add(at), simd.fma(simd.load(values.as_ptr().add(at)), new, scaled));
+    fn merge<S: Simd>(&mut self, simd: S, later: &Partial) {
+        let width = self.values.len() / self.max.len().max(1);
+        for row in 0..self.max.len() {
+            let (max, sums) = (later.max[row], &later.sum[row * LANES..(row + 1) * LANES]);
+            // No key; but scores that are not numbers have no maximum either, and must not be lost.
+            // SAFETY: a vector of sums.
+            if max == f32::NEG_INFINITY && !simd.sum(unsafe { simd.load(sums.as_ptr()) }).is_nan() {
+                continue;
             }
-            at += LANES;
+            let larger = if max > self.max[row] { max } else { self.max[row] };
+            let factors = [exp(simd, self.max[row] - larger), exp(simd, max - larger)];
+            self.max[row] = larger;
+            add_scaled(simd, factors, &mut self.sum[row * LANES..(row + 1) * LANES], sums);
+            let values = row * width..(row + 1) * width;
+            add_scaled(simd, factors, &mut self.values[values.clone()], &later.values[values]);
         }
+    }
+}
+
+/// `a * factors[0] + b * factors[1]` of whole vectors, into `a`.
+#[inline(always)]
+fn add_scaled<S: Simd>(simd: S, factors: [f32; 2], a: &mut [f32], b: &[f32]) {
+    assert!(a.len() == b.len() && a.len().is_multiple_of(LANES));
+    let [old, new] = [simd.splat(factors[0]), simd.splat(factors[1])];
+    let mut at = 0;
+    while at < a.len() {
+        // SAFETY: both have whole vectors.
+        unsafe {
+            let scaled = simd.mul(simd.load(a.as_ptr().add(at)), old);
+            simd.store(a.as_mut_ptr().add(at), simd.fma(simd.load(b.as_ptr().add(at)), new, scaled));
+        }
+        at += LANES;
     }
 }
 
@@ -388,15 +413,12 @@ impl AttendTile<'_> {
                 start += CHUNK;
             }
             let Scratch { split, total, .. } = &mut *scratch;
-            for row in 0..rows {
-                let values = &split.values[row * padded..(row + 1) * padded];
-                total.merge(simd, row, (split.max[row], split.sum[row], values));
-            }
+            total.merge(simd, split);
         }
     }
 }
 
-/// The queries of a tile's rows, padded with zeros to whole vectors.
+/// The scaled queries of a tile's rows, padded with zeros to whole vectors.
 fn load_queries(attention: &Attention<'_>, tile: &Tile, out: &mut Vec<f32>) {
     let width = attention.keys.width;
     let padded = width.next_multiple_of(LANES);
@@ -405,7 +427,9 @@ fn load_queries(attention: &Attention<'_>, tile: &Tile, out: &mut Vec<f32>) {
     for (row, out) in out.chunks_exact_mut(padded).enumerate() {
         let (token, head) = attention.place(tile, row);
         let first = (token * attention.kind.heads + head) * width;
-        out[..width].copy_from_slice(&attention.queries[first..first + width]);
+        for (out, query) in out.iter_mut().zip(&attention.queries[first..first + width]) {
+            *out = query * attention.kind.scale;
+        }
     }
 }
 
@@ -416,14 +440,15 @@ fn finish<S: Simd>(simd: S, attention: &Attention<'_>, tile: &Tile, total: &mut 
     let padded = width.next_multiple_of(LANES);
     for row in 0..total.max.len() {
         let (token, head) = attention.place(tile, row);
+        // SAFETY: a vector of sums.
+        let mut sum = simd.sum(unsafe { simd.load(total.sum[row * LANES..(row + 1) * LANES].as_ptr()) });
         if let Some(sinks) = attention.sinks {
             // A key without a value.
             let max = total.max[row].max(sinks[head]);
             let old = exp(simd, total.max[row] - max);
-            total.sum[row] = total.sum[row] * old + exp(simd, sinks[head] - max);
+            sum = sum * old + exp(simd, sinks[head] - max);
             total.values[row * padded..(row + 1) * padded].iter_mut().for_each(|value| *value *= old);
         }
-        let sum = total.sum[row];
         let values = &mut total.values[row * padded..][..width];
         values.iter_mut().for_each(|value| *value /= sum);
         let at = (token * attention.kind.heads + head) * width;
@@ -450,9 +475,7 @@ impl Work for MergeSplits<'_> {
         let mut total = Partial::default();
         total.reset(rows, padded);
         for part in self.parts {
-            for row in 0..rows {
-                total.merge(simd, row, (part.max[row], part.sum[row], &part.values[row * padded..(row + 1) * padded]));
-            }
+            total.merge(simd, part);
         }
         finish(simd, self.attention, self.tile, &mut total, self.out);
     }

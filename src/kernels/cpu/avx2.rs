@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: two registers are sixteen lanes.
 
 use std::arch::x86_64::*;
+use std::hint::black_box;
 
 use super::simd::{Simd, WORDS, Work};
 
@@ -92,8 +93,9 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn call<W: Work>(self, work: W) -> W::Output {
+        // `inline(never)` does not reach LLVM for functions with target features: an address it cannot see does.
         // SAFETY: a value of `Avx2` exists only where the processor has the features.
-        unsafe { run(work) }
+        unsafe { black_box(run::<W> as unsafe fn(W) -> W::Output)(work) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -132,6 +134,14 @@ impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    fn any_above(self, a: F, b: F) -> bool {
+        // SAFETY: as in `both`.
+        unsafe {
+            let above = [_mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])];
+            _mm256_movemask_ps(_mm256_or_ps(above[0], above[1])) != 0
         }
     }
     #[inline(always)]

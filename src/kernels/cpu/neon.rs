@@ -4,6 +4,7 @@
 
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::hint::black_box;
 
 use super::simd::{Simd, WORDS, Work};
 
@@ -180,8 +181,9 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn call<W: Work>(self, work: W) -> W::Output {
+        // `inline(never)` does not reach LLVM for functions with target features: an address it cannot see does.
         // SAFETY: a value of `Neon` exists only where the processor has the features.
-        unsafe { run(work) }
+        unsafe { black_box(run::<W> as unsafe fn(W) -> W::Output)(work) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -218,6 +220,14 @@ impl Simd for Neon {
         let four = self.add_quarters(a);
         // SAFETY: as in `each`.
         unsafe { vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four))) }
+    }
+    #[inline(always)]
+    fn any_above(self, a: F, b: F) -> bool {
+        // SAFETY: as in `each`.
+        unsafe {
+            let above = |n: usize| vcgtq_f32(a[n], b[n]);
+            vmaxvq_u32(vorrq_u32(vorrq_u32(above(0), above(1)), vorrq_u32(above(2), above(3)))) != 0
+        }
     }
     #[inline(always)]
     fn max_lane(self, [a, b, c, d]: F) -> f32 {

@@ -81,6 +81,10 @@ impl Simd for Scalar {
         (four[0] + four[2]) + (four[1] + four[3])
     }
     #[inline(always)]
+    fn any_above(self, a: F, b: F) -> bool {
+        a.into_iter().zip(b).any(|(a, b)| a > b)
+    }
+    #[inline(always)]
     fn max_lane(self, a: F) -> f32 {
         a.into_iter().fold(a[0], |m, x| if x > m { x } else { m })
     }

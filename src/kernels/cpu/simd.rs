@@ -44,6 +44,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The sum of all lanes: halves are added to halves.
     fn sum(self, a: Self::F) -> f32;
+    /// Whether a lane of `a` is greater than that of `b`.
+    fn any_above(self, a: Self::F, b: Self::F) -> bool;
     /// The largest lane.
     fn max_lane(self, a: Self::F) -> f32;
     /// `[sum(a), sum(b), sum(c), sum(d)]`, each with the same bits as `sum`.

@@ -6,7 +6,7 @@ use super::super::dot::load_tail;
 use super::super::floats::{Element, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
-use super::{Attention, AttentionKind, CHUNK, Scratch, Tile, exp};
+use super::{Attention, CHUNK, Scratch, Tile, exp};
 
 /// Some neighbouring keys, and a tile that attends to them.
 pub(super) struct Chunk<'a> {
@@ -18,29 +18,57 @@ pub(super) struct Chunk<'a> {
     pub seen: Range<usize>,
 }
 
-/// Rows of keys or values of one head: those of key `i` begin at `offset + slots[i] * stride`.
+/// Rows of keys or values of one head, in the order of a chunk's keys.
+trait HeadRows: Copy {
+    type Element: Element;
+    fn width(&self) -> usize;
+    fn row(&self, key: usize) -> &[Self::Element];
+    /// Fetches some of the elements of the row that takes the place of `key` in the next chunk.
+    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>);
+    /// The same rows; of the next chunk's those in the places of `keys` are to be fetched, the others are not.
+    fn fetching(self, keys: Range<usize>) -> Self;
+}
+
+/// Rows in a pool: those of key `i` begin at `offset + slots[i] * stride`.
 #[derive(Clone, Copy)]
-struct HeadRows<'a, T> {
+struct Pooled<'a, T> {
     numbers: &'a [T],
     width: usize,
     stride: usize,
     offset: usize,
     slots: &'a [usize; CHUNK],
-    next: Option<&'a [usize; CHUNK]>,
+    next: &'a [usize; CHUNK],
+    /// First and last but one of the keys in whose places rows of the next chunk are to be fetched.
+    fetch: (usize, usize),
 }
 
-impl<T> HeadRows<'_, T> {
+/// Rows that were widened, one after another, and where they come from.
+#[derive(Clone, Copy)]
+struct Widened<'a, T> {
+    numbers: &'a [f32],
+    pooled: Pooled<'a, T>,
+}
+
+impl<T: Element> HeadRows for Pooled<'_, T> {
+    type Element = T;
+
+    #[inline(always)]
+    fn width(&self) -> usize {
+        self.width
+    }
+
     #[inline(always)]
     fn row(&self, key: usize) -> &[T] {
         let at = self.offset + self.slots[key] * self.stride;
         &self.numbers[at..at + self.width]
     }
 
-    /// Fetches some of the elements of the row that takes the place of `key` in the next chunk.
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>) {
-        let Some(next) = self.next else { return };
-        let at = self.offset + next[key] * self.stride;
+        if !(self.fetch.0..self.fetch.1).contains(&key) {
+            return;
+        }
+        let at = self.offset + self.next[key] * self.stride;
         let row = self.numbers.as_ptr().wrapping_add(at).cast::<u8>();
         let mut at = columns.start * size_of::<T>();
         while at < columns.end * size_of::<T>() {
@@ -48,18 +76,44 @@ impl<T> HeadRows<'_, T> {
             at += 64;
         }
     }
+
+    #[inline(always)]
+    fn fetching(self, keys: Range<usize>) -> Self {
+        Self { fetch: (keys.start, keys.end), ..self }
+    }
 }
 
-/// The identity: rows that were copied one after another.
-const IN_ORDER: [usize; CHUNK] = {
-    let mut slots = [0; CHUNK];
-    let mut i = 0;
-    while i < CHUNK {
-        slots[i] = i;
-        i += 1;
+impl<T: Element> HeadRows for Widened<'_, T> {
+    type Element = f32;
+
+    #[inline(always)]
+    fn width(&self) -> usize {
+        self.pooled.width
     }
-    slots
-};
+
+    #[inline(always)]
+    fn row(&self, key: usize) -> &[f32] {
+        &self.numbers[key * self.pooled.width..(key + 1) * self.pooled.width]
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>) {
+        self.pooled.prefetch(simd, key, columns);
+    }
+
+    #[inline(always)]
+    fn fetching(self, keys: Range<usize>) -> Self {
+        Self { pooled: self.pooled.fetching(keys), ..self }
+    }
+}
+
+/// Keys whose scores are computed at once.
+const FOUR: usize = 4;
+
+/// The seen keys and their neighbours, to whole fours; the scores of the neighbours are not used.
+fn fours(seen: &Range<usize>) -> Range<usize> {
+    seen.start / FOUR * FOUR..seen.end.next_multiple_of(FOUR)
+}
 
 /// Attends to a chunk, into the scratch's split.
 pub(super) struct AttendChunk<'a, T> {
@@ -86,36 +140,31 @@ impl<T: Element> Work for AttendChunk<'_, T> {
         let (key_padded, value_padded) = (key_width.next_multiple_of(LANES), value_width.next_multiple_of(LANES));
         let stride = attention.kind.kv_heads;
         for (i, head) in tile.kv_heads.clone().enumerate() {
-            let far = |numbers, width| HeadRows {
+            let pooled = |numbers, width| Pooled {
                 numbers,
                 width,
                 stride: stride * width,
                 offset: head * width,
                 slots,
-                next: Some(next),
+                next,
+                fetch: (0, 0),
             };
-            let (key_rows, value_rows) = (far(self.keys, key_width), far(self.values, value_width));
+            let (key_rows, value_rows) = (pooled(self.keys, key_width), pooled(self.values, value_width));
             let queries = &queries[i * rows * key_padded..];
             let mut sums = Sums {
                 max: &mut split.max[i * rows..(i + 1) * rows],
-                sum: &mut split.sum[i * rows..(i + 1) * rows],
+                sum: &mut split.sum[i * rows * LANES..(i + 1) * rows * LANES],
                 values: &mut split.values[i * rows * value_padded..(i + 1) * rows * value_padded],
             };
-            if rows > S::DOT_ROWS {
+            if rows > 2 * FOUR {
                 // Many rows: widened once for all of them.
                 simd.call(Widen { rows: key_rows, seen: chunk.seen.clone(), out: keys });
                 simd.call(Widen { rows: value_rows, seen: chunk.seen.clone(), out: values });
-                let near = |numbers, width| HeadRows {
-                    numbers,
-                    width,
-                    stride: width,
-                    offset: 0,
-                    slots: &IN_ORDER,
-                    next: None,
-                };
-                chunk.score(simd, queries, near(&**keys, key_width), scores);
+                let keys = Widened { numbers: keys, pooled: key_rows };
+                let values = Widened { numbers: values, pooled: value_rows };
+                chunk.score(simd, queries, keys, scores);
                 chunk.weigh(simd, scores, &mut sums);
-                chunk.add_values(simd, scores, near(&**values, value_width), &mut sums);
+                chunk.add_values(simd, scores, values, &mut sums);
             } else {
                 chunk.score(simd, queries, key_rows, scores);
                 chunk.weigh(simd, scores, &mut sums);
@@ -134,7 +183,7 @@ struct Sums<'a> {
 
 /// Copies rows to f32, one after another.
 struct Widen<'a, T> {
-    rows: HeadRows<'a, T>,
+    rows: Pooled<'a, T>,
     seen: Range<usize>,
     out: &'a mut Vec<f32>,
 }
@@ -146,7 +195,7 @@ impl<T: Element> Work for Widen<'_, T> {
     fn run<S: Simd>(self, simd: S) {
         let width = self.rows.width;
         self.out.resize(CHUNK * width, 0.0);
-        for key in self.seen {
+        for key in fours(&self.seen) {
             widen(simd, self.rows.row(key), &mut self.out[key * width..(key + 1) * width]);
         }
     }
@@ -157,23 +206,41 @@ impl Chunk<'_> {
         self.attention.rows_per_head(self.tile)
     }
 
+    /// How many rows are computed together from `row` on.
+    #[inline(always)]
+    fn step<S: Simd>(&self, row: usize) -> usize {
+        match self.rows() - row {
+            // Twice four is faster than six and two.
+            6..=7 | 9.. if S::DOT_ROWS >= 6 => 6,
+            4.. if S::DOT_ROWS >= 4 => 4,
+            2.. if S::DOT_ROWS >= 2 => 2,
+            _ => 1,
+        }
+    }
+
+    /// `step` rows' share of what is to be fetched: a burst of requests would wait for itself.
+    fn share(&self, row: usize, step: usize) -> Range<usize> {
+        row * CHUNK / self.rows()..(row + step) * CHUNK / self.rows()
+    }
+
     /// Dot products of all rows with all seen keys.
     #[inline(always)]
-    fn score<S: Simd, T: Element>(&self, simd: S, queries: &[f32], mut keys: HeadRows<'_, T>, scores: &mut [f32]) {
-        let padded = keys.width.next_multiple_of(LANES);
+    fn score<S: Simd, R: HeadRows>(&self, simd: S, queries: &[f32], keys: R, scores: &mut [f32]) {
+        let padded = keys.width().next_multiple_of(LANES);
         let mut row = 0;
         while row < self.rows() {
             let queries = &queries[row * padded..];
             let scores = &mut scores[row * CHUNK..];
             let seen = self.seen.clone();
-            row += match self.rows() - row {
-                6.. if S::DOT_ROWS >= 6 => simd.call(Scores::<T, 6> { keys, queries, scores, seen }),
-                4.. if S::DOT_ROWS >= 4 => simd.call(Scores::<T, 4> { keys, queries, scores, seen }),
-                2.. if S::DOT_ROWS >= 2 => simd.call(Scores::<T, 2> { keys, queries, scores, seen }),
-                _ => simd.call(Scores::<T, 1> { keys, queries, scores, seen }),
-            };
-            // Once is enough.
-            keys.next = None;
+            let step = self.step::<S>(row);
+            let keys = keys.fetching(self.share(row, step));
+            match step {
+                6 => simd.call(Scores::<R, 6> { keys, queries, scores, seen }),
+                4 => simd.call(Scores::<R, 4> { keys, queries, scores, seen }),
+                2 => simd.call(Scores::<R, 2> { keys, queries, scores, seen }),
+                _ => simd.call(Scores::<R, 1> { keys, queries, scores, seen }),
+            }
+            row += step;
         }
     }
 
@@ -191,62 +258,60 @@ impl Chunk<'_> {
                 scores.fill(0.0);
                 continue;
             }
-            scale_scores(simd, scores, attention.kind);
-            scores[..first].fill(f32::NEG_INFINITY);
-            scores[end..].fill(f32::NEG_INFINITY);
+            if let Some(cap) = attention.kind.soft_cap {
+                cap_scores(simd, scores, cap);
+            }
+            if (first, end) != (0, CHUNK) {
+                scores[..first].fill(f32::NEG_INFINITY);
+                scores[end..].fill(f32::NEG_INFINITY);
+            }
             weigh_row(simd, scores, row, padded, sums);
         }
     }
 
     /// Adds the values of the seen keys, weighted.
     #[inline(always)]
-    fn add_values<S: Simd, T: Element>(
-        &self,
-        simd: S,
-        weights: &[f32],
-        mut values: HeadRows<'_, T>,
-        sums: &mut Sums<'_>,
-    ) {
-        let padded = values.width.next_multiple_of(LANES);
+    fn add_values<S: Simd, R: HeadRows>(&self, simd: S, weights: &[f32], values: R, sums: &mut Sums<'_>) {
+        let padded = values.width().next_multiple_of(LANES);
         let mut row = 0;
         while row < self.rows() {
             let weights = &weights[row * CHUNK..];
             let sums = &mut sums.values[row * padded..];
             let seen = self.seen.clone();
-            row += match self.rows() - row {
-                6.. if S::DOT_ROWS >= 6 => simd.call(AddValues::<T, 6> { weights, values, seen, sums }),
-                4.. if S::DOT_ROWS >= 4 => simd.call(AddValues::<T, 4> { weights, values, seen, sums }),
-                2.. if S::DOT_ROWS >= 2 => simd.call(AddValues::<T, 2> { weights, values, seen, sums }),
-                _ => simd.call(AddValues::<T, 1> { weights, values, seen, sums }),
-            };
-            values.next = None;
+            let step = self.step::<S>(row);
+            let values = values.fetching(self.share(row, step));
+            match step {
+                6 => simd.call(AddValues::<R, 6> { weights, values, seen, sums }),
+                4 => simd.call(AddValues::<R, 4> { weights, values, seen, sums }),
+                2 => simd.call(AddValues::<R, 2> { weights, values, seen, sums }),
+                _ => simd.call(AddValues::<R, 1> { weights, values, seen, sums }),
+            }
+            row += step;
         }
     }
 }
 
 #[inline(always)]
-fn scale_scores<S: Simd>(simd: S, scores: &mut [f32], kind: &AttentionKind) {
+fn cap_scores<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
     assert_eq!(scores.len(), CHUNK);
+    let cap = simd.splat(cap);
     let mut at = 0;
     while at < CHUNK {
         // SAFETY: inside the chunk, which is a multiple of sixteen.
         unsafe {
-            let mut score = simd.mul(simd.load(scores.as_ptr().add(at)), simd.splat(kind.scale));
-            if let Some(cap) = kind.soft_cap {
-                let capped = math::tanh(simd, simd.div(score, simd.splat(cap)));
-                score = simd.mul(capped, simd.splat(cap));
-            }
-            simd.store(scores.as_mut_ptr().add(at), score);
+            let capped = math::tanh(simd, simd.div(simd.load(scores.as_ptr().add(at)), cap));
+            simd.store(scores.as_mut_ptr().add(at), simd.mul(capped, cap));
         }
         at += LANES;
     }
 }
 
-/// A row's scores to weights; sum and values of the row so far follow a larger maximum.
+/// A row's scores to weights; sums and values of the row so far follow a larger maximum.
 #[inline(always)]
 fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, sums: &mut Sums<'_>) {
     assert_eq!(scores.len(), CHUNK);
     let values = &mut sums.values[row * padded..(row + 1) * padded];
+    let sum = &mut sums.sum[row * LANES..(row + 1) * LANES];
     let p = scores.as_mut_ptr();
     let mut largest = simd.splat(f32::NEG_INFINITY);
     let mut at = 0;
@@ -255,81 +320,84 @@ fn weigh_row<S: Simd>(simd: S, scores: &mut [f32], row: usize, padded: usize, su
         largest = simd.max(unsafe { simd.load(p.add(at)) }, largest);
         at += LANES;
     }
-    let max = simd.max_lane(largest);
-    let max = if max > sums.max[row] { max } else { sums.max[row] };
-    let old = exp(simd, sums.max[row] - max);
-    let mut sum = simd.splat(0.0);
+    // Rare but for the first chunks.
+    if simd.any_above(largest, simd.splat(sums.max[row])) {
+        let max = simd.max_lane(largest);
+        let old = simd.splat(exp(simd, sums.max[row] - max));
+        sums.max[row] = max;
+        scale(simd, sum, old);
+        scale(simd, values, old);
+    }
+    let max = simd.splat(sums.max[row]);
+    // SAFETY: a vector of sums.
+    let mut total = unsafe { simd.load(sum.as_ptr()) };
     at = 0;
     while at < CHUNK {
         // SAFETY: as above.
         unsafe {
-            let weight = math::exp(simd, simd.sub(simd.load(p.add(at)), simd.splat(max)));
-            sum = simd.add(sum, weight);
+            let weight = math::exp(simd, simd.sub(simd.load(p.add(at)), max));
+            total = simd.add(total, weight);
             simd.store(p.add(at), weight);
         }
         at += LANES;
     }
-    sums.max[row] = max;
-    sums.sum[row] = sums.sum[row] * old + simd.sum(sum);
-    if old != 1.0 {
-        at = 0;
-        while at < padded {
-            // SAFETY: `padded` is a multiple of sixteen, and so many values are there.
-            unsafe {
-                let scaled = simd.mul(simd.load(values.as_ptr().add(at)), simd.splat(old));
-                simd.store(values.as_mut_ptr().add(at), scaled);
-            }
-            at += LANES;
+    // SAFETY: a vector of sums.
+    unsafe { simd.store(sum.as_mut_ptr(), total) };
+}
+
+/// Multiplies whole vectors.
+#[inline(always)]
+fn scale<S: Simd>(simd: S, numbers: &mut [f32], factor: S::F) {
+    let mut at = 0;
+    while at + LANES <= numbers.len() {
+        // SAFETY: sixteen numbers from `at` on.
+        unsafe {
+            let scaled = simd.mul(simd.load(numbers.as_ptr().add(at)), factor);
+            simd.store(numbers.as_mut_ptr().add(at), scaled);
         }
+        at += LANES;
     }
 }
 
-/// Scores of `M` rows with the seen keys; returns `M`.
-struct Scores<'a, T, const M: usize> {
-    keys: HeadRows<'a, T>,
+/// Scores of `M` rows with the seen keys.
+struct Scores<'a, R, const M: usize> {
+    keys: R,
     queries: &'a [f32],
     scores: &'a mut [f32],
     seen: Range<usize>,
 }
 
-impl<T: Element, const M: usize> Work for Scores<'_, T, M> {
-    type Output = usize;
+impl<R: HeadRows, const M: usize> Work for Scores<'_, R, M> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> usize {
+    fn run<S: Simd>(self, simd: S) {
         let Self { keys, queries, scores, seen } = self;
-        let mut key = seen.start;
-        while key < seen.end {
-            // Of fewer than four the last is repeated.
-            let last = seen.end - 1;
-            let four =
-                [keys.row(key), keys.row(last.min(key + 1)), keys.row(last.min(key + 2)), keys.row(last.min(key + 3))];
-            for ahead in key..(key + 4).min(CHUNK) {
-                keys.prefetch(simd, ahead, 0..keys.width);
+        let keys_in_fours = fours(&seen);
+        let mut key = keys_in_fours.start;
+        while key < keys_in_fours.end {
+            for ahead in key..key + FOUR {
+                keys.prefetch(simd, ahead, 0..keys.width());
             }
-            let found = dot_four::<S, T, M>(simd, four, queries);
-            let len = (seen.end - key).min(4);
-            for m in 0..M {
-                scores[m * CHUNK + key..][..len].copy_from_slice(&found[m][..len]);
-            }
-            key += 4;
+            let four = [keys.row(key), keys.row(key + 1), keys.row(key + 2), keys.row(key + 3)];
+            dot_four::<S, R::Element, M>(simd, four, queries, &mut scores[key..]);
+            key += FOUR;
         }
-        M
     }
 }
 
-/// Dot products of `M` queries with four keys.
+/// Dot products of `M` queries with four keys, into the first four of every `CHUNK` scores.
 #[inline(always)]
-fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; 4], queries: &[f32]) -> [[f32; 4]; M] {
+fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; FOUR], queries: &[f32], scores: &mut [f32]) {
     let width = keys[0].len();
     let padded = width.next_multiple_of(LANES);
     let queries = &queries[..M * padded];
     assert!(keys[1].len() == width && keys[2].len() == width && keys[3].len() == width);
-    let mut sums = [[simd.splat(0.0); 4]; M];
+    let mut sums = [[simd.splat(0.0); FOUR]; M];
     let mut at = 0;
     while at < width {
-        let mut key = [simd.splat(0.0); 4];
-        for n in 0..4 {
+        let mut key = [simd.splat(0.0); FOUR];
+        for n in 0..FOUR {
             key[n] = if at + LANES <= width {
                 // SAFETY: sixteen elements from `at` on.
                 unsafe { T::load(simd, keys[n].as_ptr().add(at)) }
@@ -340,33 +408,32 @@ fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; 4], queri
         for m in 0..M {
             // SAFETY: `M` rows of `padded` numbers.
             let query = unsafe { simd.load(queries.as_ptr().add(m * padded + at)) };
-            for n in 0..4 {
+            for n in 0..FOUR {
                 sums[m][n] = simd.fma(key[n], query, sums[m][n]);
             }
         }
         at += LANES;
     }
-    let mut found = [[0.0; 4]; M];
+    let scores = &mut scores[..(M - 1) * CHUNK + FOUR];
     for m in 0..M {
-        found[m] = simd.sum4(sums[m]);
+        scores[m * CHUNK..m * CHUNK + FOUR].copy_from_slice(&simd.sum4(sums[m]));
     }
-    found
 }
 
-/// Adds weighted values to the sums of `M` rows; returns `M`.
-struct AddValues<'a, T, const M: usize> {
+/// Adds weighted values to the sums of `M` rows.
+struct AddValues<'a, R, const M: usize> {
     weights: &'a [f32],
-    values: HeadRows<'a, T>,
+    values: R,
     seen: Range<usize>,
     sums: &'a mut [f32],
 }
 
-impl<T: Element, const M: usize> Work for AddValues<'_, T, M> {
-    type Output = usize;
+impl<R: HeadRows, const M: usize> Work for AddValues<'_, R, M> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) -> usize {
-        let width = self.values.width;
+    fn run<S: Simd>(mut self, simd: S) {
+        let width = self.values.width();
         let mut at = 0;
         while at < width {
             let left = width - at;
@@ -377,15 +444,14 @@ impl<T: Element, const M: usize> Work for AddValues<'_, T, M> {
                 0 => self.last_columns(simd, at),
             };
         }
-        M
     }
 }
 
-impl<T: Element, const M: usize> AddValues<'_, T, M> {
+impl<R: HeadRows, const M: usize> AddValues<'_, R, M> {
     /// `V` vectors from column `at` on; returns their columns.
     #[inline(always)]
     fn columns<S: Simd, const V: usize>(&mut self, simd: S, at: usize) -> usize {
-        let width = self.values.width;
+        let width = self.values.width();
         let padded = width.next_multiple_of(LANES);
         let sums = &mut self.sums[..M * padded];
         let weights = &self.weights[..(M - 1) * CHUNK + self.seen.end];
@@ -403,7 +469,7 @@ impl<T: Element, const M: usize> AddValues<'_, T, M> {
                 let row = self.values.row(key).as_ptr().add(at);
                 let mut values = [simd.splat(0.0); V];
                 for v in 0..V {
-                    values[v] = T::load(simd, row.add(v * LANES));
+                    values[v] = R::Element::load(simd, row.add(v * LANES));
                 }
                 for m in 0..M {
                     let weight = simd.splat(*weights.get_unchecked(m * CHUNK + key));
@@ -424,7 +490,7 @@ impl<T: Element, const M: usize> AddValues<'_, T, M> {
     /// Fewer than sixteen columns from `at` to the end; returns how many.
     #[inline(always)]
     fn last_columns<S: Simd>(&mut self, simd: S, at: usize) -> usize {
-        let width = self.values.width;
+        let width = self.values.width();
         let padded = width.next_multiple_of(LANES);
         for m in 0..M {
             let sums = &mut self.sums[m * padded + at..][..LANES];
