@@ -118,10 +118,23 @@ impl<'a> Integer<'a> {
                 let codes = &mut scratch.codes[panel * len..(panel + 1) * len];
                 simd.call(Unpack { of: self, panel, span: groups.start * group..groups.end * group, out: codes });
             }
-            let tile = Tile { codes: &scratch.codes[..N * len], scales: &scratch.scales, groups, of: self };
-            tile.all_rows::<S, N>(simd, acc);
+            let mut next = [std::ptr::null(); N];
+            for (panel, next) in next.iter_mut().enumerate() {
+                *next = self.next_codes(panel, groups.start * group);
+            }
+            let tile = Tile { codes: &scratch.codes[..N * len], scales: &scratch.scales, groups, of: self, next };
+            tile.all_rows(simd, acc);
         }
         SCRATCH.set(scratch);
+    }
+
+    /// The codes that take the place of those from column `first` on in the panel that is read next: all sixteen rows'
+    /// share, as one run. They need not exist.
+    fn next_codes(&self, panel: usize, first: usize) -> *const u8 {
+        let row_bytes = self.columns * self.packed().coding.bits() / 8;
+        let WeightRows { packed, first: row, next, .. } = self.panels[panel];
+        let share = PANEL * first * packed.coding.bits() / 8;
+        packed.codes.as_ptr().wrapping_add((row + next) * row_bytes + share)
     }
 
     /// Rows of panel `panel`.
@@ -218,13 +231,12 @@ impl<'a> Integer<'a> {
         let row_bytes = self.columns * BITS / 8;
         let (start, end) = (span.start * BITS / 8, span.end * BITS / 8);
         let codes = &self.panels[panel].packed.codes[rows.start * row_bytes..rows.end * row_bytes];
-        let ahead = self.panels[panel].next * row_bytes;
         let per_block = WORDS * 8 / BITS;
         let mut at = start;
         while at < end {
             let block = (at - start) / BLOCK * per_block;
             let lines = per_block.min(out.len() - block);
-            let words = load_block(simd, codes, row_bytes, at..end, ahead);
+            let words = load_block(simd, codes, row_bytes, at..end);
             spread::<S, BITS, FP4>(simd, &words, &mut out[block..block + lines]);
             at += BLOCK;
         }
@@ -268,16 +280,10 @@ impl<'a> Integer<'a> {
     }
 }
 
-/// The block of sixteen rows of `row_bytes` that begins at `span`, whose end is that of the codes wanted; `ahead` is the
-/// distance of the rows that are read next.
+/// The block of sixteen rows of `row_bytes` that begins at `span`, whose end is that of the codes wanted.
 #[inline(always)]
-fn load_block<S: Simd>(simd: S, codes: &[u8], row_bytes: usize, span: Range<usize>, ahead: usize) -> [S::I; WORDS] {
+fn load_block<S: Simd>(simd: S, codes: &[u8], row_bytes: usize, span: Range<usize>) -> [S::I; WORDS] {
     if codes.len() == PANEL * row_bytes && span.start + BLOCK <= span.end {
-        // As much of the next unit as is read here: the hardware does not foresee sixteen streams.
-        let next = codes.as_ptr().wrapping_add(ahead + span.start / BLOCK * PANEL * BLOCK);
-        for line in 0..PANEL * BLOCK / 64 {
-            simd.prefetch(next.wrapping_add(64 * line));
-        }
         // SAFETY: `codes` has 16 rows, and each has a block of 32 bytes at `span.start`: `span.end` is in the row.
         return unsafe { simd.load_words(codes[span.start..].as_ptr(), row_bytes) };
     }
@@ -309,7 +315,7 @@ impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
         let row_bytes = columns * BITS / 8;
         let rows = of.panel_rows(panel);
         let codes = &of.panels[panel].packed.codes[rows.start * row_bytes..rows.end * row_bytes];
-        let ahead = of.panels[panel].next * row_bytes;
+        let next = of.next_codes(panel, 0);
         let x = &of.x.bytes[of.x_rows.start * columns..][..columns];
         let x_scales = &of.x.scales[of.x_rows.start * groups..][..groups];
         let x_sums = &of.x.sums[of.x_rows.start * groups..][..groups];
@@ -321,7 +327,11 @@ impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
         let (mut even, mut odd) = (simd.splat_i(0), simd.splat_i(0));
         let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
         while at < row_bytes {
-            let words = load_block(simd, codes, row_bytes, at..row_bytes, ahead);
+            // As much of the next panel as is read here: the hardware does not foresee sixteen streams.
+            for line in 0..PANEL * BLOCK / 64 {
+                simd.prefetch(next.wrapping_add(PANEL * at + 64 * line));
+            }
+            let words = load_block(simd, codes, row_bytes, at..row_bytes);
             let count = ((row_bytes - at) / 4).min(WORDS);
             for word in words.iter().take(count) {
                 // SAFETY: a word stands for `32 / BITS` activations, and `count` words are in the row. Lines and groups
@@ -413,7 +423,7 @@ fn spread<S: Simd, const BITS: usize, const FP4: bool>(simd: S, words: &[S::I; W
 }
 
 /// Unpacked panels, to be multiplied with all rows of activations.
-struct Tile<'a> {
+struct Tile<'a, const N: usize> {
     /// `[panel][group of the chunk][four codes]`.
     codes: &'a [Line],
     /// `[panel][group of the row][scale, bias]`.
@@ -421,11 +431,13 @@ struct Tile<'a> {
     /// The groups that are unpacked.
     groups: Range<usize>,
     of: &'a Integer<'a>,
+    /// What to fetch of each panel meanwhile: while codes are unpacked there is no time for it.
+    next: [*const u8; N],
 }
 
-impl Tile<'_> {
+impl<const N: usize> Tile<'_, N> {
     #[inline(always)]
-    fn all_rows<S: Simd, const N: usize>(&self, simd: S, acc: &mut [f32]) {
+    fn all_rows<S: Simd>(&self, simd: S, acc: &mut [f32]) {
         let rows = self.of.x_rows.len();
         let mut row = 0;
         while row < rows {
@@ -443,7 +455,7 @@ impl Tile<'_> {
 
     /// `M` rows of activations from `row` on; returns `M`.
     #[inline(always)]
-    fn rows<S: Simd, const M: usize, const N: usize>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
+    fn rows<S: Simd, const M: usize>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
         let Integer { columns, x, x_rows, .. } = self.of;
         let (columns, packed) = (*columns, self.of.packed());
         let group = packed.group;
@@ -456,6 +468,8 @@ impl Tile<'_> {
         assert!(self.codes.len() >= N * panel_len && self.scales.len() >= N * all_groups * 2);
         assert!(acc.len() >= (row + M - 1) * PAIR * PANEL + N * PANEL && self.groups.end <= all_groups);
         let full_range = packed.coding == Coding::Affine(8);
+        // Bytes that sixteen rows have for a step. The first rows fetch for all.
+        let fetched = if row == 0 { PANEL * 4 * packed.coding.bits() / 8 } else { 0 };
         for (index, group_at) in self.groups.clone().enumerate() {
             let mut sums = [[simd.splat_i(0); N]; M];
             // SAFETY: all offsets are inside the slices whose sizes are asserted above: `M` rows of `columns` bytes,
@@ -466,6 +480,7 @@ impl Tile<'_> {
                 for step in 0..steps {
                     let mut w = [simd.splat_i(0); N];
                     for (n, w) in w.iter_mut().enumerate() {
+                        simd.prefetch(self.next[n].wrapping_add((index * steps + step) * fetched));
                         *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
                     }
                     for m in 0..M {
@@ -498,7 +513,7 @@ impl Tile<'_> {
 
 /// See [`Tile::rows`].
 struct TileRows<'a, const M: usize, const N: usize> {
-    tile: &'a Tile<'a>,
+    tile: &'a Tile<'a, N>,
     row: usize,
     acc: &'a mut [f32],
 }
@@ -508,6 +523,6 @@ impl<const M: usize, const N: usize> Work for TileRows<'_, M, N> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        self.tile.rows::<S, M, N>(simd, self.row, self.acc)
+        self.tile.rows::<S, M>(simd, self.row, self.acc)
     }
 }

@@ -126,7 +126,7 @@ impl MatMul<'_> {
             let out = SharedMut::new(&mut out);
             // A few tasks a thread, so that they end together; for few rows fewer, because what limits them is memory,
             // and each task begins without having prefetched.
-            let per_thread = if self.rows() < 16 { 2 } else { 8 };
+            let per_thread = if self.rows() < 64 { 2 } else { 4 };
             let per_task = (units.len() / (workers.count() * per_thread)).max(1);
             let runs = units.len().div_ceil(per_task);
             workers.run(runs * segments.len(), &|task| {
