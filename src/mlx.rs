@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
+use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
 use mlx_rs::{Array, Dtype, Stream};
@@ -472,6 +473,19 @@ const PAGE: usize = 16 * 1024;
 const HUGE_PAGE: usize = 2 << 20;
 const WORTH_HUGE_PAGES: usize = 8 << 20;
 
+/// Asks for huge pages where they are worth it, before the memory is touched: a tenth more bandwidth where the system
+/// grants them, and far fewer page faults. Refused without harm.
+pub fn prefer_huge_pages<T>(fresh: &[T]) {
+    #[cfg(target_os = "linux")]
+    if size_of_val(fresh) >= WORTH_HUGE_PAGES {
+        let start = fresh.as_ptr().cast::<u8>();
+        let skipped = start.align_offset(PAGE);
+        let len = size_of_val(fresh) - skipped;
+        // SAFETY: on a page boundary and inside the slice; the advice changes no content.
+        unsafe { libc::madvise(start.wrapping_add(skipped).cast_mut().cast(), len, libc::MADV_HUGEPAGE) };
+    }
+}
+
 impl HostBuffer {
     /// `len` zeroed bytes.
     pub fn new(len: usize) -> Result<Self> {
@@ -481,12 +495,8 @@ impl HostBuffer {
         let layout = std::alloc::Layout::from_size_align(size, align).map_err(|_| too_large())?;
         // SAFETY: the layout's size is not zero.
         let pointer = std::ptr::NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or_else(too_large)?;
-        #[cfg(target_os = "linux")]
-        if align == HUGE_PAGE {
-            // A tenth more bandwidth where the system grants it; refused without harm. Before the first touch.
-            // SAFETY: fresh memory of this size, on a page boundary.
-            unsafe { libc::madvise(pointer.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
-        }
+        // SAFETY: fresh memory of this size.
+        prefer_huge_pages(unsafe { std::slice::from_raw_parts(pointer.as_ptr().cast::<MaybeUninit<u8>>(), size) });
         // SAFETY: `size` bytes were allocated.
         unsafe { pointer.as_ptr().write_bytes(0, size) };
         Ok(Self { pointer, layout, len })

@@ -13,7 +13,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::manager::{BlockCopy, GroupKind};
 use crate::error::{Error, Result};
-use crate::kernels::Placement;
+use crate::kernels::{Backend, Placement};
 use crate::mlx;
 
 /// Blocks in front that belong to no sequence.
@@ -47,6 +47,7 @@ struct LayerPool {
 /// The pool arrays of a model.
 #[derive(Debug)]
 pub struct Pages {
+    backend: Backend,
     layout: KvLayout,
     block_tokens: usize,
     /// `None` only while an array is being replaced.
@@ -58,10 +59,11 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Pools without blocks but for the spare one.
-    pub fn new(layout: &KvLayout, block_tokens: usize) -> Result<Self> {
+    /// Pools without blocks but for the spare one. What a block holds that nobody has written is anything with the CPU
+    /// kernels, which do not look at it, and zeros elsewhere: a masked row must be finite there.
+    pub fn new(backend: Backend, layout: &KvLayout, block_tokens: usize) -> Result<Self> {
         let layers = vec![(); layout.layers.len()].into_iter().map(|()| None).collect();
-        let mut pages = Self { layout: layout.clone(), block_tokens, layers, capacity: 0, resize: None };
+        let mut pages = Self { backend, layout: layout.clone(), block_tokens, layers, capacity: 0, resize: None };
         for layer in 0..pages.layers.len() {
             let pool = pages.empty(layer, 0)?;
             mlx_rs::transforms::eval([&pool.keys, &pool.values])?;
@@ -121,10 +123,18 @@ impl Pages {
         };
         let more = !left.is_empty();
         let old = self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
-        let new = self.empty(layer, capacity)?;
-        let kept = (capacity + SPARE).min(old.keys.dim(0) as usize);
-        let copy = |new: Array, old: &Array| mlx::write_rows(new, &mlx::rows(old, 0, kept)?, 0, kept);
-        let new = LayerPool { keys: copy(new.keys, &old.keys)?, values: copy(new.values, &old.values)? };
+        let new = match &self.backend {
+            Backend::Cpu(cpu) => LayerPool {
+                keys: cpu.resize_rows(&old.keys, capacity + SPARE)?,
+                values: cpu.resize_rows(&old.values, capacity + SPARE)?,
+            },
+            Backend::Mlx => {
+                let new = self.empty(layer, capacity)?;
+                let kept = (capacity + SPARE).min(old.keys.dim(0) as usize);
+                let copy = |new: Array, old: &Array| mlx::write_rows(new, &mlx::rows(old, 0, kept)?, 0, kept);
+                LayerPool { keys: copy(new.keys, &old.keys)?, values: copy(new.values, &old.values)? }
+            }
+        };
         drop(old);
         // Waited for: two layers on their way would be two layers of extra memory.
         mlx_rs::transforms::eval([&new.keys, &new.values])?;
@@ -223,15 +233,15 @@ fn zeros(shape: &[usize], dtype: Dtype) -> Result<Array> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Segment;
+    use crate::kernels::{Cpu, Precision, Segment};
     use crate::mlx::{self as seam, Device};
 
     const BLOCK_TOKENS: usize = 8;
 
-    fn pages(layers: usize, width: usize, blocks: usize) -> Result<Pages> {
+    fn pages(backend: Backend, layers: usize, width: usize, blocks: usize) -> Result<Pages> {
         let layout =
             KvLayout { groups: vec![GroupKind::Full], layers: vec![(1, width); layers], dtype: Dtype::Float32 };
-        let mut pages = Pages::new(&layout, BLOCK_TOKENS)?;
+        let mut pages = Pages::new(backend, &layout, BLOCK_TOKENS)?;
         pages.resize(blocks);
         while pages.resize_layer()? {}
         Ok(pages)
@@ -250,7 +260,7 @@ mod tests {
     #[test]
     fn appends_copy_no_pool_unless_an_alias_is_held() {
         on_cpu(|| {
-            let mut pages = pages(3, 64, 100)?;
+            let mut pages = pages(Backend::Mlx, 3, 64, 100)?;
             let rows = Array::full::<f32>(&[1, 1, 64], Array::from_f32(2.0))?;
             let places = |pages: &Pages| -> Vec<*const f32> {
                 pages.arrays().map(|pool| pool.try_as_slice::<f32>().unwrap().as_ptr()).collect()
@@ -275,8 +285,13 @@ mod tests {
 
     #[test]
     fn rows_survive_copies_and_resizing() {
+        rows_survive(Backend::Mlx);
+        rows_survive(Backend::Cpu(Cpu::new(Some(2), Precision::Exact)));
+    }
+
+    fn rows_survive(backend: Backend) {
         on_cpu(|| {
-            let mut pages = pages(2, 4, 3)?;
+            let mut pages = pages(backend, 2, 4, 3)?;
             let rows = |from: usize, count: usize| {
                 let values: Vec<f32> = (from * 4..(from + count) * 4).map(|i| i as f32).collect();
                 Array::from_slice(&values, &[count as i32, 1, 4])

@@ -126,7 +126,7 @@ fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
     let weights = weights.computed_by(options.backend.clone()).interrupted_by(move || failure.get().cloned());
     let context = models::context_length(&config, options.context)?;
     let loaded = models::load(&config, context, weights)?;
-    let pages = Pages::new(loaded.model.kv_layout(), options.block_tokens)?;
+    let pages = Pages::new(options.backend.clone(), loaded.model.kv_layout(), options.block_tokens)?;
     let runner =
         Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, options.backend.clone(), pages);
     Ok((runner, loaded.weight_bytes))

@@ -19,8 +19,8 @@ pub const PANIC_MARK: &str = "in a kernel: ";
 
 /// Reads evaluated inputs and fills outputs. Runs on MLX's threads, at most once per graph node.
 pub trait CpuKernel: Send + Sync {
-    /// Computes the first of `outputs` from `inputs`: every element of it must be written. The others are the arrays
-    /// that the node writes to, which are not among `inputs`.
+    /// Computes the first of `outputs` from `inputs`: an element that is not written may be anything. The others are the
+    /// arrays that the node writes to, which are not among `inputs`.
     fn run(&self, inputs: &[Input<'_>], outputs: Vec<Output<'_>>) -> Result<()>;
 }
 

@@ -1,6 +1,6 @@
 //! The CPU kernels as operations on MLX arrays. Results are lazy, as MLX's own are.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use mlx_rs::{Array, Dtype};
 
@@ -13,7 +13,8 @@ use super::cpu::sample::{Draw, sample};
 use super::cpu::{Isa, threads::Workers};
 use super::node::{CpuKernel, Input, Output, node, writing_node};
 use crate::error::{Error, Result};
-use crate::mlx::{Matrix, QuantMode};
+use crate::mlx::{Matrix, QuantMode, prefer_huge_pages};
+use crate::sync::lock;
 
 /// Who computes a model's layers.
 #[derive(Debug, Clone)]
@@ -169,6 +170,15 @@ impl Cpu {
     pub fn sample(&self, logits: &Array, draws: Vec<Draw>) -> Result<Array> {
         let shape = [logits.dim(0), 1];
         node(DrawTokens { cpu: self.clone(), draws }, &[logits], &shape, Dtype::Uint32)
+    }
+
+    /// A copy of `array` with another number of rows: those behind the ones that there were have any content. Memory
+    /// that is not written to is not occupied, and more than one thread copies.
+    pub fn resize_rows(&self, array: &Array, rows: usize) -> Result<Array> {
+        let mut shape = array.shape().to_vec();
+        let first = shape.first_mut().ok_or_else(|| Error::internal("a single number has no rows"))?;
+        *first = i32::try_from(rows).map_err(|_| Error::internal("an array of more than 2^31 rows"))?;
+        node(ResizeRows { cpu: self.clone() }, &[array], &shape, array.dtype())
     }
 
     /// Normalises and turns a step's heads, writes its keys and values to the pools, in place, and attends:
@@ -340,6 +350,36 @@ impl CpuKernel for DrawTokens {
         sample(self.cpu.isa, &self.cpu.workers, &logits, vocab, &self.draws, tokens);
         Ok(())
     }
+}
+
+struct ResizeRows {
+    cpu: Cpu,
+}
+
+impl CpuKernel for ResizeRows {
+    fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
+        let workers = &self.cpu.workers;
+        match (inputs[0].floats()?, last(&mut outputs)?) {
+            (Floats::F32(from), FloatsMut::F32(to)) => copy(workers, from, to),
+            (Floats::F16(from), FloatsMut::F16(to)) | (Floats::Bf16(from), FloatsMut::Bf16(to)) => {
+                copy(workers, from, to);
+            }
+            _ => return Err(Error::internal("a copy of another type")),
+        }
+        Ok(())
+    }
+}
+
+/// Copies what both have, in pieces that threads share.
+fn copy<T: Copy + Send + Sync>(workers: &Workers, from: &[T], to: &mut [T]) {
+    const PIECE: usize = 1 << 20;
+    prefer_huge_pages(to);
+    let pieces: Vec<_> = to.chunks_mut(PIECE).zip(from.chunks(PIECE)).map(Mutex::new).collect();
+    workers.run(pieces.len(), &|piece| {
+        let (to, from) = &mut *lock(&pieces[piece]);
+        let len = to.len().min(from.len());
+        to[..len].copy_from_slice(&from[..len]);
+    });
 }
 
 struct Attend {

@@ -81,7 +81,7 @@ impl Run {
         let context = models::context_length(&config, context)?;
         let weights = Weights::open(folder, &config, Some(Dtype::Float32))?.computed_by(backend.clone());
         let model = models::load(&config, context, weights)?.model;
-        let mut pages = Pages::new(model.kv_layout(), BLOCK_TOKENS)?;
+        let mut pages = Pages::new(backend.clone(), model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(BLOCKS);
         while pages.resize_layer()? {}
         Ok(Self { model, pages, len: 0 })

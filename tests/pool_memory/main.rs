@@ -3,6 +3,7 @@
 use mlx_rs::Dtype;
 use omlx::cache::{GroupKind, KvLayout, Pages};
 use omlx::error::Result;
+use omlx::kernels::{Backend, Cpu, Precision};
 use omlx::mlx::{self, Device};
 
 const LAYERS: usize = 6;
@@ -18,10 +19,15 @@ fn extra_peak(body: impl FnOnce() -> Result<()>) -> Result<usize> {
 #[test]
 fn resizing_keeps_one_layer_twice() {
     mlx::init().unwrap();
+    resizing_with(&Backend::Mlx);
+    resizing_with(&Backend::Cpu(Cpu::new(Some(2), Precision::Fast)));
+}
+
+fn resizing_with(backend: &Backend) {
     let outcome = mlx::on_device(Device::Cpu, || {
         let layers = vec![(1, 4096); LAYERS];
         let layout = KvLayout { groups: vec![GroupKind::Full], layers, dtype: Dtype::Float32 };
-        let mut pages = Pages::new(&layout, 16)?;
+        let mut pages = Pages::new(backend.clone(), &layout, 16)?;
         let resize = |pages: &mut Pages, blocks: usize| {
             pages.resize(blocks);
             while pages.resize_layer()? {}
