@@ -5,8 +5,12 @@ use std::time::Duration;
 /// Weight of a new measurement.
 const NEW: f64 = 0.2;
 
-/// Prompt tokens of a step at least: a prompt must get on, whatever it costs.
+/// Prompt tokens of a step at least: a prompt must get on, whatever it costs, and to read a long context for fewer takes
+/// nearly as long.
 const LEAST: usize = 8;
+
+/// From twice as many on, prompt tokens of a step are a multiple of this: fewer different shapes, and kernels like them.
+const WHOLE: usize = 8;
 
 /// A slow model's steps may take this many times as long as without prompt tokens, even if that misses the target.
 const SLOWDOWN: f64 = 2.0;
@@ -32,10 +36,10 @@ impl Pace {
     pub fn budget(&self, decodes: bool) -> usize {
         let (true, Some(token)) = (decodes, self.token) else { return self.most };
         let decode = self.decode.unwrap_or(0.0);
-
         let room = self.target.max(SLOWDOWN * decode) - decode;
-        // Multiples of eight: fewer different shapes, and kernels like them.
-        let tokens = ((room / token.max(1e-9)).min(self.most as f64) as usize) / LEAST * LEAST;
+        // Rounded up: what a context costs is paid once, so that one token more is cheaper than the average says.
+        let tokens = (room / token.max(1e-9)).ceil().min(self.most as f64) as usize;
+        let tokens = if tokens < 2 * WHOLE { tokens } else { tokens / WHOLE * WHOLE };
         tokens.clamp(LEAST.min(self.most), self.most)
     }
 
