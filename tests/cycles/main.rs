@@ -3,11 +3,11 @@
 
 #![cfg(target_os = "linux")]
 
+mod held;
 #[path = "../capi/host.rs"]
 mod host;
 
-use std::fs;
-
+use held::held;
 use host::Pool;
 
 /// Cycles without the environment variable.
@@ -17,24 +17,6 @@ const WARM_UP: usize = 5;
 /// What may remain, however many the cycles: the model's weights alone are more in the type they are computed in.
 const TOLERANCE: i64 = 8 << 20;
 const REQUEST: &str = r#"{"messages":[{"role":"user","content":"Tell me a joke."}],"max_tokens":3,"temperature":0}"#;
-
-/// Memory of this process in bytes, and its threads.
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    bytes: i64,
-    threads: usize,
-}
-
-fn held() -> Held {
-    // What was freed but kept by the allocator is no leak.
-    // SAFETY: no precondition.
-    unsafe { libc::malloc_trim(0) };
-    let pages = fs::read_to_string("/proc/self/statm").expect("/proc is mounted");
-    let pages: i64 = pages.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("the resident pages");
-    // SAFETY: no precondition.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    Held { bytes: pages * page, threads: fs::read_dir("/proc/self/task").expect("/proc").count() }
-}
 
 fn cycles(pool: &Pool, count: usize, expected: &str) {
     for _ in 0..count {
