@@ -8,7 +8,7 @@
 //! Options: `--prompt N,..` prompt lengths (default 512), `--steps N` tokens after the first (default 32), `--batch N,..`
 //! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
 //! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`, `--latency N` (a prompt of N tokens beside a running
-//! answer; give a `--batch` of at least 2 with it).
+//! answer; give a `--batch` of at least 2 with it), `--temperature X` (default 0).
 //!
 //! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request decodes,
 //! over that time; their prompts are in the cache by then. Random weights are as fast as real ones; every weight is a buffer of its own.
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use mlx_rs::Dtype;
 use omlx::config::ModelConfig;
-use omlx::engine::{Event, Request, RequestState};
+use omlx::engine::{EngineMetrics, Event, Request, RequestState};
 use omlx::error::{Error, Result};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
@@ -48,6 +48,7 @@ struct Options {
     precision: Precision,
     threads: Option<usize>,
     latency: Option<usize>,
+    temperature: f64,
 }
 
 fn numbers(text: &str) -> Result<Vec<usize>> {
@@ -73,6 +74,7 @@ impl Options {
             precision: Precision::Fast,
             threads: None,
             latency: None,
+            temperature: 0.0,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -106,6 +108,11 @@ impl Options {
                     };
                 }
                 "--latency" => options.latency = Some(number(&value()?)?.max(1)),
+                "--temperature" => {
+                    let text = value()?;
+                    let wrong = || Error::invalid_argument(format!("{text:?} is not a number"));
+                    options.temperature = text.parse().map_err(|_| wrong())?;
+                }
                 "--threads" => options.threads = Some(number(&value()?)?.max(1)),
                 _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
                 _ => options.folder = Some(arg),
@@ -140,10 +147,11 @@ fn random_config(name: &str) -> Result<ModelConfig> {
 }
 
 /// A prompt of `len` tokens that no other `salt` shares a prefix with.
-fn request(len: usize, salt: usize, tokens: usize) -> Result<Request> {
+fn request(len: usize, salt: usize, tokens: usize, temperature: f64) -> Result<Request> {
     let ids: Vec<usize> = (0..len).map(|i| 7 + (i * 31 + salt * 97) % 900).collect();
     let json = json!({
-        "model": "bench", "prompt": ids, "max_tokens": tokens, "ignore_eos": true, "temperature": 0,
+        "model": "bench", "prompt": ids, "max_tokens": tokens, "ignore_eos": true, "temperature": temperature,
+        "seed": salt,
     });
     Request::from_json(json.to_string().as_bytes(), false)
 }
@@ -177,7 +185,7 @@ fn prefill(pool: &EnginePool, len: usize) -> Result<Duration> {
     for salt in 0..if pool.device() == Device::Gpu { 2 } else { 1 } {
         let sent = Instant::now();
         // Nothing of it may be in the cache.
-        let times = arrivals(&*pool.generate(request(len, len + salt, 1)?)?)?;
+        let times = arrivals(&*pool.generate(request(len, len + salt, 1, 0.0)?)?)?;
         time = *times.first().ok_or_else(|| Error::internal("no token came"))? - sent;
     }
     Ok(time)
@@ -187,10 +195,10 @@ fn prefill(pool: &EnginePool, len: usize) -> Result<Duration> {
 /// begin together.
 fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, Duration)> {
     for salt in 0..batch {
-        arrivals(&*pool.generate(request(options.context, salt, 1)?)?)?;
+        arrivals(&*pool.generate(request(options.context, salt, 1, 0.0)?)?)?;
     }
     let states: Vec<Arc<RequestState>> = (0..batch)
-        .map(|salt| pool.generate(request(options.context, salt, options.steps + batch)?))
+        .map(|salt| pool.generate(request(options.context, salt, options.steps + batch, options.temperature)?))
         .collect::<Result<_>>()?;
     let readers: Vec<_> = states.into_iter().map(|state| std::thread::spawn(move || arrivals(&state))).collect();
     let times: Vec<Vec<Instant>> = readers
@@ -212,9 +220,9 @@ fn latency(pool: &EnginePool, len: usize) -> Result<()> {
         gaps
     };
     let quiet_prompt = prefill(pool, len)?;
-    let quiet = gaps(&arrivals(&*pool.generate(request(64, 5000, 100)?)?)?);
+    let quiet = gaps(&arrivals(&*pool.generate(request(64, 5000, 100, 0.0)?)?)?);
     // Long enough to outlast the prompt.
-    let running = pool.generate(request(64, 5001, 20_000)?)?;
+    let running = pool.generate(request(64, 5001, 20_000, 0.0)?)?;
     let reader = {
         let running = Arc::clone(&running);
         std::thread::spawn(move || {
@@ -229,7 +237,7 @@ fn latency(pool: &EnginePool, len: usize) -> Result<()> {
     };
     std::thread::sleep(Duration::from_secs(2));
     let sent = Instant::now();
-    let first = *arrivals(&*pool.generate(request(len, len + 7, 1)?)?)?
+    let first = *arrivals(&*pool.generate(request(len, len + 7, 1, 0.0)?)?)?
         .first()
         .ok_or_else(|| Error::internal("no token came"))?;
     running.cancel();
@@ -243,6 +251,22 @@ fn latency(pool: &EnginePool, len: usize) -> Result<()> {
         "tokens_beside": beside.len(), "prompt_rate": quiet_prompt.as_secs_f64() / (first - sent).as_secs_f64(),
     }));
     Ok(())
+}
+
+fn metrics(pool: &EnginePool) -> EngineMetrics {
+    pool.metrics().into_iter().next().map(|(_, metrics)| metrics).unwrap_or_default()
+}
+
+/// Milliseconds of a step: describing it, encoding it, waiting for it. The first two run while the device computes the
+/// step before.
+fn parts(device: Device, batch: usize, before: &EngineMetrics, after: &EngineMetrics) {
+    let steps = (after.steps - before.steps).max(1) as f64;
+    let of = |part: fn(&EngineMetrics) -> f64| ((part(after) - part(before)) / steps * 1e6).round() / 1e3;
+    line(json!({
+        "engine": "omlx", "device": device.name(), "name": "step", "batch": batch, "ms": of(|m| m.step_seconds),
+        "build_ms": of(|m| m.build_seconds), "encode_ms": of(|m| m.encode_seconds), "wait_ms": of(|m| m.wait_seconds),
+        "host_ms": of(|m| m.host_seconds),
+    }));
 }
 
 fn run() -> Result<()> {
@@ -267,13 +291,19 @@ fn run() -> Result<()> {
         "engine": "omlx", "device": device.name(), "name": "load",
         "seconds": info.load_seconds, "weight_bytes": info.weight_bytes,
     }));
-    arrivals(&*pool.generate(request(16, 99, 2)?)?)?;
+    arrivals(&*pool.generate(request(16, 99, 2, options.temperature)?)?)?;
     for &len in &options.prompts {
         emit(device, &format!("prefill{len}"), 1, len, prefill(&pool, len)?);
     }
     for &batch in &options.batches {
+        if device == Device::Gpu {
+            // Compiles what steps of this size need.
+            decode(&pool, &options, batch)?;
+        }
+        let before = metrics(&pool);
         let (tokens, time) = decode(&pool, &options, batch)?;
         emit(device, "decode", batch, tokens, time);
+        parts(device, batch, &before, &metrics(&pool));
     }
     if let Some(len) = options.latency {
         latency(&pool, len)?;

@@ -207,8 +207,9 @@ typedef struct omlx_pool_options {
     /// Prompt tokens in one forward pass; 0 is 128 on the CPU and 2048 on a GPU. Smaller values hear a cancel sooner.
     uint32_t prefill_chunk;
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
-    /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000)
-    /// that are not set. No other thread may call getenv() or setenv() meanwhile.
+    /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_CUDA_SDPA_CACHE_SIZE` (2048), `MLX_ENABLE_CACHE_THRASHING_CHECK`
+    /// (0), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000) that are not set. No other thread may
+    /// call getenv() or setenv() meanwhile.
     uint32_t keep_environment;
     /// Threads that compute on the CPU, at most 1024, shared by all engines of the process; 0 is the number of physical
     /// cores.

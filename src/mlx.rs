@@ -139,9 +139,15 @@ fn cuda_available() -> bool {
 }
 
 /// What MLX's CUDA backend reads from the environment, and better values than its defaults for many small steps:
-/// the graph cache fails when it overflows, and larger buffers halve the host's share of a small step.
-const CUDA_ENVIRONMENT: [(&str, &str); 3] =
-    [("MLX_CUDA_GRAPH_CACHE_SIZE", "4096"), ("MLX_MAX_OPS_PER_BUFFER", "100"), ("MLX_MAX_MB_PER_BUFFER", "100000")];
+/// its caches of graphs and attention plans count all misses of the process and fail after twice their size (shapes in
+/// buckets keep them few, but a server runs for months), and larger buffers halve the host's share of a small step.
+const CUDA_ENVIRONMENT: [(&str, &str); 5] = [
+    ("MLX_CUDA_GRAPH_CACHE_SIZE", "4096"),
+    ("MLX_CUDA_SDPA_CACHE_SIZE", "2048"),
+    ("MLX_ENABLE_CACHE_THRASHING_CHECK", "0"),
+    ("MLX_MAX_OPS_PER_BUFFER", "100"),
+    ("MLX_MAX_MB_PER_BUFFER", "100000"),
+];
 
 /// Sets the variables of [`CUDA_ENVIRONMENT`] that are not set, once per process and on CUDA only.
 pub fn set_environment() {
@@ -240,7 +246,7 @@ impl RawStream {
     }
 }
 
-fn checked(code: i32) -> Result<()> {
+pub(crate) fn checked(code: i32) -> Result<()> {
     if code == 0 {
         return Ok(());
     }
@@ -352,9 +358,16 @@ impl QuantizedMatrix {
 
     /// The rows `ids [n]` unpacked to `dtype`: `[n, in]`.
     pub fn rows(&self, ids: &Array, dtype: Dtype) -> Result<Array> {
-        let weight = self.weight.take_axis(ids, 0)?;
-        let scales = self.scales.take_axis(ids, 0)?;
         let biases = self.biases.as_ref().map(|b| b.take_axis(ids, 0)).transpose()?;
+        self.unpack(&self.weight.take_axis(ids, 0)?, &self.scales.take_axis(ids, 0)?, biases.as_ref(), dtype)
+    }
+
+    /// The whole matrix unpacked to `dtype`: `[out, in]`.
+    pub fn unpacked(&self, dtype: Dtype) -> Result<Array> {
+        self.unpack(&self.weight, &self.scales, self.biases.as_ref(), dtype)
+    }
+
+    fn unpack(&self, weight: &Array, scales: &Array, biases: Option<&Array>, dtype: Dtype) -> Result<Array> {
         let dtype = mlx_sys::mlx_optional_dtype { value: dtype.into(), has_value: true };
         // SAFETY: every handle is alive for the call; MLX copies what it keeps.
         array_from(|out, stream| unsafe {
@@ -362,7 +375,7 @@ impl QuantizedMatrix {
                 out,
                 weight.as_ptr(),
                 scales.as_ptr(),
-                biases.as_ref().map_or_else(no_array, Array::as_ptr),
+                biases.map_or_else(no_array, Array::as_ptr),
                 some_int(self.format.group_size),
                 some_int(self.format.bits),
                 self.format.mode.c_name().as_ptr(),
@@ -440,13 +453,39 @@ pub fn scatter(target: Array, indices: &[&Array], updates: &Array) -> Result<Arr
 
 /// The first `count` keys of `[sequences, heads, keys, width]`; a view, nothing is copied.
 pub fn keys(source: &Array, count: usize) -> Result<Array> {
-    let (from, steps) = ([0; 4], [1; 4]);
-    let mut to = [0; 4];
-    to.copy_from_slice(source.shape());
-    to[2] = count as i32;
-    // SAFETY: four entries for four axes, which outlive the call.
+    slice_axis(source, 2, 0, count)
+}
+
+/// Indices `[n]` on the device. Of up to 8 bytes MLX's CUDA backend keeps in the host's memory, where every threadgroup
+/// would read them through the bus: those are views of longer arrays.
+pub fn indices(values: &[i32]) -> Result<Array> {
+    const LEAST: usize = 4;
+    if values.len() >= LEAST || values.is_empty() {
+        return Ok(Array::from_slice(values, &[values.len() as i32]));
+    }
+    let mut padded = [0; LEAST];
+    padded[..values.len()].copy_from_slice(values);
+    rows(&Array::from_slice(&padded, &[LEAST as i32]), 0, values.len())
+}
+
+/// Heads `from..to` of `[T, heads, width]`; a view, nothing is copied.
+pub fn heads(source: &Array, from: usize, to: usize) -> Result<Array> {
+    slice_axis(source, 1, from, to)
+}
+
+/// Columns `from..to` of `[T, columns]`; a view, nothing is copied.
+pub fn columns(source: &Array, from: usize, to: usize) -> Result<Array> {
+    slice_axis(source, 1, from, to)
+}
+
+fn slice_axis(source: &Array, axis: usize, start: usize, stop: usize) -> Result<Array> {
+    let (mut from, mut to) = (vec![0; source.ndim()], source.shape().to_vec());
+    let steps = vec![1; source.ndim()];
+    (from[axis], to[axis]) = (start as i32, stop as i32);
+    // SAFETY: one entry for each axis, which outlive the call.
     array_from(|out, stream| unsafe {
-        mlx_sys::mlx_slice(out, source.as_ptr(), from.as_ptr(), 4, to.as_ptr(), 4, steps.as_ptr(), 4, stream)
+        let n = from.len();
+        mlx_sys::mlx_slice(out, source.as_ptr(), from.as_ptr(), n, to.as_ptr(), n, steps.as_ptr(), n, stream)
     })
 }
 

@@ -46,6 +46,7 @@ const PURE: &[&str] = &[
     "engine/request.rs",
     "engine/scheduler.rs",
     "engine/sequence.rs",
+    "engine/shape.rs",
     "kernels/cpu",
     "sampling/params.rs",
 ];

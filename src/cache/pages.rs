@@ -4,7 +4,7 @@
 //! no sequence: rows that nobody reads go there, and tables point to it where their rows do not matter. Blocks of the
 //! allocator begin behind it.
 //!
-//! The CPU kernels write to the arrays themselves ([`Pages::layer`]); with MLX's operations [`Pages::append`] makes a new
+//! The kernels write to the arrays themselves ([`Pages::layer`], [`Pages::pool`]); with MLX's operations [`Pages::append`] makes a new
 //! array in the place of the old one, in place as long as nothing outside this type keeps a handle across a step.
 
 use std::collections::VecDeque;
@@ -13,6 +13,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::manager::{BlockCopy, GroupKind};
 use crate::error::{Error, Result};
+use crate::kernels::gpu::{Order, Pool};
 use crate::kernels::{Backend, Placement};
 use crate::mlx;
 
@@ -42,6 +43,8 @@ impl KvLayout {
 struct LayerPool {
     keys: Array,
     values: Array,
+    /// Of the GPU kernels that use the two, since the first one has.
+    order: Option<Order>,
 }
 
 /// The pool arrays of a model.
@@ -123,19 +126,22 @@ impl Pages {
         };
         let more = !left.is_empty();
         let old = self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
-        let new = match &self.backend {
-            Backend::Cpu(cpu) => LayerPool {
-                keys: cpu.resize_rows(&old.keys, capacity + SPARE)?,
-                values: cpu.resize_rows(&old.values, capacity + SPARE)?,
-            },
-            Backend::Mlx => {
+        // MLX does not see what the kernels write.
+        old.order.iter().try_for_each(Order::wait)?;
+        let (keys, values) = match &self.backend {
+            Backend::Cpu(cpu) => {
+                let resized = |old: &Array| cpu.resize_rows(old, capacity + SPARE);
+                (resized(&old.keys)?, resized(&old.values)?)
+            }
+            Backend::Mlx | Backend::Gpu(_) => {
                 let new = self.empty(layer, capacity)?;
                 let kept = (capacity + SPARE).min(old.keys.dim(0) as usize);
                 let copy = |new: Array, old: &Array| mlx::write_rows(new, &mlx::rows(old, 0, kept)?, 0, kept);
-                LayerPool { keys: copy(new.keys, &old.keys)?, values: copy(new.values, &old.values)? }
+                (copy(new.keys, &old.keys)?, copy(new.values, &old.values)?)
             }
         };
-        drop(old);
+        let new = LayerPool { keys, values, order: old.order };
+        drop((old.keys, old.values));
         // Waited for: two layers on their way would be two layers of extra memory.
         mlx_rs::transforms::eval([&new.keys, &new.values])?;
         self.layers[layer] = Some(new);
@@ -152,13 +158,25 @@ impl Pages {
         Ok((&pool.keys, &pool.values))
     }
 
+    /// Keys and values of `layer` for the GPU kernels, which write to them in place.
+    pub fn pool(&mut self, layer: usize) -> Result<Pool<'_>> {
+        let dtype = self.layout.dtype;
+        let pool = self.layers[layer].as_mut().ok_or_else(|| Error::internal("a layer without a pool"))?;
+        let order = match &mut pool.order {
+            Some(order) => order,
+            none => none.insert(Order::new(dtype)?),
+        };
+        Ok(Pool { keys: &pool.keys, values: &pool.values, order })
+    }
+
     /// Copies whole blocks of `layer` and then writes rows `[T, heads, width]` to it, all in the places that `writes`
     /// names.
     pub fn append(&mut self, layer: usize, writes: &Writes, keys: &Array, values: &Array) -> Result<(&Array, &Array)> {
         // Taken out, so that each operation holds the only handle and MLX writes in place.
-        let LayerPool { keys: old_keys, values: old_values } =
+        let LayerPool { keys: old_keys, values: old_values, order } =
             self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
-        let pool = LayerPool { keys: writes.apply(old_keys, keys)?, values: writes.apply(old_values, values)? };
+        let (keys, values) = (writes.apply(old_keys, keys)?, writes.apply(old_values, values)?);
+        let pool = LayerPool { keys, values, order };
         let pool = self.layers[layer].insert(pool);
         Ok((&pool.keys, &pool.values))
     }
@@ -172,7 +190,7 @@ impl Pages {
         let (heads, width) = self.layout.layers[layer];
         let shape = [capacity + SPARE, self.block_tokens, heads, width];
         let make = || zeros(&shape, self.layout.dtype);
-        Ok(LayerPool { keys: make()?, values: make()? })
+        Ok(LayerPool { keys: make()?, values: make()?, order: None })
     }
 }
 
@@ -249,7 +267,7 @@ mod tests {
 
     fn writes(copies: Vec<(u32, u32)>, slots: Vec<u32>) -> Writes {
         let segments = vec![Segment { rows: 0..slots.len(), start: 0, table: 0 }];
-        Writes::new(&Placement { copies, tables: Vec::new(), slots, segments }, BLOCK_TOKENS)
+        Writes::new(&Placement { copies, slots, segments, ..Placement::default() }, BLOCK_TOKENS)
     }
 
     fn on_cpu(body: impl FnOnce() -> Result<()>) {

@@ -20,6 +20,12 @@ pub struct EngineMetrics {
     pub step_seconds: f64,
     /// Seconds in which the host planned steps, and turned tokens into text and events.
     pub host_seconds: f64,
+    /// Seconds in which the host described steps to MLX.
+    pub build_seconds: f64,
+    /// Seconds in which MLX's host side encoded them for the device.
+    pub encode_seconds: f64,
+    /// Seconds in which the host waited for the device.
+    pub wait_seconds: f64,
     /// Prompt tokens computed.
     pub prompt_tokens: u64,
     /// Prompt tokens found in the cache.

@@ -15,6 +15,7 @@ mod request;
 mod runner;
 mod scheduler;
 mod sequence;
+mod shape;
 mod threads;
 mod worker;
 
@@ -25,6 +26,9 @@ pub use events::{Delta, Done, Event, EventSink, FinishReason, RequestState, Toke
 pub use intake::{EngineText, LazyText};
 pub use metrics::EngineMetrics;
 pub use request::{ChatInput, Input, Priority, Request};
+pub use runner::Packed;
+pub use scheduler::{Run, StepInput, StepPlan};
+pub use shape::Shape;
 pub use worker::CacheCommand;
 
 use queue::Queue;

@@ -2,18 +2,21 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mlx_rs::Array;
 use mlx_rs::ops::concatenate;
 
 use super::scheduler::{Run, StepInput, StepPlan};
 use super::sequence::{SampledToken, SequenceId};
+use super::shape::Shape;
 use crate::cache::{Pages, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::{self, Backend, Placement, Segment};
+use crate::mlx;
 use crate::models::Model;
-use crate::nn::{Gathers, Step};
+use crate::nn::Step;
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
 
 /// A loaded model, its pools and the device state of its sequences.
@@ -35,6 +38,10 @@ pub struct Launched {
     pub decoding: usize,
     /// See `decoding`.
     pub prompt_tokens: usize,
+    /// How long the host described the step, and how long MLX encoded it.
+    pub build: Duration,
+    /// See `build`.
+    pub encode: Duration,
     result: StepResult,
     /// Whose tokens are sampled, and how many likeliest ones they asked for.
     sampled: Vec<(SequenceId, usize)>,
@@ -70,77 +77,72 @@ impl Runner {
 
     /// Builds the step's graph and starts its evaluation; returns without waiting for it.
     pub fn launch(&mut self, plan: &StepPlan) -> Result<Launched> {
-        let tokens = self.tokens(&plan.runs)?;
-        let positions: Vec<i32> =
-            plan.runs.iter().flat_map(|run| run.start as i32..(run.start + run.tokens()) as i32).collect();
-        let positions = Array::from_slice(&positions, &[positions.len() as i32]);
-        let mut placement = placement(plan, self.pages.block_tokens());
+        let started = Instant::now();
+        let mut packed = Packed::new(plan, self.pages.block_tokens(), self.backend.gpu().is_some());
         if fault::happens("runner.table", &self.id) {
-            placement.tables.reverse();
+            packed.placement.tables.reverse();
         }
-        let placement = Arc::new(placement);
-        let mut gathers = Gathers::new(&placement, self.pages.block_tokens());
-        let mut step = Step {
-            tokens: &tokens,
-            positions: &positions,
-            pages: &mut self.pages,
-            placement: &placement,
-            gathers: &mut gathers,
-            written: None,
-            trace: None,
-        };
+        let tokens = self.tokens(&plan.runs, &packed.shape)?;
+        let positions = packed.positions()?;
+        let Packed { shape, placement } = packed;
+        let mut step = Step::new(&tokens, &positions, &mut self.pages, Arc::new(placement));
         let hidden = self.model.hidden(&mut step)?;
-        let written = step.written.take();
+        let (written, unread) = (step.written.take(), std::mem::take(&mut step.unread));
         let (decoding, prompt_tokens) = (plan.runs.len() - plan.prompt_runs, plan.prompt_tokens);
-        let wanted = sampling_rows(&plan.runs);
+        let wanted = sampling_rows(&plan.runs, &shape);
         if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
             let marker = written.unwrap_or(hidden);
-            mlx_rs::transforms::async_eval([&marker])?;
+            let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&unread))?;
             let result = StepResult::Chunks(marker);
-            return Ok(Launched { decoding, prompt_tokens, result, sampled: Vec::new() });
+            return Ok(Launched { decoding, prompt_tokens, build, encode, result, sampled: Vec::new() });
         }
         let rows: Vec<i32> = wanted.iter().map(|&(_, row)| row).collect();
         let all = rows.len() == tokens.dim(0) as usize;
-        let rows = (!all).then(|| Array::from_slice(&rows, &[rows.len() as i32]));
+        let rows = if all { None } else { Some(mlx::indices(&rows)?) };
         let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
         let ids: Vec<SequenceId> = wanted.into_iter().map(|(id, _)| id).collect();
         let (drawn, sampled) = self.sample(&logits, &ids)?;
         let logprobs = drawn.logprobs.iter();
         let logprobs = logprobs.flat_map(|l| std::iter::once(&l.drawn).chain(l.top.iter().flat_map(|(i, v)| [i, v])));
-        mlx_rs::transforms::async_eval(std::iter::once(&drawn.tokens).chain(logprobs))?;
+        let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&unread);
+        let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
-        Ok(Launched { decoding, prompt_tokens, result: StepResult::Tokens(drawn), sampled })
+        Ok(Launched { decoding, prompt_tokens, build, encode, result: StepResult::Tokens(drawn), sampled })
     }
 
-    /// Token ids of all rows: known ones from the host, the others from the step before.
-    fn tokens(&self, runs: &[Run]) -> Result<Array> {
-        let mut known: Vec<u32> = Vec::new();
+    /// Token ids of all rows: known ones from the host, the others from the step before; of spare ones any.
+    fn tokens(&self, runs: &[Run], shape: &Shape) -> Result<Array> {
         let unread = self.newest.as_ref().map_or(&[][..], |(_, ids)| ids);
-        let mut places: Vec<i32> = Vec::new();
-        for run in runs {
+        // Known ids row by row; and where each row's id is among those of the step before and then the known ones.
+        let mut known = vec![0; shape.rows];
+        let mut places: Vec<i32> = (unread.len() as i32..(unread.len() + shape.rows) as i32).collect();
+        let mut all_known = true;
+        for (run, &first) in runs.iter().zip(&shape.first) {
             match &run.input {
-                StepInput::Known(ids) => {
-                    let first = unread.len() + known.len();
-                    places.extend(first as i32..(first + ids.len()) as i32);
-                    known.extend(ids);
-                }
+                StepInput::Known(ids) => known[first..first + ids.len()].copy_from_slice(ids),
                 StepInput::Unread => {
                     let place = unread.iter().position(|&id| id == run.sequence);
-                    places.push(place.ok_or_else(|| Error::internal("no unread token"))? as i32);
+                    places[first] = place.ok_or_else(|| Error::internal("no unread token"))? as i32;
+                    all_known = false;
                 }
             }
         }
-        let host = Array::from_slice(&known, &[known.len() as i32]);
+        let host = |known: &[u32]| Array::from_slice(known, &[known.len() as i32]);
         match &self.newest {
-            Some((newest, _)) if known.len() < places.len() => {
+            Some((newest, _)) if !all_known => {
                 if places.iter().copied().eq(0..newest.dim(0)) {
                     return Ok(newest.clone());
                 }
-                let all = if known.is_empty() { newest.clone() } else { concatenate(&[newest, &host], 0)? };
-                Ok(all.take_axis(Array::from_slice(&places, &[places.len() as i32]), 0)?)
+                // Decoding only: spare rows take anybody's.
+                if runs.iter().all(|run| run.input == StepInput::Unread) {
+                    shape.spare.iter().cloned().flatten().for_each(|row| places[row] = 0);
+                    return Ok(newest.take_axis(mlx::indices(&places)?, 0)?);
+                }
+                let all = concatenate(&[newest, &host(&known)], 0)?;
+                Ok(all.take_axis(mlx::indices(&places)?, 0)?)
             }
-            _ => Ok(host),
+            _ => Ok(host(&known)),
         }
     }
 
@@ -159,34 +161,61 @@ impl Runner {
     }
 }
 
-/// Sequence and row of the step for everyone that samples.
-fn sampling_rows(runs: &[Run]) -> Vec<(SequenceId, i32)> {
-    let mut end = 0;
-    let mut rows = Vec::new();
-    for run in runs {
-        end += run.tokens() as i32;
-        if run.samples {
-            rows.push((run.sequence, end - 1));
-        }
-    }
-    rows
+/// Starts the evaluation of a step described since `started`: how long that took, and this.
+fn evaluate<'a>(started: Instant, arrays: impl Iterator<Item = &'a Array>) -> Result<(Duration, Duration)> {
+    let build = started.elapsed();
+    mlx_rs::transforms::async_eval(arrays)?;
+    Ok((build, started.elapsed() - build))
 }
 
-/// Where a step's rows belong in the arrays.
-fn placement(plan: &StepPlan, block_tokens: usize) -> Placement {
-    let (mut tables, mut slots, mut segments) = (Vec::new(), Vec::new(), Vec::new());
-    let mut row = 0;
-    for run in &plan.runs {
-        let table = tables.len();
-        tables.extend(run.tables[0].iter().map(|block| block.map_or(0, place)));
-        let end = run.start + run.tokens();
-        let slot =
-            |position| tables[table + position / block_tokens] * block_tokens as u32 + (position % block_tokens) as u32;
-        slots.extend((run.start..end).map(slot));
-        segments.push(Segment { rows: row..row + run.tokens(), start: run.start, table });
-        row += run.tokens();
+/// Sequence and row of the step for everyone that samples.
+fn sampling_rows(runs: &[Run], shape: &Shape) -> Vec<(SequenceId, i32)> {
+    let samples = runs.iter().zip(&shape.first).filter(|(run, _)| run.samples);
+    samples.map(|(run, first)| (run.sequence, (first + run.tokens() - 1) as i32)).collect()
+}
+
+/// A plan's rows, and where they belong in the arrays.
+pub struct Packed {
+    /// Which rows each run has.
+    pub shape: Shape,
+    /// Where they belong.
+    pub placement: Placement,
+}
+
+impl Packed {
+    /// The rows of `plan` on blocks of `block_tokens`; in buckets for a GPU.
+    pub fn new(plan: &StepPlan, block_tokens: usize, in_buckets: bool) -> Self {
+        let shape = if in_buckets {
+            Shape::in_buckets(&plan.runs.iter().map(|run| (run.start, run.tokens())).collect::<Vec<_>>())
+        } else {
+            Shape::exact(plan.runs.iter().map(Run::tokens))
+        };
+        // Rows that belong to nobody go to the spare block.
+        let mut slots: Vec<u32> = (0..shape.rows).map(|row| (row % block_tokens) as u32).collect();
+        let (mut tables, mut segments) = (Vec::new(), Vec::new());
+        for (run, &row) in plan.runs.iter().zip(&shape.first) {
+            let table = tables.len();
+            tables.extend(run.tables[0].iter().map(|block| block.map_or(0, place)));
+            for (at, slot) in slots[row..row + run.tokens()].iter_mut().enumerate() {
+                let position = run.start + at;
+                *slot =
+                    tables[table + position / block_tokens] * block_tokens as u32 + (position % block_tokens) as u32;
+            }
+            segments.push(Segment { rows: row..row + run.tokens(), start: run.start, table });
+        }
+        segments.sort_by_key(|segment: &Segment| segment.rows.start);
+        let (copies, spare, singles) = (copy_places(&plan.copies), shape.spare.clone(), shape.singles);
+        Self { placement: Placement { copies, tables, slots, segments, spare, singles }, shape }
     }
-    Placement { copies: copy_places(&plan.copies), tables, slots, segments }
+
+    /// Place of every row in its sequence, `[T]` i32; of spare ones 0.
+    pub fn positions(&self) -> Result<Array> {
+        let mut positions = vec![0; self.shape.rows];
+        for Segment { rows, start, .. } in &self.placement.segments {
+            positions[rows.clone()].iter_mut().enumerate().for_each(|(at, to)| *to = (start + at) as i32);
+        }
+        mlx::indices(&positions)
+    }
 }
 
 impl Launched {

@@ -277,13 +277,18 @@ impl Worker<'_> {
         }
         fault::point("worker.step", &self.id);
         match self.runner.launch(&plan) {
-            Ok(launched) => Ok(Some(launched)),
+            Ok(launched) => {
+                self.metrics.build_seconds += launched.build.as_secs_f64();
+                self.metrics.encode_seconds += launched.encode.as_secs_f64();
+                Ok(Some(launched))
+            }
             Err(error) => self.fail(error).map(|()| None),
         }
     }
 
     fn commit(&mut self, step: Launched, launched: Instant) -> Result<()> {
         let (decodes, prompt_tokens) = (step.decoding > 0, step.prompt_tokens);
+        let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
             Err(error) => return self.fail(error),
@@ -294,6 +299,7 @@ impl Worker<'_> {
         self.committed = now;
         self.scheduler.observe(seconds, decodes, prompt_tokens);
         self.metrics.steps += 1;
+        self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;
         for (id, sampled) in tokens {
             if let Some(ended) = self.scheduler.commit(id, sampled, now) {

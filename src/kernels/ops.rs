@@ -1,5 +1,6 @@
 //! The CPU kernels as operations on MLX arrays. Results are lazy, as MLX's own are.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use mlx_rs::{Array, Dtype};
@@ -11,6 +12,7 @@ use super::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use super::cpu::matrix::{Coding, Matrix as Packing, Packed, Scales, Storage};
 use super::cpu::sample::{Draw, sample};
 use super::cpu::{Isa, threads::Workers};
+use super::gpu::Gpu;
 use super::node::{CpuKernel, Input, Output, node, writing_node};
 use crate::error::{Error, Result};
 use crate::mlx::{Matrix, QuantMode, prefer_huge_pages};
@@ -21,6 +23,8 @@ use crate::sync::lock;
 pub enum Backend {
     /// MLX's own operations, in the model's number format.
     Mlx,
+    /// The same on a GPU, with kernels of ours where a check at load finds that they work.
+    Gpu(Gpu),
     /// The CPU kernels: weights as they are stored, activations in f32.
     Cpu(Cpu),
 }
@@ -32,6 +36,14 @@ impl Backend {
         match self {
             Backend::Cpu(cpu) if !foreign => Some(cpu),
             _ => None,
+        }
+    }
+
+    /// The GPU's part.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Backend::Gpu(gpu) => Some(gpu),
+            Backend::Mlx | Backend::Cpu(_) => None,
         }
     }
 }
@@ -98,7 +110,7 @@ pub struct Heads<'a> {
 }
 
 /// Where the rows of a step belong.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Placement {
     /// Blocks whose rows are copied before anything is written: from and to.
     pub copies: Vec<(u32, u32)>,
@@ -108,6 +120,10 @@ pub struct Placement {
     pub slots: Vec<u32>,
     /// Runs of rows of one sequence, in the rows' order.
     pub segments: Vec<Segment>,
+    /// Rows that belong to nobody, in order; the CPU kernels know none.
+    pub spare: Vec<Range<usize>>,
+    /// Rows at the front, spare ones included, that GPU kernels attend to one by one.
+    pub singles: usize,
 }
 
 impl Placement {

@@ -4,9 +4,12 @@ use std::sync::Arc;
 
 use mlx_rs::Array;
 
-use super::{Linear, RmsNorm, Rope, Step};
+use super::linear::Joined;
+use super::{Linear, RmsNorm, Rope, Step, check_paged};
 use crate::error::Result;
+use crate::kernels::gpu::{PagedAttention, PagedSpec};
 use crate::kernels::{AttentionKind, Backend, Cpu, Heads};
+use crate::mlx;
 use crate::weights::Weights;
 
 /// What an architecture declares about its attention.
@@ -32,15 +35,18 @@ pub struct AttentionSpec {
 #[derive(Debug)]
 pub struct Attention {
     spec: AttentionSpec,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Queries, keys and values.
+    input: Joined,
     output: Linear,
-    query_norm: Option<RmsNorm>,
-    key_norm: Option<RmsNorm>,
+    /// Of queries and keys.
+    norms: Option<[RmsNorm; 2]>,
+    /// Weights of both for all heads of [`Joined`], with ones for values: `[heads + 2 kv_heads, head_dim]`.
+    norm_weights: Option<Array>,
     rope: Rope,
     layer: usize,
     backend: Backend,
+    /// The GPU's kernels, if they work for this layer.
+    paged: Option<PagedAttention>,
 }
 
 impl Attention {
@@ -55,55 +61,77 @@ impl Attention {
     ) -> Result<Self> {
         let queries = spec.heads * spec.head_dim;
         let keys = spec.kv_heads * spec.head_dim;
-        let norm = |name: &str, weights: &mut Weights| {
-            spec.qk_norm_eps
-                .map(|eps| RmsNorm::load(weights, &format!("{path}.{name}"), spec.head_dim, eps))
-                .transpose()
+        let norms = match spec.qk_norm_eps {
+            Some(eps) => {
+                let mut norm = |name| RmsNorm::load(weights, &format!("{path}.{name}"), spec.head_dim, eps);
+                Some([norm("q_norm")?, norm("k_norm")?])
+            }
+            None => None,
         };
-        Ok(Self {
-            query_norm: norm("q_norm", weights)?,
-            key_norm: norm("k_norm", weights)?,
-            query: Linear::load(weights, &format!("{path}.q_proj"), hidden, queries, spec.qkv_bias)?,
-            key: Linear::load(weights, &format!("{path}.k_proj"), hidden, keys, spec.qkv_bias)?,
-            value: Linear::load(weights, &format!("{path}.v_proj"), hidden, keys, spec.qkv_bias)?,
-            output: Linear::load(weights, &format!("{path}.o_proj"), queries, hidden, spec.output_bias)?,
-            spec: spec.clone(),
-            rope,
-            layer,
-            backend: weights.backend().clone(),
-        })
+        let mut project = |name, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, spec.qkv_bias);
+        let input = Joined::new(vec![project("q_proj", queries)?, project("k_proj", keys)?, project("v_proj", keys)?])?;
+        let output = Linear::load(weights, &format!("{path}.o_proj"), queries, hidden, spec.output_bias)?;
+        let backend = weights.backend().clone();
+        let paged = backend.gpu().and_then(|gpu| {
+            check_paged(&PagedSpec {
+                heads: spec.heads,
+                kv_heads: spec.kv_heads,
+                head_dim: spec.head_dim,
+                block_tokens: gpu.block_tokens,
+                scale: scale(spec),
+                window: spec.window,
+                dtype: weights.float_type(),
+            })
+        });
+        let norm_weights = match &norms {
+            Some(norms) if !matches!(backend, Backend::Cpu(_)) => Some(norm_weights(spec, norms)?),
+            _ => None,
+        };
+        Ok(Self { spec: spec.clone(), input, output, norms, norm_weights, rope, layer, backend, paged })
     }
 
     /// `x + attention(norm(x))`, all `[T, hidden]`; appends the step's keys and values to the cache.
     pub fn forward_onto(&self, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let attended = match &self.backend {
-            Backend::Mlx => self.attend(&norm.forward(x)?, step)?,
+            Backend::Mlx | Backend::Gpu(_) => self.attend(x, norm, step)?,
             Backend::Cpu(cpu) => self.attend_in_blocks(cpu, x, norm, step)?,
         };
         self.output.forward_onto(&attended, x)
     }
 
-    fn scale(&self) -> f32 {
-        (self.spec.head_dim as f32).powf(-0.5)
-    }
-
-    /// With MLX's operations: `[T, hidden]` to `[T, heads * head_dim]`.
-    fn attend(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
+    /// With MLX's operations: `[T, hidden]`, before the norm, to `[T, heads * head_dim]`.
+    fn attend(&self, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
         let tokens = x.dim(0);
-        let project = |layer: &Linear, heads: usize| -> Result<Array> {
-            Ok(layer.forward(x)?.reshape(&[tokens, heads as i32, head_dim as i32])?)
+        let all = (heads + 2 * kv_heads) as i32;
+        let joined = self.input.forward(x, norm)?.reshape(&[tokens, all, head_dim as i32])?;
+        // Values are normalised and turned too, in vain: a few operations on one run of memory cost less than many on parts.
+        let normed = match (&self.norms, &self.norm_weights) {
+            (Some([norm, _]), Some(weights)) => {
+                let normed = mlx_rs::fast::rms_norm(&joined, None, norm.parts().1)?.multiply(weights)?;
+                normed.as_dtype(joined.dtype())?
+            }
+            _ => joined.clone(),
         };
-        let (queries, keys) = (project(&self.query, heads)?, project(&self.key, kv_heads)?);
-        let values = project(&self.value, kv_heads)?;
-        let norm = |y: Array, norm: &Option<RmsNorm>| match norm {
-            Some(norm) => norm.forward(&y),
-            None => Ok(y),
+        let turned = self.rope.forward(&normed, step.positions)?;
+        let queries = mlx::heads(&turned, 0, heads)?;
+        let keys = mlx::heads(&turned, heads, heads + kv_heads)?;
+        let values = mlx::heads(&joined, heads + kv_heads, heads + 2 * kv_heads)?;
+        let attended = match &self.paged {
+            Some(kernels) => {
+                let dtype = kernels.spec().dtype;
+                let (queries, keys) = (queries.as_dtype(dtype)?, keys.as_dtype(dtype)?);
+                let values = values.as_dtype(dtype)?;
+                let mut pool = step.pages.pool(self.layer)?;
+                let (attended, unread) = step.paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
+                step.unread.extend(unread);
+                attended
+            }
+            None => {
+                let pools = step.pages.append(self.layer, step.gathers.writes(), &keys, &values)?;
+                step.gathers.attend(&queries, pools, scale(&self.spec), self.spec.window)?
+            }
         };
-        let queries = self.rope.forward(&norm(queries, &self.query_norm)?, step.positions)?;
-        let keys = self.rope.forward(&norm(keys, &self.key_norm)?, step.positions)?;
-        let pools = step.pages.append(self.layer, step.gathers.writes(), &keys, &values)?;
-        let attended = step.gathers.attend(&queries, pools, self.scale(), self.spec.window)?;
         step.written = Some(attended.clone());
         Ok(attended.reshape(&[tokens, (heads * head_dim) as i32])?)
     }
@@ -111,19 +139,34 @@ impl Attention {
     /// With the CPU kernels, over blocks: `[T, hidden]`, before the norm, to `[T, heads * head_dim]`.
     fn attend_in_blocks(&self, cpu: &Cpu, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, window, .. } = self.spec;
-        let joined = Linear::forward_joined(&[&self.query, &self.key, &self.value], x, norm)?;
+        let joined = self.input.forward(x, norm)?;
         let (key_pool, value_pool) = step.pages.layer(self.layer)?;
-        let kind = AttentionKind { kv_heads, heads, scale: self.scale(), window, soft_cap: None };
+        let kind = AttentionKind { kv_heads, heads, scale: scale(&self.spec), window, soft_cap: None };
         let heads = Heads {
             joined: &joined,
-            query_norm: self.query_norm.as_ref().map(RmsNorm::parts),
-            key_norm: self.key_norm.as_ref().map(RmsNorm::parts),
+            query_norm: self.norms.as_ref().map(|[query, _]| query.parts()),
+            key_norm: self.norms.as_ref().map(|[_, key]| key.parts()),
             rotation: self.rope.rotation(),
             key_pool,
             value_pool,
         };
-        let attended = cpu.attention(heads, &kind, Arc::clone(step.placement))?;
+        let attended = cpu.attention(heads, &kind, Arc::clone(&step.placement))?;
         step.written = Some(attended.clone());
         Ok(attended)
     }
+}
+
+/// Factor on the products of queries and keys.
+fn scale(spec: &AttentionSpec) -> f32 {
+    (spec.head_dim as f32).powf(-0.5)
+}
+
+/// The weights of queries' and keys' norms for every head, and ones for values; evaluated.
+fn norm_weights(spec: &AttentionSpec, [query, key]: &[RmsNorm; 2]) -> Result<Array> {
+    let width = spec.head_dim as i32;
+    let of = |norm: &RmsNorm, heads: usize| mlx_rs::ops::broadcast_to(norm.parts().0, &[heads as i32, width]);
+    let ones = mlx_rs::ops::ones_dtype(&[spec.kv_heads as i32, width], query.parts().0.dtype())?;
+    let all = mlx_rs::ops::concatenate(&[of(query, spec.heads)?, of(key, spec.kv_heads)?, ones], 0)?;
+    all.eval()?;
+    Ok(all)
 }

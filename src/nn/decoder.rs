@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mlx_rs::Array;
 
-use super::{Attention, AttentionSpec, Embedding, Gathers, Linear, RmsNorm, RopeSpec, SwiGlu};
+use super::{Attention, AttentionSpec, Embedding, Gathers, Linear, PagedIndex, RmsNorm, RopeSpec, SwiGlu};
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::Result;
 use crate::kernels::Placement;
@@ -19,13 +19,26 @@ pub struct Step<'a> {
     /// Keys and values so far; the step adds its own.
     pub pages: &'a mut Pages,
     /// Where the rows belong.
-    pub placement: &'a Arc<Placement>,
+    pub placement: Arc<Placement>,
     /// The same for MLX's operations.
-    pub gathers: &'a mut Gathers,
-    /// Computed after the newest writes to the pools.
+    pub gathers: Gathers,
+    /// The same for GPU kernels.
+    pub paged: PagedIndex,
+    /// Computed after the newest writes to the pools that attention has read.
     pub written: Option<Array>,
+    /// To be evaluated with the step: the writes that nothing in it reads.
+    pub unread: Vec<Array>,
     /// Receives each layer's output `[T, hidden]` when set (parity tests).
     pub trace: Option<&'a mut Vec<Array>>,
+}
+
+impl<'a> Step<'a> {
+    /// A step of `tokens [T]` at `positions [T]`.
+    pub fn new(tokens: &'a Array, positions: &'a Array, pages: &'a mut Pages, placement: Arc<Placement>) -> Self {
+        let gathers = Gathers::new(&placement, pages.block_tokens());
+        let paged = PagedIndex::new(&placement, pages.block_tokens());
+        Self { tokens, positions, pages, placement, gathers, paged, written: None, unread: Vec::new(), trace: None }
+    }
 }
 
 /// A dense decoder as its architecture declares it.

@@ -25,8 +25,9 @@ pub struct Gathers {
 /// Rows that are attended to by one call.
 #[derive(Debug)]
 struct Part {
-    /// Rows of the step.
+    /// Rows of the step, and how many spare ones follow them.
     rows: std::ops::Range<usize>,
+    spare: usize,
     /// `[sequences, blocks]` i32.
     tables: Array,
     /// Tokens up to the last of each sequence.
@@ -53,8 +54,14 @@ impl Gathers {
         window: Option<usize>,
     ) -> Result<Array> {
         let parts = self.parts.take().unwrap_or_else(|| self.parts());
-        let attended = parts.iter().map(|part| part.attend(queries, keys, values, scale, window));
-        let attended = attended.collect::<Result<Vec<_>>>()?;
+        let mut attended = Vec::with_capacity(parts.len());
+        for part in &parts {
+            let rows = part.attend(queries, keys, values, scale, window)?;
+            let mut shape = rows.shape().to_vec();
+            shape[0] = part.spare as i32;
+            let spare = (part.spare > 0).then(|| mlx_rs::ops::zeros_dtype(&shape, rows.dtype())).transpose()?;
+            attended.extend(std::iter::once(rows).chain(spare));
+        }
         self.parts = Some(parts);
         match attended.len() {
             0 => Err(Error::internal("a step without rows")),
@@ -83,8 +90,11 @@ impl Gathers {
                         .collect::<Vec<_>>()
                 };
                 let ids: Vec<i32> = segments.iter().zip(&lengths).flat_map(row).collect();
+                let rows = segments[0].rows.start..segments[segments.len() - 1].rows.end;
+                let spare = self.placement.spare.iter().find(|spare| spare.start == rows.end);
                 Part {
-                    rows: segments[0].rows.start..segments[segments.len() - 1].rows.end,
+                    rows,
+                    spare: spare.map_or(0, |spare| spare.len()),
                     tables: Array::from_slice(&ids, &[segments.len() as i32, width as i32]),
                     lengths,
                 }

@@ -5,7 +5,7 @@ use mlx_rs::Array;
 use super::RmsNorm;
 use crate::error::Result;
 use crate::kernels::{Backend, Cpu, Join, Operand};
-use crate::mlx::Matrix;
+use crate::mlx::{self, Matrix, QuantizedMatrix};
 use crate::weights::Weights;
 
 /// `y = x W^T + b` over the last axis.
@@ -47,28 +47,108 @@ impl Linear {
             None => Ok(residual.add(self.forward(x)?)?),
         }
     }
+}
 
-    /// The outputs of layers for `norm(x)`, side by side: `[T, sum of outputs]`.
-    pub fn forward_joined(layers: &[&Linear], x: &Array, norm: &RmsNorm) -> Result<Array> {
-        if let Some(cpu) = Self::kernels(layers) {
-            let operands: Vec<_> = layers.iter().map(|layer| layer.operand()).collect();
-            return cpu.linear(x, Some(norm.parts()), &operands, Join::Concat);
-        }
-        let x = &norm.forward(x)?;
-        let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>>>()?;
-        Ok(mlx_rs::ops::concatenate(&outputs, -1)?)
+/// Layers that read the same input, their outputs side by side.
+#[derive(Debug)]
+pub struct Joined {
+    /// With MLX's operations one layer, if all have the same format: a product has a price of its own, however narrow.
+    layers: Vec<Linear>,
+}
+
+impl Joined {
+    /// Joins `layers`, of which there must be one.
+    pub fn new(layers: Vec<Linear>) -> Result<Self> {
+        let merged = match Linear::kernels(&layers.iter().collect::<Vec<_>>()) {
+            Some(_) => None,
+            None => merge(&layers)?,
+        };
+        Ok(Self { layers: merged.map_or(layers, |one| vec![one]) })
     }
 
-    /// `silu(gate(y)) * up(y)` of `y = norm(x)`.
-    pub fn forward_gated(gate: &Linear, up: &Linear, x: &Array, norm: &RmsNorm) -> Result<Array> {
-        if let Some(cpu) = Self::kernels(&[gate, up]) {
-            return cpu.linear(x, Some(norm.parts()), &[gate.operand(), up.operand()], Join::SwiGlu);
+    fn operands(&self) -> Vec<Operand<'_>> {
+        self.layers.iter().map(Linear::operand).collect()
+    }
+
+    fn kernels(&self) -> Option<&Cpu> {
+        Linear::kernels(&self.layers.iter().collect::<Vec<_>>())
+    }
+
+    /// `norm(x [T, input])` to `[T, sum of outputs]`.
+    pub fn forward(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
+        if let Some(cpu) = self.kernels() {
+            return cpu.linear(x, Some(norm.parts()), &self.operands(), Join::Concat);
         }
         let x = &norm.forward(x)?;
-        let gate = gate.forward(x)?;
+        match &self.layers[..] {
+            [one] => one.forward(x),
+            layers => {
+                let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>>>()?;
+                Ok(mlx_rs::ops::concatenate(&outputs, -1)?)
+            }
+        }
+    }
+
+    /// Of two layers of the same width, `silu(gate(y)) * up(y)` of `y = norm(x)`.
+    pub fn forward_gated(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
+        if let Some(cpu) = self.kernels() {
+            return cpu.linear(x, Some(norm.parts()), &self.operands(), Join::SwiGlu);
+        }
+        let both = self.forward(x, norm)?;
+        if let Some(gated) = self.layers[0].backend.gpu().map(|gpu| gpu.swiglu(&both)).transpose()?.flatten() {
+            return Ok(gated);
+        }
+        let width = both.dim(1) as usize / 2;
+        let (gate, up) = (mlx::columns(&both, 0, width)?, mlx::columns(&both, width, 2 * width)?);
         // Composed by hand: the activations of mlx-rs use MLX's compile, which starts a compiler on the CPU.
-        Ok(gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(up.forward(x)?)?)
+        Ok(gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(up)?)
     }
+}
+
+/// One layer with the outputs of all, if they have one format; evaluated, so that the parts can go.
+fn merge(layers: &[Linear]) -> Result<Option<Linear>> {
+    let join = |parts: Vec<&Array>| -> Result<Array> { Ok(mlx_rs::ops::concatenate(&parts, 0)?) };
+    let all = |part: fn(&Linear) -> Option<&Array>| -> Result<Option<Array>> {
+        layers.iter().map(part).collect::<Option<Vec<_>>>().map(join).transpose()
+    };
+    let dense = all(|layer| match &layer.matrix {
+        Matrix::Dense(weight) => Some(weight),
+        Matrix::Quantized(_) => None,
+    })?;
+    let packed: Option<Vec<&QuantizedMatrix>> = layers
+        .iter()
+        .map(|layer| match &layer.matrix {
+            Matrix::Quantized(matrix) => Some(matrix),
+            Matrix::Dense(_) => None,
+        })
+        .collect();
+    let matrix = match (dense, packed) {
+        (Some(weight), _) => Matrix::Dense(weight),
+        (None, Some(parts)) => {
+            let first = parts[0];
+            if parts.iter().any(|part| part.format != first.format || part.biases.is_some() != first.biases.is_some()) {
+                return Ok(None);
+            }
+            let biases: Option<Vec<&Array>> = parts.iter().map(|part| part.biases.as_ref()).collect();
+            Matrix::Quantized(QuantizedMatrix {
+                weight: join(parts.iter().map(|part| &part.weight).collect())?,
+                scales: join(parts.iter().map(|part| &part.scales).collect())?,
+                biases: biases.map(join).transpose()?,
+                format: first.format,
+            })
+        }
+        (None, None) => return Ok(None),
+    };
+    let bias = all(|layer| layer.bias.as_ref())?;
+    if bias.is_none() && layers.iter().any(|layer| layer.bias.is_some()) {
+        return Ok(None);
+    }
+    let arrays = match &matrix {
+        Matrix::Dense(weight) => vec![weight],
+        Matrix::Quantized(matrix) => [&matrix.weight, &matrix.scales].into_iter().chain(&matrix.biases).collect(),
+    };
+    mlx_rs::transforms::eval(arrays.into_iter().chain(&bias))?;
+    Ok(Some(Linear { matrix, bias, backend: layers[0].backend.clone() }))
 }
 
 /// `x [T, columns] -> [T, rows]` on `backend`.
@@ -78,7 +158,10 @@ pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Res
     }
     let y = match operand.matrix {
         Matrix::Dense(weight) => x.matmul(weight.transpose()?)?,
-        Matrix::Quantized(weight) => weight.matmul(x)?,
+        Matrix::Quantized(weight) => match backend.gpu() {
+            Some(gpu) if x.dim(0) as usize >= gpu.unpack_from => x.matmul(weight.unpacked(x.dtype())?.transpose()?)?,
+            _ => weight.matmul(x)?,
+        },
     };
     Ok(match operand.bias {
         Some(bias) => y.add(bias)?,

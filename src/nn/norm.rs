@@ -24,7 +24,7 @@ impl RmsNorm {
     /// `x [.., size]`, same shape out.
     pub fn forward(&self, x: &Array) -> Result<Array> {
         match &self.backend {
-            Backend::Mlx => Ok(mlx_rs::fast::rms_norm(x, Some(&self.weight), self.eps)?),
+            Backend::Mlx | Backend::Gpu(_) => Ok(mlx_rs::fast::rms_norm(x, Some(&self.weight), self.eps)?),
             Backend::Cpu(cpu) => cpu.rms_norm(x, &self.weight, self.eps),
         }
     }

@@ -14,8 +14,18 @@ pub fn json(models: &[(String, EngineMetrics)]) -> String {
 /// The text format of Prometheus, version 0.0.4: one family for each metric, with the model as a label. Names end with
 /// `_total` where a number only ever grows.
 pub fn prometheus(models: &[(String, EngineMetrics)]) -> String {
-    const GROWING: [&str; 7] =
-        ["steps", "step_seconds", "host_seconds", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions"];
+    const GROWING: [&str; 10] = [
+        "steps",
+        "step_seconds",
+        "host_seconds",
+        "build_seconds",
+        "encode_seconds",
+        "wait_seconds",
+        "prompt_tokens",
+        "cached_tokens",
+        "completion_tokens",
+        "preemptions",
+    ];
     let Ok(Value::Object(names)) = serde_json::to_value(EngineMetrics::default()) else { return String::new() };
     let mut text = String::new();
     for name in names.keys() {

@@ -17,7 +17,7 @@ use crate::engine::{
     CacheCommand, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState,
 };
 use crate::error::{Error, Result, Status};
-use crate::kernels::{Backend, Cpu, Precision};
+use crate::kernels::{Backend, Cpu, Gpu, Precision};
 use crate::mlx::{self, Device};
 use crate::sync::lock;
 
@@ -141,16 +141,17 @@ impl EnginePool {
             Some(folder) => Catalogue::scan(folder)?,
             None => Catalogue::default(),
         };
+        let block_tokens = options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS);
         Ok(Self {
             device,
             dtype: options.dtype,
             backend: match device {
                 Device::Cpu => Backend::Cpu(Cpu::new(options.threads, options.precision)),
-                Device::Gpu => Backend::Mlx,
+                Device::Gpu => Backend::Gpu(Gpu::new(block_tokens)),
             },
             context: options.context,
             prefill_chunk: options.prefill_chunk.unwrap_or_else(|| default_prefill_chunk(device)),
-            block_tokens: options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS),
+            block_tokens,
             cache_bytes: options.cache_bytes.unwrap_or_else(|| mlx::physical_memory() / 8),
             max_sequences: options.max_sequences.unwrap_or(DEFAULT_SEQUENCES),
             queue_length: options.queue_length.unwrap_or(DEFAULT_QUEUE),

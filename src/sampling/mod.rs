@@ -107,10 +107,9 @@ impl Sampler {
         Draw { temperature, top_k, top_p, min_p, seed, drawn: self.drawn }
     }
 
-    /// Standard Gumbel noise `[1, vocab]` for the next draw.
-    fn noise(&self) -> Result<Array> {
-        let key = mlx_rs::random::key(mix(self.params.seed, self.drawn))?;
-        Ok(mlx_rs::random::gumbel::<f32>(&[1, self.vocab as i32], &key)?)
+    /// Whence the noise of the next draw comes.
+    fn noise_key(&self) -> u64 {
+        mix(self.params.seed, self.drawn)
     }
 
     /// Takes note of the token `[1, 1]` that was drawn.
@@ -145,7 +144,7 @@ pub fn sample(backend: &Backend, logits: &Array, rows: &mut [&mut Sampler]) -> R
     let adjusted = adjust_rows(&raw, rows)?;
     let tokens = match backend {
         Backend::Cpu(cpu) => cpu.sample(&adjusted, rows.iter().map(|row| row.next_draw()).collect())?,
-        Backend::Mlx => composed(&adjusted, rows)?,
+        Backend::Mlx | Backend::Gpu(_) => composed(backend, &adjusted, rows)?,
     };
     let logprobs = report(&raw, &tokens, rows)?;
     for (index, row) in rows.iter_mut().enumerate() {
@@ -155,7 +154,7 @@ pub fn sample(backend: &Backend, logits: &Array, rows: &mut [&mut Sampler]) -> R
 }
 
 /// The tokens `[rows, 1]`, by MLX's operations.
-fn composed(adjusted: &Array, rows: &[&mut Sampler]) -> Result<Array> {
+fn composed(backend: &Backend, adjusted: &Array, rows: &[&mut Sampler]) -> Result<Array> {
     let greedy = argmax_axis(adjusted, -1, true)?;
     Ok(if rows.iter().all(|row| row.params.is_greedy()) {
         greedy
@@ -163,7 +162,7 @@ fn composed(adjusted: &Array, rows: &[&mut Sampler]) -> Result<Array> {
         let column = |value: fn(&SamplingParams) -> f32| column(rows, value);
         let temperature = column(|p| if p.is_greedy() { 1.0 } else { p.temperature });
         let tempered = adjusted.divide(temperature)?;
-        let drawn = draw(&tempered, rows)?;
+        let drawn = draw(&tempered, noise(backend, rows)?, rows)?;
         select(&column(|p| f32::from(!p.is_greedy())).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
     })
 }
@@ -186,10 +185,19 @@ fn adjust_rows(raw: &Array, rows: &[&mut Sampler]) -> Result<Array> {
     Ok(concatenate(&adjusted, 0)?)
 }
 
+/// Standard Gumbel noise for the next draw of each row, `[rows, vocab]`.
+fn noise(backend: &Backend, rows: &[&mut Sampler]) -> Result<Array> {
+    let vocab = rows.first().map_or(0, |row| row.vocab);
+    let keys: Vec<u64> = rows.iter().map(|row| row.noise_key()).collect();
+    if let Some(noise) = backend.gpu().map(|gpu| gpu.gumbel(&keys, vocab)).transpose()?.flatten() {
+        return Ok(noise);
+    }
+    let row = |&key: &u64| mlx_rs::random::gumbel::<f32>(&[1, vocab as i32], &mlx_rs::random::key(key)?);
+    Ok(concatenate(&keys.iter().map(row).collect::<std::result::Result<Vec<_>, _>>()?, 0)?)
+}
+
 /// Gumbel-max over what the filters keep: `[rows, 1]`.
-fn draw(tempered: &Array, rows: &[&mut Sampler]) -> Result<Array> {
-    let noise = rows.iter().map(|row| row.noise()).collect::<Result<Vec<_>>>()?;
-    let noise = concatenate(&noise, 0)?;
+fn draw(tempered: &Array, noise: Array, rows: &[&mut Sampler]) -> Result<Array> {
     let best = tempered.max_axis(-1, true)?;
     // ln(0) is minus infinity: a row without min-p keeps everything.
     let least = best.add(column(rows, |p| p.min_p.ln()))?;

@@ -14,7 +14,7 @@ use omlx::error::Result;
 use omlx::kernels::{Backend, Cpu, Placement, Precision, Segment};
 use omlx::mlx::{self, Device};
 use omlx::models::{self, Model};
-use omlx::nn::{Gathers, Step};
+use omlx::nn::Step;
 use omlx::weights::Weights;
 use safetensors::SafeTensors;
 
@@ -98,17 +98,9 @@ impl Run {
         let slot = |at: usize| tables[at / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (at % BLOCK_TOKENS) as u32;
         let slots = (start..end).map(slot).collect();
         let segments = vec![Segment { rows: 0..tokens.len(), start, table: 0 }];
-        let placement = Arc::new(Placement { copies: Vec::new(), tables, slots, segments });
-        let mut gathers = Gathers::new(&placement, BLOCK_TOKENS);
-        let mut step = Step {
-            tokens: &ids,
-            positions: &positions,
-            pages: &mut self.pages,
-            placement: &placement,
-            gathers: &mut gathers,
-            written: None,
-            trace,
-        };
+        let placement = Arc::new(Placement { tables, slots, segments, ..Placement::default() });
+        let mut step = Step::new(&ids, &positions, &mut self.pages, placement);
+        step.trace = trace;
         let hidden = self.model.hidden(&mut step).unwrap();
         self.len = end;
         host(&self.model.logits(&hidden, None).unwrap())

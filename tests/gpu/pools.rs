@@ -1,0 +1,50 @@
+//! Steps write to the pools in place, with two of them on their way.
+
+use omlx::engine::StepPlan;
+use omlx::error::{Error, Result};
+use serde_json::json;
+
+use crate::steps::{BLOCK_TOKENS, Loaded, Source, run, small};
+
+/// Blocks of the pools: 64 MiB of keys in each layer.
+const BLOCKS: usize = 4096;
+
+pub fn written_in_place() -> Result<()> {
+    let config = small("qwen3", 128, json!({}))?;
+    let extra = |kernels: bool| -> Result<f64> {
+        let mut loaded = Loaded::new(&Source::Random(&config), BLOCKS, kernels)?;
+        let pool = loaded.pages.bytes() as f64 / 8.0;
+        let table: Vec<u32> = (0..40).collect();
+        // Sizes that the steps allocate anyway.
+        let mut waiting = Vec::new();
+        let mut before = 0;
+        for step in 0..24 {
+            let tokens: Vec<u32> = (0..if step % 6 == 0 { 100 } else { 1 }).collect();
+            let plan = StepPlan { runs: vec![run(0, step * 40, &tokens, &table)], ..StepPlan::default() };
+            let (hidden, _, unread) = loaded.step(&plan)?;
+            mlx_rs::transforms::async_eval(std::iter::once(&hidden).chain(&unread))?;
+            waiting.push(hidden);
+            if waiting.len() > 2 {
+                waiting.remove(0).eval()?;
+            }
+            if step == 12 {
+                before = mlx_rs::memory::active_memory()?;
+                mlx_rs::memory::reset_peak_memory()?;
+            }
+        }
+        waiting.iter().try_for_each(|hidden| hidden.eval())?;
+        Ok(mlx_rs::memory::peak_memory()?.saturating_sub(before) as f64 / pool)
+    };
+    assert_eq!(BLOCK_TOKENS, 32);
+    let own = extra(true)?;
+    let composed = extra(false)?;
+    println!("  extra memory at the peak: {own:.2} pools with the kernels, {composed:.2} with MLX's operations");
+    if own > 0.5 {
+        return Err(Error::internal(format!("{own} pools were copied")));
+    }
+    // Negative control: MLX's scatters copy a pool whenever two steps are on their way.
+    if composed < 0.5 {
+        return Err(Error::internal("copies of pools would not be seen"));
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! Models and steps for the other checks.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mlx_rs::{Array, Dtype};
+use omlx::cache::Pages;
+use omlx::config::ModelConfig;
+use omlx::engine::{Packed, Run, StepInput, StepPlan};
+use omlx::error::{Error, Result};
+use omlx::kernels::{Backend, Gpu};
+use omlx::models::{self, Model};
+use omlx::nn::Step;
+use omlx::weights::Weights;
+use serde_json::{Value, json};
+
+pub const BLOCK_TOKENS: usize = 32;
+
+/// Numbers from a seed (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        (1..items.len()).rev().for_each(|i| items.swap(i, self.below(i + 1)));
+    }
+}
+
+/// A small model of random weights: 4 layers, `head_dim` wide heads.
+pub fn small(model_type: &str, head_dim: usize, change: Value) -> Result<ModelConfig> {
+    let mut config = json!({
+        "model_type": model_type, "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1024,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": head_dim, "vocab_size": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40_960, "tie_word_embeddings": true,
+    });
+    if let (Some(config), Value::Object(change)) = (config.as_object_mut(), change) {
+        config.extend(change);
+    }
+    ModelConfig::from_value(config)
+}
+
+/// Where a model comes from.
+pub enum Source<'a> {
+    Folder(&'a Path),
+    Random(&'a ModelConfig),
+}
+
+/// A model with its pools.
+pub struct Loaded {
+    pub model: Box<dyn Model>,
+    pub pages: Pages,
+    pub vocab: usize,
+    in_buckets: bool,
+}
+
+impl Loaded {
+    /// In bf16, with `blocks` blocks; by our kernels or by MLX's operations only.
+    pub fn new(source: &Source<'_>, blocks: usize, kernels: bool) -> Result<Self> {
+        let dtype = Some(Dtype::Bfloat16);
+        let (config, weights) = match source {
+            Source::Folder(folder) => {
+                let config = ModelConfig::load(folder)?;
+                let weights = Weights::open(folder, &config, dtype)?;
+                (config, weights)
+            }
+            Source::Random(config) => ((*config).clone(), Weights::random(config, dtype)),
+        };
+        let backend = if kernels { Backend::Gpu(Gpu::new(BLOCK_TOKENS)) } else { Backend::Mlx };
+        let context = models::context_length(&config, None)?;
+        let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
+        let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
+        pages.resize(blocks);
+        while pages.resize_layer()? {}
+        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: kernels })
+    }
+
+    /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be
+    /// evaluated.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<(Array, Vec<usize>, Vec<Array>)> {
+        let packed = Packed::new(plan, BLOCK_TOKENS, self.in_buckets);
+        let mut ids = vec![0u32; packed.shape.rows];
+        for (run, &first) in plan.runs.iter().zip(&packed.shape.first) {
+            let StepInput::Known(tokens) = &run.input else { return Err(Error::internal("an unread token")) };
+            ids[first..first + tokens.len()].copy_from_slice(tokens);
+        }
+        let (ids, positions) = (Array::from_slice(&ids, &[ids.len() as i32]), packed.positions()?);
+        let Packed { shape, placement } = packed;
+        let mut step = Step::new(&ids, &positions, &mut self.pages, Arc::new(placement));
+        let hidden = self.model.hidden(&mut step)?;
+        Ok((hidden, shape.first, step.unread))
+    }
+}
+
+/// A run of `tokens` from `start` on, in these blocks.
+pub fn run(sequence: u64, start: usize, tokens: &[u32], blocks: &[u32]) -> Run {
+    Run {
+        sequence,
+        input: StepInput::Known(tokens.to_vec()),
+        start,
+        samples: true,
+        tables: vec![blocks.iter().map(|&block| Some(block)).collect()],
+    }
+}
+
+pub fn host(array: &Array) -> Result<Vec<f32>> {
+    let array = array.as_dtype(Dtype::Float32)?.contiguous()?;
+    Ok(array.try_as_slice::<f32>().map_err(|error| Error::internal(error.to_string()))?.to_vec())
+}
