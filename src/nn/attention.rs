@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use mlx_rs::Array;
 
+use super::heads::Heads;
 use super::linear::Joined;
 use super::{Linear, RmsNorm, Rope, Step, check_paged};
 use crate::error::Result;
 use crate::kernels::gpu::{PagedAttention, PagedSpec};
-use crate::kernels::{AttentionKind, Backend, Cpu, Heads};
-use crate::mlx;
+use crate::kernels::{self, AttentionKind, Backend, Cpu};
 use crate::weights::Weights;
 
 /// What an architecture declares about its attention.
@@ -40,8 +40,8 @@ pub struct Attention {
     output: Linear,
     /// Of queries and keys.
     norms: Option<[RmsNorm; 2]>,
-    /// Weights of both for all heads of [`Joined`], with ones for values: `[heads + 2 kv_heads, head_dim]`.
-    norm_weights: Option<Array>,
+    /// The three parts of what `input` gives.
+    heads: Heads,
     rope: Rope,
     layer: usize,
     backend: Backend,
@@ -83,11 +83,8 @@ impl Attention {
                 dtype: weights.float_type(),
             })
         });
-        let norm_weights = match &norms {
-            Some(norms) if !matches!(backend, Backend::Cpu(_)) => Some(norm_weights(spec, norms)?),
-            _ => None,
-        };
-        Ok(Self { spec: spec.clone(), input, output, norms, norm_weights, rope, layer, backend, paged })
+        let heads = Heads::new(spec, norms.as_ref(), &rope, &backend, weights.float_type())?;
+        Ok(Self { spec: spec.clone(), input, output, norms, heads, rope, layer, backend, paged })
     }
 
     /// `x + attention(norm(x))`, all `[T, hidden]`; appends the step's keys and values to the cache.
@@ -101,22 +98,9 @@ impl Attention {
 
     /// With MLX's operations: `[T, hidden]`, before the norm, to `[T, heads * head_dim]`.
     fn attend(&self, x: &Array, norm: &RmsNorm, step: &mut Step<'_>) -> Result<Array> {
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.spec;
+        let AttentionSpec { heads, head_dim, .. } = self.spec;
         let tokens = x.dim(0);
-        let all = (heads + 2 * kv_heads) as i32;
-        let joined = self.input.forward(x, norm)?.reshape(&[tokens, all, head_dim as i32])?;
-        // Values are normalised and turned too, in vain: a few operations on one run of memory cost less than many on parts.
-        let normed = match (&self.norms, &self.norm_weights) {
-            (Some([norm, _]), Some(weights)) => {
-                let normed = mlx_rs::fast::rms_norm(&joined, None, norm.parts().1)?.multiply(weights)?;
-                normed.as_dtype(joined.dtype())?
-            }
-            _ => joined.clone(),
-        };
-        let turned = self.rope.forward(&normed, step.positions)?;
-        let queries = mlx::heads(&turned, 0, heads)?;
-        let keys = mlx::heads(&turned, heads, heads + kv_heads)?;
-        let values = mlx::heads(&joined, heads + kv_heads, heads + 2 * kv_heads)?;
+        let [queries, keys, values] = self.heads.split(&self.input.forward(x, norm)?, &self.rope, step.positions)?;
         let attended = match &self.paged {
             Some(kernels) => {
                 let dtype = kernels.spec().dtype;
@@ -142,7 +126,7 @@ impl Attention {
         let joined = self.input.forward(x, norm)?;
         let (key_pool, value_pool) = step.pages.layer(self.layer)?;
         let kind = AttentionKind { kv_heads, heads, scale: scale(&self.spec), window, soft_cap: None };
-        let heads = Heads {
+        let heads = kernels::Heads {
             joined: &joined,
             query_norm: self.norms.as_ref().map(|[query, _]| query.parts()),
             key_norm: self.norms.as_ref().map(|[_, key]| key.parts()),
@@ -159,14 +143,4 @@ impl Attention {
 /// Factor on the products of queries and keys.
 fn scale(spec: &AttentionSpec) -> f32 {
     (spec.head_dim as f32).powf(-0.5)
-}
-
-/// The weights of queries' and keys' norms for every head, and ones for values; evaluated.
-fn norm_weights(spec: &AttentionSpec, [query, key]: &[RmsNorm; 2]) -> Result<Array> {
-    let width = spec.head_dim as i32;
-    let of = |norm: &RmsNorm, heads: usize| mlx_rs::ops::broadcast_to(norm.parts().0, &[heads as i32, width]);
-    let ones = mlx_rs::ops::ones_dtype(&[spec.kv_heads as i32, width], query.parts().0.dtype())?;
-    let all = mlx_rs::ops::concatenate(&[of(query, spec.heads)?, of(key, spec.kv_heads)?, ones], 0)?;
-    all.eval()?;
-    Ok(all)
 }

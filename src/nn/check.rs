@@ -180,7 +180,7 @@ fn difference(found: &Array, expected: &Array) -> Result<f32> {
     error.try_item_exact::<f32>().map_err(|error| Error::backend(format!("MLX: {error}")))
 }
 
-fn close(found: &Array, expected: &Array, dtype: Dtype, what: &str) -> Result<()> {
+pub(super) fn close(found: &Array, expected: &Array, dtype: Dtype, what: &str) -> Result<()> {
     // MLX multiplies f32 in TF32 by default, which is what most of the first bound is for.
     let bound = match dtype {
         Dtype::Float32 => 2e-3,
@@ -191,7 +191,7 @@ fn close(found: &Array, expected: &Array, dtype: Dtype, what: &str) -> Result<()
     if error <= bound {
         return Ok(());
     }
-    Err(Error::backend(format!("paged kernels, {what}: off by {error:.1e} of the size, {bound:.1e} are allowed")))
+    Err(Error::backend(format!("{what}: off by {error:.1e} of the size, {bound:.1e} are allowed")))
 }
 
 #[cfg(test)]

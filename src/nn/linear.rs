@@ -159,7 +159,9 @@ pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Res
     let y = match operand.matrix {
         Matrix::Dense(weight) => x.matmul(weight.transpose()?)?,
         Matrix::Quantized(weight) => match backend.gpu() {
-            Some(gpu) if x.dim(0) as usize >= gpu.unpack_from => x.matmul(weight.unpacked(x.dtype())?.transpose()?)?,
+            Some(gpu) if gpu.unpacks(x.dim(0) as usize, x.dim(1) as usize * weight.scales.dim(0) as usize) => {
+                x.matmul(weight.unpacked(x.dtype())?.transpose()?)?
+            }
             _ => weight.matmul(x)?,
         },
     };

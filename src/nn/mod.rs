@@ -8,6 +8,7 @@ mod check;
 mod decoder;
 mod embedding;
 mod gather;
+mod heads;
 mod linear;
 mod mlp;
 mod norm;

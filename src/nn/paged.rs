@@ -53,6 +53,8 @@ struct Copies {
 #[derive(Debug)]
 struct Singles {
     rows: usize,
+    /// Those that are not spare.
+    busy: usize,
     /// `[rows, blocks]` i32.
     tables: Array,
     /// Keys that each row sees, `[rows]` i32; none for spare ones.
@@ -116,13 +118,15 @@ impl PagedIndex {
         }
         let mut unread = !arrays.fused;
         let mut attended = Vec::with_capacity(1 + arrays.chunks.len());
-        if let Some(Singles { rows, tables, lengths }) = &arrays.singles {
+        if let Some(Singles { rows, busy, tables, lengths }) = &arrays.singles {
             let own = |array: &Array| match array.dim(0) as usize == *rows {
                 true => Ok(array.clone()),
                 false => mlx::rows(array, 0, *rows),
             };
             let new = if arrays.fused { Some((own(keys)?, own(values)?)) } else { None };
             let new = new.as_ref().map(|(keys, values)| (keys, values));
+            let tokens = tables.dim(1) as usize * kernels.spec().block_tokens;
+            let splits = Some(splits.unwrap_or_else(|| kernels.splits(*busy, tokens)));
             attended.push(kernels.decode_in(splits, pool, &own(queries)?, new, tables, lengths)?);
             unread = false;
         }
@@ -186,7 +190,8 @@ impl Singles {
             }
         }
         let tables = Array::from_slice(&tables, &[rows as i32, width as i32]);
-        Ok(Some(Self { rows, tables, lengths: mlx::indices(&lengths)? }))
+        let busy = lengths.iter().filter(|&&length| length > 0).count();
+        Ok(Some(Self { rows, busy, tables, lengths: mlx::indices(&lengths)? }))
     }
 }
 

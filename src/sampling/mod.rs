@@ -155,22 +155,26 @@ pub fn sample(backend: &Backend, logits: &Array, rows: &mut [&mut Sampler]) -> R
 
 /// The tokens `[rows, 1]`, by MLX's operations.
 fn composed(backend: &Backend, adjusted: &Array, rows: &[&mut Sampler]) -> Result<Array> {
-    let greedy = argmax_axis(adjusted, -1, true)?;
-    Ok(if rows.iter().all(|row| row.params.is_greedy()) {
-        greedy
-    } else {
-        let column = |value: fn(&SamplingParams) -> f32| column(rows, value);
-        let temperature = column(|p| if p.is_greedy() { 1.0 } else { p.temperature });
-        let tempered = adjusted.divide(temperature)?;
-        let drawn = draw(&tempered, noise(backend, rows)?, rows)?;
-        select(&column(|p| f32::from(!p.is_greedy())).gt(Array::from_f32(0.0))?, &drawn, &greedy)?
-    })
+    let greedy = || argmax_axis(adjusted, -1, true);
+    if rows.iter().all(|row| row.params.is_greedy()) {
+        return Ok(greedy()?);
+    }
+    let tempered = adjusted.divide(column(rows, |p| if p.is_greedy() { 1.0 } else { p.temperature })?)?;
+    let drawn = draw(&tempered, noise(backend, rows)?, rows)?;
+    if rows.iter().any(|row| row.params.is_greedy()) {
+        let draws = column(rows, |p| f32::from(!p.is_greedy()))?.gt(Array::from_f32(0.0))?;
+        return Ok(select(&draws, &drawn, &greedy()?)?);
+    }
+    Ok(drawn)
 }
 
 /// One value per row as `[rows, 1]`.
-fn column(rows: &[&mut Sampler], value: fn(&SamplingParams) -> f32) -> Array {
-    let values: Vec<f32> = rows.iter().map(|row| value(&row.params)).collect();
-    Array::from_slice(&values, &[values.len() as i32, 1])
+fn column(rows: &[&mut Sampler], value: fn(&SamplingParams) -> f32) -> Result<Array> {
+    let mut values: Vec<f32> = rows.iter().map(|row| value(&row.params)).collect();
+    // See `mlx::indices` for why there are never less than four.
+    values.resize(values.len().max(4), 0.0);
+    let values = Array::from_slice(&values, &[values.len() as i32, 1]);
+    if values.dim(0) as usize == rows.len() { Ok(values) } else { crate::mlx::rows(&values, 0, rows.len()) }
 }
 
 fn adjust_rows(raw: &Array, rows: &[&mut Sampler]) -> Result<Array> {
@@ -198,22 +202,25 @@ fn noise(backend: &Backend, rows: &[&mut Sampler]) -> Result<Array> {
 
 /// Gumbel-max over what the filters keep: `[rows, 1]`.
 fn draw(tempered: &Array, noise: Array, rows: &[&mut Sampler]) -> Result<Array> {
-    let best = tempered.max_axis(-1, true)?;
-    // ln(0) is minus infinity: a row without min-p keeps everything.
-    let least = best.add(column(rows, |p| p.min_p.ln()))?;
     let minus_infinity = Array::from_f32(f32::NEG_INFINITY);
-    let kept = select(&tempered.ge(&least)?, tempered, &minus_infinity)?;
+    let kept = if rows.iter().any(|row| row.params.min_p > 0.0) {
+        // ln(0) is minus infinity: a row without min-p keeps everything.
+        let least = tempered.max_axis(-1, true)?.add(column(rows, |p| p.min_p.ln())?)?;
+        select(&tempered.ge(&least)?, tempered, &minus_infinity)?
+    } else {
+        tempered.clone()
+    };
     if !rows.iter().any(|row| row.params.sorts()) {
         return Ok(argmax_axis(kept.add(&noise)?, -1, true)?);
     }
     let order = mlx_rs::ops::argsort_axis(tempered.negative()?, -1)?;
     let sorted = tempered.take_along_axis(&order, -1)?;
     let ranks = ids(tempered.dim(1) as usize)?.as_type::<f32>()?;
-    let in_top_k = ranks.lt(column(rows, |p| if p.top_k > 0 { p.top_k as f32 } else { f32::INFINITY }))?;
+    let in_top_k = ranks.lt(column(rows, |p| if p.top_k > 0 { p.top_k as f32 } else { f32::INFINITY })?)?;
     // The nucleus is measured on what top-k left.
     let probabilities = mlx_rs::ops::softmax_axis(select(&in_top_k, &sorted, &minus_infinity)?, -1, true)?;
     let before = probabilities.cumsum(-1, false, false)?;
-    let in_nucleus = before.lt(column(rows, |p| if p.top_p < 1.0 { p.top_p } else { f32::INFINITY }))?;
+    let in_nucleus = before.lt(column(rows, |p| if p.top_p < 1.0 { p.top_p } else { f32::INFINITY })?)?;
     let first = ranks.lt(Array::from_f32(1.0))?;
     let keep = in_nucleus.logical_and(in_top_k)?.logical_or(first)?;
     let filtered = select(&keep, &kept.take_along_axis(&order, -1)?, &minus_infinity)?;

@@ -23,9 +23,10 @@ use omlx::mlx::{self, Device};
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 5] = [
+const CHECKS: [(&str, Check); 6] = [
     ("kernels compute what MLX's operations do", kernels::agree),
-    ("company changes no logits", company::changes_nothing),
+    ("company changes no logits in f16", company::changes_nothing_in_f16),
+    ("company changes no logits in bf16", company::changes_nothing_in_bf16),
     ("wrong tables are noticed", company::wrong_tables_are_noticed),
     ("pools are written in place", pools::written_in_place),
     ("5000 shapes run", shapes::run),

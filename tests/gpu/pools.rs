@@ -1,5 +1,6 @@
 //! Steps write to the pools in place, with two of them on their way.
 
+use mlx_rs::Dtype;
 use omlx::engine::StepPlan;
 use omlx::error::{Error, Result};
 use serde_json::json;
@@ -12,12 +13,13 @@ const BLOCKS: usize = 4096;
 pub fn written_in_place() -> Result<()> {
     let config = small("qwen3", 128, json!({}))?;
     let extra = |kernels: bool| -> Result<f64> {
-        let mut loaded = Loaded::new(&Source::Random(&config), BLOCKS, kernels)?;
+        let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, BLOCKS, kernels)?;
         let pool = loaded.pages.bytes() as f64 / 8.0;
         let table: Vec<u32> = (0..40).collect();
         // Sizes that the steps allocate anyway.
         let mut waiting = Vec::new();
-        let mut before = 0;
+        mlx_rs::memory::clear_cache()?;
+        let before = mlx_rs::memory::active_memory()?;
         for step in 0..24 {
             let tokens: Vec<u32> = (0..if step % 6 == 0 { 100 } else { 1 }).collect();
             let plan = StepPlan { runs: vec![run(0, step * 40, &tokens, &table)], ..StepPlan::default() };
@@ -28,7 +30,6 @@ pub fn written_in_place() -> Result<()> {
                 waiting.remove(0).eval()?;
             }
             if step == 12 {
-                before = mlx_rs::memory::active_memory()?;
                 mlx_rs::memory::reset_peak_memory()?;
             }
         }

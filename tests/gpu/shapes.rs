@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 use omlx::engine::StepPlan;
 use omlx::error::Result;
 use omlx::kernels::{Backend, Gpu};
@@ -23,7 +23,7 @@ const SLOW: f64 = 5.0;
 pub fn run() -> Result<()> {
     let mut random = Random(17);
     let config = small("qwen3", 128, json!({ "quantization": { "group_size": 64, "bits": 4 } }))?;
-    let mut loaded = Loaded::new(&Source::Random(&config), 8192, true)?;
+    let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, 8192, true)?;
     let backend = Backend::Gpu(Gpu::new(BLOCK_TOKENS));
     let mut times = Vec::with_capacity(STEPS);
     let mut shapes = std::collections::BTreeSet::new();

@@ -61,13 +61,13 @@ pub struct Loaded {
     pub model: Box<dyn Model>,
     pub pages: Pages,
     pub vocab: usize,
-    in_buckets: bool,
+    gpu: Option<Gpu>,
 }
 
 impl Loaded {
-    /// In bf16, with `blocks` blocks; by our kernels or by MLX's operations only.
-    pub fn new(source: &Source<'_>, blocks: usize, kernels: bool) -> Result<Self> {
-        let dtype = Some(Dtype::Bfloat16);
+    /// With `blocks` blocks; by our kernels or by MLX's operations only.
+    pub fn new(source: &Source<'_>, dtype: Dtype, blocks: usize, kernels: bool) -> Result<Self> {
+        let dtype = Some(dtype);
         let (config, weights) = match source {
             Source::Folder(folder) => {
                 let config = ModelConfig::load(folder)?;
@@ -76,19 +76,20 @@ impl Loaded {
             }
             Source::Random(config) => ((*config).clone(), Weights::random(config, dtype)),
         };
-        let backend = if kernels { Backend::Gpu(Gpu::new(BLOCK_TOKENS)) } else { Backend::Mlx };
+        let gpu = kernels.then(|| Gpu::new(BLOCK_TOKENS));
+        let backend = gpu.map_or(Backend::Mlx, Backend::Gpu);
         let context = models::context_length(&config, None)?;
         let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
         let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(blocks);
         while pages.resize_layer()? {}
-        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: kernels })
+        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, gpu })
     }
 
     /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be
     /// evaluated.
     pub fn step(&mut self, plan: &StepPlan) -> Result<(Array, Vec<usize>, Vec<Array>)> {
-        let packed = Packed::new(plan, BLOCK_TOKENS, self.in_buckets);
+        let packed = Packed::new(plan, BLOCK_TOKENS, self.gpu.as_ref());
         let mut ids = vec![0u32; packed.shape.rows];
         for (run, &first) in plan.runs.iter().zip(&packed.shape.first) {
             let StepInput::Known(tokens) = &run.input else { return Err(Error::internal("an unread token")) };

@@ -145,7 +145,7 @@ mod tests {
         if mlx::gpu_available() {
             return;
         }
-        let gpu = Gpu { block_tokens: 32, unpack_from: usize::MAX };
+        let gpu = Gpu::new(32);
         let outcome = mlx::on_device(Device::Cpu, || {
             let both = mlx_rs::ops::zeros::<f32>(&[2, 8])?;
             Ok(gpu.swiglu(&both)?.is_none() && gpu.gumbel(&[1, 2], 10)?.is_none())

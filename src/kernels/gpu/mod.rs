@@ -5,11 +5,13 @@
 
 mod custom;
 mod fused;
+mod heads;
 mod layout;
 pub mod paged;
 mod sources;
 
 pub use custom::Language;
+pub use heads::{HeadsKernel, HeadsSpec};
 pub use layout::Layout;
 pub use paged::{Order, PagedAttention, PagedSpec, Pool};
 
@@ -18,17 +20,24 @@ pub use paged::{Order, PagedAttention, PagedSpec, Pool};
 pub struct Gpu {
     /// Tokens of a block of the KV cache.
     pub block_tokens: usize,
-    /// Rows from which on a quantised product is faster with its weights unpacked before.
-    pub unpack_from: usize,
+    /// Whether MLX computes with CUDA, for which the next two are; Metal's products need no help.
+    cuda: bool,
+    /// Rows of a step that decodes at least: MLX's quantised product on CUDA is faster for eight rows than for one, if
+    /// the matrix is large, and as fast if it is small.
+    pub least_rows: usize,
 }
-
-/// See [`Gpu::unpack_from`]; measured on an H200. Metal's product is good at any size.
-const UNPACK_FROM: usize = 256;
 
 impl Gpu {
     /// For the GPU of the loaded MLX.
     pub fn new(block_tokens: usize) -> Self {
-        let unpack_from = if Language::of_mlx() == Ok(Language::Cuda) { UNPACK_FROM } else { usize::MAX };
-        Self { block_tokens, unpack_from }
+        let cuda = Language::of_mlx() == Ok(Language::Cuda);
+        Self { block_tokens, cuda, least_rows: if cuda { 8 } else { 1 } }
+    }
+
+    /// Whether a product of that many rows with a quantised matrix of `weights` numbers is faster with the matrix unpacked
+    /// before; measured on an H200.
+    pub fn unpacks(&self, rows: usize, weights: usize) -> bool {
+        const LARGE: usize = 16 << 20;
+        self.cuda && rows >= if weights >= LARGE { 256 } else { 512 }
     }
 }

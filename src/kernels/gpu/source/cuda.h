@@ -20,6 +20,9 @@ inline float power_of_two(float x) {
 }
 
 inline float natural_log(float x) { return logf(x); }
+inline float inverse_root(float x) { return rsqrtf(x); }
+inline float cosine(float x) { return cosf(x); }
+inline float sine(float x) { return sinf(x); }
 
 inline float larger(float a, float b) { return fmaxf(a, b); }
 inline float smaller(float a, float b) { return fminf(a, b); }

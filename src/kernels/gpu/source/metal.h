@@ -3,6 +3,9 @@ inline float as_float(uint bits) { return as_type<float>(bits); }
 inline float2 halves(uint bits) { return float2(as_type<half2>(bits)); }
 inline float power_of_two(float x) { return metal::fast::exp2(x); }
 inline float natural_log(float x) { return metal::precise::log(x); }
+inline float inverse_root(float x) { return metal::precise::rsqrt(x); }
+inline float cosine(float x) { return metal::precise::cos(x); }
+inline float sine(float x) { return metal::precise::sin(x); }
 inline float smaller(float a, float b) { return metal::min(a, b); }
 inline float larger(float a, float b) { return metal::max(a, b); }
 inline int larger(int a, int b) { return metal::max(a, b); }
