@@ -13,7 +13,7 @@ use super::shape::Shape;
 use crate::cache::{Pages, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Backend, Gpu, Placement, Segment};
+use crate::kernels::{self, Backend, Placement, Segment};
 use crate::mlx;
 use crate::models::Model;
 use crate::nn::Step;
@@ -78,7 +78,7 @@ impl Runner {
     /// Builds the step's graph and starts its evaluation; returns without waiting for it.
     pub fn launch(&mut self, plan: &StepPlan) -> Result<Launched> {
         let started = Instant::now();
-        let mut packed = Packed::new(plan, self.pages.block_tokens(), self.backend.gpu());
+        let mut packed = Packed::new(plan, self.pages.block_tokens(), self.backend.gpu().is_some());
         if fault::happens("runner.table", &self.id) {
             packed.placement.tables.reverse();
         }
@@ -184,13 +184,11 @@ pub struct Packed {
 
 impl Packed {
     /// The rows of `plan` on blocks of `block_tokens`; in buckets for a GPU.
-    pub fn new(plan: &StepPlan, block_tokens: usize, gpu: Option<&Gpu>) -> Self {
-        let shape = match gpu {
-            Some(gpu) => {
-                let runs: Vec<_> = plan.runs.iter().map(|run| (run.start, run.tokens())).collect();
-                Shape::in_buckets(&runs, gpu.least_rows)
-            }
-            None => Shape::exact(plan.runs.iter().map(Run::tokens)),
+    pub fn new(plan: &StepPlan, block_tokens: usize, in_buckets: bool) -> Self {
+        let shape = if in_buckets {
+            Shape::in_buckets(&plan.runs.iter().map(|run| (run.start, run.tokens())).collect::<Vec<_>>())
+        } else {
+            Shape::exact(plan.runs.iter().map(Run::tokens))
         };
         // Rows that belong to nobody go to the spare block.
         let mut slots: Vec<u32> = (0..shape.rows).map(|row| (row % block_tokens) as u32).collect();

@@ -37,9 +37,8 @@ impl Shape {
         shape
     }
 
-    /// Runs of these starts in their sequences and lengths, in buckets; of singles there are none or at least
-    /// `least_singles`.
-    pub fn in_buckets(runs: &[(usize, usize)], least_singles: usize) -> Self {
+    /// Runs of these starts in their sequences and lengths, in buckets.
+    pub fn in_buckets(runs: &[(usize, usize)]) -> Self {
         let mut shape = Self { first: vec![0; runs.len()], ..Self::default() };
         // The longest ones; of the same length, the first.
         let mut chunks: Vec<usize> = (0..runs.len()).filter(|&run| runs[run].1 > SHORT).collect();
@@ -49,7 +48,7 @@ impl Shape {
             shape.first[run] = shape.rows;
             shape.rows += length;
         }
-        shape.fill_up(single_rows(shape.rows, least_singles));
+        shape.fill_up(single_rows(shape.rows));
         shape.singles = shape.rows;
         // Those that begin sequences make a different graph than those that go on: always in the same order.
         chunks.sort_by_key(|&run| (runs[run].0 == 0, run));
@@ -70,12 +69,12 @@ impl Shape {
     }
 }
 
-/// Rows for that many singles. MLX's quantised product on CUDA takes as long for 17 rows as for 32, and longer for 48 than
-/// for 64.
-fn single_rows(rows: usize, least: usize) -> usize {
+/// Rows for that many singles. MLX's quantised product on CUDA has a kernel for one row, which takes two in turn, and one
+/// that takes as long for three rows as for eight, or for 17 as for 32.
+fn single_rows(rows: usize) -> usize {
     match rows {
-        0 => 0,
-        1..=64 => rows.next_power_of_two().max(least),
+        0..=2 => rows,
+        3..=64 => rows.next_power_of_two().max(8),
         _ => rows.next_multiple_of(64),
     }
 }
@@ -104,15 +103,14 @@ mod tests {
 
     #[test]
     fn a_decoding_sequence_is_one_row_and_several_fill_a_bucket() {
-        assert_eq!(Shape::in_buckets(&[(70, 1)], 1).rows, 1);
-        assert_eq!(Shape::in_buckets(&[(70, 1)], 8).rows, 8);
-        let shape = Shape::in_buckets(&[(70, 1), (5, 1), (9, 1)], 8);
+        assert_eq!(Shape::in_buckets(&[(70, 1)]).rows, 1);
+        let shape = Shape::in_buckets(&[(70, 1), (5, 1), (9, 1)]);
         assert_eq!(shape, Shape { first: vec![0, 1, 2], rows: 8, singles: 8, spare: vec![3..8] });
     }
 
     #[test]
     fn chunks_follow_the_singles_and_those_that_go_on_come_first() {
-        let shape = Shape::in_buckets(&[(70, 1), (0, 100), (64, 40), (3, 7)], 1);
+        let shape = Shape::in_buckets(&[(70, 1), (0, 100), (64, 40), (3, 7)]);
         assert_eq!(shape.first, [0, 8 + 64, 8, 1]);
         assert_eq!((shape.rows, shape.singles), (8 + 64 + 128, 8));
         assert_eq!(shape.spare, [48..72, 172..200]);
@@ -121,7 +119,7 @@ mod tests {
     #[test]
     fn of_many_chunks_the_shortest_are_singles() {
         let runs: Vec<(usize, usize)> = (0..10).map(|i| (0, 20 + i)).collect();
-        let shape = Shape::in_buckets(&runs, 8);
+        let shape = Shape::in_buckets(&runs);
         assert_eq!(shape.singles, (20..26usize).sum::<usize>().next_multiple_of(64));
         assert_eq!(shape.rows - shape.singles, 4 * 32);
     }
@@ -129,7 +127,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_row_belongs_to_one_run_or_is_spare(runs in prop::collection::vec((0usize..3000, 1usize..600), 1..40)) {
-            let shape = Shape::in_buckets(&runs, 8);
+            let shape = Shape::in_buckets(&runs);
             let mut owners = vec![0; shape.rows];
             let own = runs.iter().zip(&shape.first).map(|(&(_, length), &first)| first..first + length);
             own.chain(shape.spare.iter().cloned()).flatten().for_each(|row| owners[row] += 1);
@@ -143,7 +141,7 @@ mod tests {
         fn there_are_few_shapes(rows in 1usize..4096) {
             let sizes = |size: fn(usize) -> usize| (1..=rows).map(size).collect::<std::collections::BTreeSet<_>>();
             prop_assert!(sizes(chunk_rows).len() <= 16);
-            prop_assert!(sizes(|rows| single_rows(rows, 8)).len() <= 4 + rows / 64);
+            prop_assert!(sizes(single_rows).len() <= 6 + rows / 64);
         }
     }
 }

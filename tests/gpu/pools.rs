@@ -7,8 +7,8 @@ use serde_json::json;
 
 use crate::steps::{BLOCK_TOKENS, Loaded, Source, run, small};
 
-/// Blocks of the pools: 64 MiB of keys in each layer.
-const BLOCKS: usize = 4096;
+/// Blocks of the pools: 256 MiB of keys in each layer.
+const BLOCKS: usize = 16_384;
 
 pub fn written_in_place() -> Result<()> {
     let config = small("qwen3", 128, json!({}))?;

@@ -61,7 +61,7 @@ pub struct Loaded {
     pub model: Box<dyn Model>,
     pub pages: Pages,
     pub vocab: usize,
-    gpu: Option<Gpu>,
+    in_buckets: bool,
 }
 
 impl Loaded {
@@ -76,20 +76,19 @@ impl Loaded {
             }
             Source::Random(config) => ((*config).clone(), Weights::random(config, dtype)),
         };
-        let gpu = kernels.then(|| Gpu::new(BLOCK_TOKENS));
-        let backend = gpu.map_or(Backend::Mlx, Backend::Gpu);
+        let backend = if kernels { Backend::Gpu(Gpu::new(BLOCK_TOKENS)) } else { Backend::Mlx };
         let context = models::context_length(&config, None)?;
         let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
         let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(blocks);
         while pages.resize_layer()? {}
-        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, gpu })
+        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: kernels })
     }
 
     /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be
     /// evaluated.
     pub fn step(&mut self, plan: &StepPlan) -> Result<(Array, Vec<usize>, Vec<Array>)> {
-        let packed = Packed::new(plan, BLOCK_TOKENS, self.gpu.as_ref());
+        let packed = Packed::new(plan, BLOCK_TOKENS, self.in_buckets);
         let mut ids = vec![0u32; packed.shape.rows];
         for (run, &first) in plan.runs.iter().zip(&packed.shape.first) {
             let StepInput::Known(tokens) = &run.input else { return Err(Error::internal("an unread token")) };

@@ -20,18 +20,14 @@ pub use paged::{Order, PagedAttention, PagedSpec, Pool};
 pub struct Gpu {
     /// Tokens of a block of the KV cache.
     pub block_tokens: usize,
-    /// Whether MLX computes with CUDA, for which the next two are; Metal's products need no help.
+    /// Whether MLX computes with CUDA, whose quantised product is slow for many rows; Metal's needs no help.
     cuda: bool,
-    /// Rows of a step that decodes at least: MLX's quantised product on CUDA is faster for eight rows than for one, if
-    /// the matrix is large, and as fast if it is small.
-    pub least_rows: usize,
 }
 
 impl Gpu {
     /// For the GPU of the loaded MLX.
     pub fn new(block_tokens: usize) -> Self {
-        let cuda = Language::of_mlx() == Ok(Language::Cuda);
-        Self { block_tokens, cuda, least_rows: if cuda { 8 } else { 1 } }
+        Self { block_tokens, cuda: Language::of_mlx() == Ok(Language::Cuda) }
     }
 
     /// Whether a product of that many rows with a quantised matrix of `weights` numbers is faster with the matrix unpacked
