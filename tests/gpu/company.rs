@@ -8,7 +8,7 @@ use omlx::engine::StepPlan;
 use omlx::error::{Error, Result};
 use serde_json::json;
 
-use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, host, run, small};
+use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, Way, host, run, small};
 
 /// The length of the difference over the length of the logits: in f16 of each row; in bf16, whose roundings are eight times
 /// as large, of all rows of a sequence together.
@@ -16,14 +16,42 @@ const BOUND: f32 = 2e-2;
 
 /// Schedules of each model and number format; `OMLX_SCHEDULES` is another number.
 const SCHEDULES: usize = 6;
-const SEQUENCES: usize = 12;
-const LONGEST: usize = 700;
 
-pub fn changes_nothing_in_f16() -> Result<()> {
+/// Of what a check plays.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    schedules: usize,
+    sequences: usize,
+    /// Tokens of a sequence at most.
+    longest: usize,
+}
+
+/// The same with MLX's operations on the CPU in f32: what a GPU falls back on, and how steps are packed for one.
+pub fn changes_nothing_in_buckets() -> Result<()> {
+    const BOUND: f32 = 1e-4;
+    let heads = json!({
+        "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 256,
+    });
+    let size = Size { schedules: 4, sequences: 7, longest: 300 };
+    for (name, config) in [("qwen3", small("qwen3", 16, heads.clone())?), ("llama", small("llama", 16, heads)?)] {
+        let compare = |wrong| compare(&Source::Random(&config), Dtype::Float32, Way::Buckets, size, wrong);
+        let (right, wrong) = (compare(false)?.row, compare(true)?.row);
+        println!(
+            "  {name}: off by {right:.1e} in a row, {wrong:.1e} with two blocks exchanged; {BOUND:.0e} is allowed"
+        );
+        if right.is_nan() || right > BOUND || wrong <= BOUND {
+            return Err(Error::internal(format!("{name}: off by {right}, with wrong tables by {wrong}")));
+        }
+    }
+    Ok(())
+}
+
+pub fn changes_nothing_in_half() -> Result<()> {
     changes_nothing(Dtype::Float16)
 }
 
-pub fn changes_nothing_in_bf16() -> Result<()> {
+pub fn changes_nothing_in_bfloat() -> Result<()> {
     changes_nothing(Dtype::Bfloat16)
 }
 
@@ -83,18 +111,20 @@ fn every_model(dtype: Dtype, schedules: usize, wrong: bool) -> Result<Vec<(&'sta
         ("llama, heads of 64", Source::Random(&configs[1])),
         ("mistral, window of 100", Source::Random(&configs[2])),
     ];
-    let worst = models.iter().map(|(name, source)| Ok((*name, compare(source, dtype, schedules, wrong)?)));
+    let size = Size { schedules, sequences: 12, longest: 700 };
+    let worst = models.iter().map(|(name, source)| Ok((*name, compare(source, dtype, Way::Kernels, size, wrong)?)));
     worst.collect()
 }
 
-/// The worst differences over some schedules.
-fn compare(source: &Source<'_>, dtype: Dtype, schedules: usize, wrong: bool) -> Result<Worst> {
+/// The worst differences over some schedules; with `wrong`, two blocks of a sequence are exchanged between steps.
+fn compare(source: &Source<'_>, dtype: Dtype, way: Way, size: Size, wrong: bool) -> Result<Worst> {
+    let Size { schedules, sequences, longest } = size;
     let mut random = Random(5);
-    let width = LONGEST.div_ceil(BLOCK_TOKENS);
-    let mut alone = Loaded::new(source, dtype, width, false)?;
-    let mut company = Loaded::new(source, dtype, SEQUENCES * width + 1, true)?;
-    let sequences: Vec<Vec<u32>> = (0..SEQUENCES)
-        .map(|_| (0..40 + random.below(LONGEST - 40)).map(|_| random.below(alone.vocab - 10) as u32).collect())
+    let width = longest.div_ceil(BLOCK_TOKENS);
+    let mut alone = Loaded::new(source, dtype, width, Way::Plain)?;
+    let mut company = Loaded::new(source, dtype, sequences * width + 1, way)?;
+    let sequences: Vec<Vec<u32>> = (0..sequences)
+        .map(|_| (0..40 + random.below(longest - 40)).map(|_| random.below(alone.vocab - 10) as u32).collect())
         .collect();
     let blocks: Vec<u32> = (0..width as u32).collect();
     let mut expected = Vec::new();
@@ -105,29 +135,29 @@ fn compare(source: &Source<'_>, dtype: Dtype, schedules: usize, wrong: bool) -> 
     }
     let mut worst = Worst::default();
     for _ in 0..schedules {
-        worst = worst.max(play(&mut company, &sequences, &expected, &mut random, wrong)?);
+        worst = worst.max(play(&mut company, (&sequences, &expected), width, &mut random, wrong)?);
     }
     Ok(worst)
 }
 
-/// Computes all sequences in steps of random pieces, in random blocks; a prefix of one is sometimes taken from another.
+/// Computes all sequences in steps of random pieces, in random blocks.
 fn play(
     company: &mut Loaded,
-    sequences: &[Vec<u32>],
-    expected: &[Vec<f32>],
+    (sequences, expected): (&[Vec<u32>], &[Vec<f32>]),
+    width: usize,
     random: &mut Random,
     wrong: bool,
 ) -> Result<Worst> {
-    let width = LONGEST.div_ceil(BLOCK_TOKENS);
-    let mut blocks: Vec<u32> = (0..(SEQUENCES * width) as u32).collect();
+    let count = sequences.len();
+    let mut blocks: Vec<u32> = (0..(count * width) as u32).collect();
     random.shuffle(&mut blocks);
     let mut tables: Vec<Vec<u32>> = blocks.chunks(width).map(<[u32]>::to_vec).collect();
-    let mut computed = [0; SEQUENCES];
+    let mut computed = vec![0; count];
     // Squares of the differences and of the logits of each sequence, and the worst row.
-    let mut squares = [(0f64, 0f64); SEQUENCES];
+    let mut squares = vec![(0f64, 0f64); count];
     let mut worst = 0f32;
-    while (0..SEQUENCES).any(|at| computed[at] < sequences[at].len()) {
-        let mut picked: Vec<usize> = (0..SEQUENCES).filter(|&at| computed[at] < sequences[at].len()).collect();
+    while (0..count).any(|at| computed[at] < sequences[at].len()) {
+        let mut picked: Vec<usize> = (0..count).filter(|&at| computed[at] < sequences[at].len()).collect();
         random.shuffle(&mut picked);
         picked.truncate(1 + random.below(picked.len()));
         let mut runs = Vec::new();
@@ -167,7 +197,7 @@ fn play(
             squares[at] = (squares[at].0 + difference, squares[at].1 + size);
         }
         if wrong {
-            let table = &mut tables[random.below(SEQUENCES)];
+            let table = &mut tables[random.below(count)];
             table.swap(0, 1);
         }
         if worst.is_nan() {

@@ -5,15 +5,15 @@ use omlx::engine::StepPlan;
 use omlx::error::{Error, Result};
 use serde_json::json;
 
-use crate::steps::{BLOCK_TOKENS, Loaded, Source, run, small};
+use crate::steps::{BLOCK_TOKENS, Loaded, Source, Way, run, small};
 
 /// Blocks of the pools: 256 MiB of keys in each layer.
 const BLOCKS: usize = 16_384;
 
 pub fn written_in_place() -> Result<()> {
     let config = small("qwen3", 128, json!({}))?;
-    let extra = |kernels: bool| -> Result<f64> {
-        let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, BLOCKS, kernels)?;
+    let extra = |way: Way| -> Result<f64> {
+        let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, BLOCKS, way)?;
         let pool = loaded.pages.bytes() as f64 / 8.0;
         let table: Vec<u32> = (0..40).collect();
         // Sizes that the steps allocate anyway.
@@ -37,8 +37,8 @@ pub fn written_in_place() -> Result<()> {
         Ok(mlx_rs::memory::peak_memory()?.saturating_sub(before) as f64 / pool)
     };
     assert_eq!(BLOCK_TOKENS, 32);
-    let own = extra(true)?;
-    let composed = extra(false)?;
+    let own = extra(Way::Kernels)?;
+    let composed = extra(Way::Plain)?;
     println!("  extra memory at the peak: {own:.2} pools with the kernels, {composed:.2} with MLX's operations");
     if own > 0.5 {
         return Err(Error::internal(format!("{own} pools were copied")));

@@ -10,7 +10,7 @@ use omlx::kernels::{Backend, Gpu};
 use omlx::sampling::{Sampler, SamplingParams, sample};
 use serde_json::json;
 
-use crate::steps::{self, BLOCK_TOKENS, Loaded, Random, Source, small};
+use crate::steps::{self, BLOCK_TOKENS, Loaded, Random, Source, Way, small};
 
 const STEPS: usize = 5000;
 
@@ -23,7 +23,7 @@ const SLOW: f64 = 5.0;
 pub fn run() -> Result<()> {
     let mut random = Random(17);
     let config = small("qwen3", 128, json!({ "quantization": { "group_size": 64, "bits": 4 } }))?;
-    let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, 8192, true)?;
+    let mut loaded = Loaded::new(&Source::Random(&config), Dtype::Bfloat16, 8192, Way::Kernels)?;
     let backend = Backend::Gpu(Gpu::new(BLOCK_TOKENS));
     let mut times = Vec::with_capacity(STEPS);
     let mut shapes = std::collections::BTreeSet::new();

@@ -56,6 +56,17 @@ pub enum Source<'a> {
     Random(&'a ModelConfig),
 }
 
+/// How steps are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By MLX's operations, without spare rows.
+    Plain,
+    /// By MLX's operations, with the rows in buckets, as where the kernels do not work.
+    Buckets,
+    /// By the kernels.
+    Kernels,
+}
+
 /// A model with its pools.
 pub struct Loaded {
     pub model: Box<dyn Model>,
@@ -65,8 +76,8 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// With `blocks` blocks; by our kernels or by MLX's operations only.
-    pub fn new(source: &Source<'_>, dtype: Dtype, blocks: usize, kernels: bool) -> Result<Self> {
+    /// With `blocks` blocks.
+    pub fn new(source: &Source<'_>, dtype: Dtype, blocks: usize, way: Way) -> Result<Self> {
         let dtype = Some(dtype);
         let (config, weights) = match source {
             Source::Folder(folder) => {
@@ -76,13 +87,13 @@ impl Loaded {
             }
             Source::Random(config) => ((*config).clone(), Weights::random(config, dtype)),
         };
-        let backend = if kernels { Backend::Gpu(Gpu::new(BLOCK_TOKENS)) } else { Backend::Mlx };
+        let backend = if way == Way::Kernels { Backend::Gpu(Gpu::new(BLOCK_TOKENS)) } else { Backend::Mlx };
         let context = models::context_length(&config, None)?;
         let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
         let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(blocks);
         while pages.resize_layer()? {}
-        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: kernels })
+        Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: way != Way::Plain })
     }
 
     /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be

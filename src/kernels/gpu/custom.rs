@@ -382,6 +382,40 @@ mod tests {
     }
 
     #[test]
+    fn both_languages_get_their_prelude_names_and_constants() {
+        let source = Source {
+            name: c"none",
+            inputs: &[],
+            outputs: &[c"x"],
+            headers: &["inline int twice(int a) { return 2 * a; }  // why\n"],
+            constants: &[Constant::Int("N", 7), Constant::Type("T", Dtype::Bfloat16)],
+            body: &["x[0] = T(twice(N));\n", "x[1] = T(0);\n"],
+            contiguous: true,
+        };
+        for (language, bf16, mark) in
+            [(Language::Cuda, "__nv_bfloat16", "__syncthreads"), (Language::Metal, "bfloat16_t", "threadgroup_barrier")]
+        {
+            let (header, body) = source.texts(language).unwrap();
+            assert!(header.contains(mark) && header.ends_with("inline int twice(int a){return 2*a;}\n"), "{header}");
+            assert_eq!(body, format!("constexpr int N=7;\nusing T={bf16};\nx[0]=T(twice(N));\nx[1]=T(0);\n"));
+            let integers = Source { constants: &[Constant::Type("T", Dtype::Int32)], ..source };
+            assert!(integers.texts(language).is_err());
+        }
+    }
+
+    #[test]
+    fn both_preludes_offer_the_same_functions() {
+        let functions = |language: Language| -> std::collections::BTreeSet<String> {
+            let lines = language.prelude().lines().filter(|line| line.starts_with("inline "));
+            let name =
+                |line: &str| line.split('(').next().and_then(|head| head.split(' ').next_back()).map(str::to_owned);
+            lines.filter_map(name).collect()
+        };
+        assert_eq!(functions(Language::Cuda), functions(Language::Metal));
+        assert!(functions(Language::Cuda).contains("from_lane_xor"));
+    }
+
+    #[test]
     fn without_a_gpu_there_is_an_error() {
         crate::mlx::init().unwrap();
         if crate::mlx::gpu_available() {
