@@ -229,6 +229,6 @@ mod tests {
             window: None,
             dtype: Dtype::Float16,
         };
-        mlx::on_device(Device::Cpu, || Ok(assert!(check_paged(&spec).is_none()))).unwrap();
+        assert!(mlx::on_device(Device::Cpu, || Ok(check_paged(&spec).is_none())).unwrap());
     }
 }

@@ -41,7 +41,7 @@ pub fn answers_are_those_alone() -> Result<()> {
                 prefill_chunk: Some([2048, 64, 300, 33][round]),
                 max_sequences: Some([32, 8, 3, 16][round]),
                 // Too little for all of them at once.
-                cache_bytes: (round > 1).then_some(block_bytes * 60),
+                cache_bytes: (round > 1).then_some(block_bytes * 40),
                 queue_length: Some(1000),
                 ..PoolOptions::default()
             },
@@ -90,7 +90,7 @@ fn bodies(random: &mut Random) -> Vec<Value> {
             let mut prompt = shared[..if at % 2 == 0 { random.below(400) } else { 0 }].to_vec();
             prompt.extend((0..1 + random.below([5, 60, 700][at % 3])).map(|_| random.below(2000)));
             json!({
-                "model": "model", "prompt": prompt, "max_tokens": 1 + random.below(40), "ignore_eos": true,
+                "model": "model", "prompt": prompt, "max_tokens": 1 + random.below(150), "ignore_eos": true,
                 "temperature": if at % 3 == 0 { 0.8 } else { 0.0 }, "seed": at,
             })
         })

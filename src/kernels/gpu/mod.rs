@@ -10,6 +10,8 @@ mod layout;
 pub mod paged;
 mod sources;
 
+use mlx_rs::memory;
+
 pub use custom::Language;
 pub use heads::{HeadsKernel, HeadsSpec};
 pub use layout::Layout;
@@ -31,9 +33,10 @@ impl Gpu {
     }
 
     /// Whether a product of that many rows with a quantised matrix of `weights` numbers is faster with the matrix unpacked
-    /// before; measured on an H200.
+    /// before (measured on an H200), and there is room for it: steps on their way hold what their layers have unpacked.
     pub fn unpacks(&self, rows: usize, weights: usize) -> bool {
         const LARGE: usize = 16 << 20;
-        self.cuda && rows >= if weights >= LARGE { 256 } else { 512 }
+        let faster = self.cuda && rows >= if weights >= LARGE { 256 } else { 512 };
+        faster && matches!((memory::active_memory(), memory::memory_limit()), (Ok(used), Ok(limit)) if used < limit / 2)
     }
 }
