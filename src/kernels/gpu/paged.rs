@@ -170,38 +170,21 @@ impl PagedAttention {
         Ok((keys, values))
     }
 
-    /// Attention of `queries [B, heads, head_dim]` (any strides), one row of a sequence each, over the sequences'
-    /// blocks: the same shape.
-    ///
-    /// `tables [B, blocks]` (i32, a run of memory) lists the ids of a row's blocks, padded with any id of the pool;
-    /// nobody checks them. `lengths [B]` (i32, likewise) counts the keys that a row sees, itself included, at most
-    /// `blocks * block_tokens`; a row of length 0 gives zeros. All keys must have been appended.
-    pub fn decode(&self, pool: &mut Pool<'_>, queries: &Array, tables: &Array, lengths: &Array) -> Result<Array> {
-        self.decode_in(None, pool, queries, None, tables, lengths)
-    }
-
-    /// Appends one token's `keys` and `values [B, kv_heads, head_dim]` (any strides) to each row's sequence, at the
-    /// place of its last key, and attends like [`decode`](Self::decode): one kernel for both.
-    ///
-    /// The block of that key must belong to this row alone: rows do not see what others append.
-    pub fn append_decode(
-        &self,
-        pool: &mut Pool<'_>,
-        queries: &Array,
-        rows: (&Array, &Array),
-        tables: &Array,
-        lengths: &Array,
-    ) -> Result<Array> {
-        self.decode_in(None, pool, queries, Some(rows), tables, lengths)
-    }
-
     /// Into how many parts the keys of each row are split: from shapes alone, so that the host need not know lengths.
     pub fn splits(&self, rows: usize, tokens: usize) -> usize {
         self.layout.splits(&self.spec, rows, tokens)
     }
 
-    /// [`decode`](Self::decode) or, with `new_rows`, [`append_decode`](Self::append_decode), with a number of splits of
-    /// one's own for measurements and tests.
+    /// Attention of `queries [B, heads, head_dim]` (any strides), one row of a sequence each, over the sequences' blocks,
+    /// in `splits` parts (see [`splits`](Self::splits), which is meant without it): the same shape.
+    ///
+    /// `tables [B, blocks]` (i32, a run of memory) lists the ids of a row's blocks, padded with any id of the pool; nobody
+    /// checks them. `lengths [B]` (i32, likewise) counts the keys that a row sees, itself included, at most `blocks *
+    /// block_tokens`; a row of length 0 gives zeros.
+    ///
+    /// With `new_rows`, one token's keys and values `[B, kv_heads, head_dim]` (any strides) for each row, these are first
+    /// appended at the place of the row's last key, by the same kernel. The block of that key must belong to this row
+    /// alone: rows do not see what others append. Without them all keys must have been appended.
     pub fn decode_in(
         &self,
         splits: Option<usize>,
