@@ -19,6 +19,9 @@ use serde_json::{Value, json};
 /// A hung engine fails the test instead of the CI's clock.
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
+/// Tokens of an answer at most.
+const MOST_TOKENS: usize = 12;
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -88,7 +91,7 @@ fn bodies(random: &mut Random, vocab: usize, longest: usize, count: usize) -> Ve
             let mut prompt = shared[random.below(3)].clone();
             prompt.truncate(random.below(longest / 2 + 1));
             prompt.extend((0..1 + random.below(longest / 2)).map(|_| random.below(vocab)).collect::<Vec<_>>());
-            let mut body = json!({ "prompt": prompt, "max_tokens": 1 + random.below(12), "ignore_eos": true });
+            let mut body = json!({ "prompt": prompt, "max_tokens": 1 + random.below(MOST_TOKENS), "ignore_eos": true });
             match random.below(5) {
                 0 => body["temperature"] = json!(0.9),
                 1 => {
@@ -181,13 +184,17 @@ fn metrics_at_rest(pool: &EnginePool) -> EngineMetrics {
 }
 
 /// Options under which nothing stays the same but the answers.
-fn settings(random: &mut Random, block_bytes: usize) -> PoolOptions {
+fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> PoolOptions {
+    let token_bytes = metrics.block_bytes / metrics.block_tokens;
+    let block_tokens = [8, 16, 32][random.below(3)];
+    // One of them at least, with its answer.
+    let least = (longest + MOST_TOKENS).div_ceil(block_tokens);
     PoolOptions {
         prefill_chunk: Some(1 + random.below(40)),
         max_sequences: Some(1 + random.below(9)),
-        block_tokens: Some([8, 16, 32][random.below(3)]),
+        block_tokens: Some(block_tokens),
         // Sometimes so little that sequences are preempted.
-        cache_bytes: (random.below(2) == 0).then(|| block_bytes * (14 + random.below(12))),
+        cache_bytes: (random.below(2) == 0).then(|| token_bytes * block_tokens * (least + random.below(least))),
         threads: Some(1 + random.below(2)),
         ..exact()
     }
@@ -203,9 +210,7 @@ fn company_changes_nothing_on_tiny_models() {
             let pool = open(&fixture(name), exact());
             let bodies = bodies(&mut random, 80, 100, 24);
             let expected = alone(&pool, &bodies);
-            let metrics_alone = metrics(&pool);
-            let block_bytes = metrics_alone.block_bytes / metrics_alone.block_tokens * 8;
-            let company = open(&fixture(name), settings(&mut random, block_bytes));
+            let company = open(&fixture(name), settings(&mut random, &metrics(&pool), 100));
             play(&company, &bodies, &expected, &mut random);
             preemptions += metrics_at_rest(&company).preemptions;
             company.close();
@@ -226,7 +231,7 @@ fn company_changes_nothing_on_the_bundled_model() {
     for _ in 0..schedules(8).div_ceil(4) {
         play(&pool, &bodies, &expected, &mut random);
     }
-    let company = open(&model, settings(&mut random, metrics(&pool).block_bytes));
+    let company = open(&model, settings(&mut random, &metrics(&pool), 300));
     play(&company, &bodies, &expected, &mut random);
     assert!(metrics_at_rest(&pool).cached_tokens > 0);
 }
