@@ -4,8 +4,9 @@
 //! no sequence: rows that nobody reads go there, and tables point to it where their rows do not matter. Blocks of the
 //! allocator begin behind it.
 //!
-//! The kernels write to the arrays themselves ([`Pages::layer`], [`Pages::pool`]); with MLX's operations [`Pages::append`] makes a new
-//! array in the place of the old one, in place as long as nothing outside this type keeps a handle across a step.
+//! The kernels write to the arrays themselves ([`Pages::layer`], [`Pages::pool`]); with MLX's operations
+//! [`Pages::append`] makes a new array in the place of the old one, in place as long as nothing outside this type keeps a
+//! handle across a step.
 
 use std::collections::VecDeque;
 

@@ -38,7 +38,7 @@ struct Pooled<'a, T> {
     offset: usize,
     slots: &'a [usize; CHUNK],
     next: &'a [usize; CHUNK],
-    /// First and last but one of the keys in whose places rows of the next chunk are to be fetched.
+    /// Keys, from the first to before the second, in whose places rows of the next chunk are to be fetched.
     fetch: (usize, usize),
 }
 
