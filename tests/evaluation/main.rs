@@ -136,7 +136,9 @@ fn card() -> HashMap<String, f64> {
 fn settings() -> Vec<(&'static str, PoolOptions)> {
     let options = |precision, dtype| {
         let models_dir = Some(root().join("models"));
-        PoolOptions { models_dir, device: Some(Device::Cpu), precision, dtype, ..Default::default() }
+        // All cases of a row wait at once.
+        let queue_length = Some(1000);
+        PoolOptions { models_dir, device: Some(Device::Cpu), precision, dtype, queue_length, ..Default::default() }
     };
     vec![("exact", options(Precision::Exact, Some(Dtype::Float32))), ("fast", options(Precision::Fast, None))]
 }
