@@ -178,11 +178,11 @@ fn line(value: Value) {
     println!("{value}");
 }
 
-/// Time to the first token of a prompt of `len` tokens; on a GPU of the second such prompt, since the first makes MLX
-/// compile kernels.
+/// Time to the first token of the second of two prompts of `len` tokens: the first one grows the cache, and on a GPU
+/// compiles what steps of this size need.
 fn prefill(pool: &EnginePool, len: usize) -> Result<Duration> {
     let mut time = Duration::ZERO;
-    for salt in 0..if pool.device() == Device::Gpu { 2 } else { 1 } {
+    for salt in 0..2 {
         let sent = Instant::now();
         // Nothing of it may be in the cache.
         let times = arrivals(&*pool.generate(request(len, len + salt, 1, 0.0)?)?)?;
