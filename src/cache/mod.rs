@@ -1,9 +1,14 @@
 //! Keys and values: which blocks there are and what they hold (pure), and the arrays that they lie in.
 
 pub mod blocks;
+pub mod fingerprint;
+pub mod hot;
 pub mod manager;
 mod pages;
 pub mod prefix;
+pub mod rows;
+pub mod spans;
+pub mod ssd;
 
 pub use blocks::{BlockCounts, BlockId};
 pub use manager::{BlockCopy, BlockManager, GroupKind, Table};
