@@ -62,6 +62,19 @@ pub struct Found {
     pub more_soon: bool,
 }
 
+/// Rows of consecutive blocks that are in the pools alone, to be copied to another tier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Save {
+    /// Cache group of the blocks.
+    pub group: usize,
+    /// All tokens of the sequence up to the end of the last block.
+    pub tokens: Vec<u32>,
+    /// Tokens before the first block.
+    pub start: usize,
+    /// Whole blocks, or a single incomplete one.
+    pub blocks: Vec<BlockId>,
+}
+
 /// Not enough blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage;
@@ -92,6 +105,10 @@ pub struct BlockManager {
     /// The step that is being planned.
     step: u64,
     pins: HashMap<BlockKey, Vec<(usize, BlockId)>>,
+    /// Tokens of a save at most; `None` while there is no other tier.
+    save_tokens: Option<usize>,
+    /// What was evicted and has to be saved before a step runs.
+    evicted: Vec<Save>,
 }
 
 impl BlockManager {
@@ -104,6 +121,8 @@ impl BlockManager {
             index: PrefixIndex::new(groups.len(), key),
             step: 1,
             pins: HashMap::new(),
+            save_tokens: None,
+            evicted: Vec::new(),
         }
     }
 
@@ -156,6 +175,66 @@ impl BlockManager {
     /// Another step is being planned: what the steps before write is there for it.
     pub fn next_step(&mut self) {
         self.step += 1;
+    }
+
+    /// From now on there is another tier, which takes rows of up to `tokens` tokens at a time.
+    pub fn save_in_runs_of(&mut self, tokens: usize) {
+        self.save_tokens = Some(tokens.max(self.block_tokens));
+    }
+
+    /// What has been evicted since the last call and nobody saved. Its rows are still there until the next step is
+    /// launched; they may be on their way until the step before it has ended.
+    pub fn take_evicted(&mut self) -> Vec<Save> {
+        std::mem::take(&mut self.evicted)
+    }
+
+    /// Rows that should be saved next, beginnings first, and which the steps before the newest one have written. They count
+    /// as saved from now on.
+    pub fn next_save(&mut self) -> Option<Save> {
+        let most = self.save_tokens?;
+        let (node, group) = self.index.unsaved().find(|&(node, group)| self.is_ready(node, group))?;
+        let mut first = node;
+        while self.is_ready(self.index.parent(first), group) {
+            first = self.index.parent(first);
+        }
+        let mut run = vec![first];
+        let whole = |node: &NodeId| self.index.tokens(*node).len() == self.block_tokens;
+        while whole(&run[run.len() - 1]) && (run.len() + 1) * self.block_tokens <= most {
+            let mut next = self.index.children(run[run.len() - 1]);
+            let Some(next) = next.find(|&next| whole(&next) && self.is_ready(next, group)) else { break };
+            run.push(next);
+        }
+        Some(self.save(&run, group))
+    }
+
+    /// Blocks whose rows are in the pools alone.
+    pub fn unsaved(&self) -> usize {
+        self.index.unsaved().len()
+    }
+
+    /// Rows of `tokens` behind the first `start` (whole blocks) came from another tier.
+    pub fn set_saved(&mut self, tokens: &[u32], start: usize) {
+        let mut node = ROOT;
+        for (at, block) in tokens.chunks(self.block_tokens).enumerate() {
+            let Some(child) = self.index.child(node, block) else { return };
+            if at * self.block_tokens >= start {
+                (0..self.groups.len()).for_each(|group| self.index.set_saved(child, group));
+            }
+            node = child;
+        }
+    }
+
+    fn is_ready(&self, node: NodeId, group: usize) -> bool {
+        self.index.is_unsaved(node, group) && self.index.written(node) < self.step
+    }
+
+    /// The rows of consecutive nodes, which are saved now.
+    fn save(&mut self, run: &[NodeId], group: usize) -> Save {
+        let tokens = self.index.all_tokens(run[run.len() - 1]);
+        let own: usize = run.iter().map(|&node| self.index.tokens(node).len()).sum();
+        run.iter().for_each(|&node| self.index.set_saved(node, group));
+        let blocks = run.iter().filter_map(|&node| self.index.block(node, group)).collect();
+        Save { group, start: tokens.len() - own, tokens, blocks }
     }
 
     /// The table of a new sequence.
@@ -213,6 +292,24 @@ impl BlockManager {
             table.groups[at].push(block);
         }
         Found { tokens: whole + common, more_soon: false }
+    }
+
+    /// How many of `tokens` are cached, from the beginning.
+    pub fn peek(&mut self, tokens: &[u32]) -> usize {
+        let mut table = self.table();
+        let found = self.find(&mut table, tokens, 0, tokens.len());
+        self.release(table);
+        found.tokens
+    }
+
+    /// Whether other tokens are cached where `tokens` leave what is cached of them.
+    pub fn goes_on_after(&self, tokens: &[u32]) -> bool {
+        let path = self.path(&self.table(), tokens);
+        let node = path.last().copied().unwrap_or(ROOT);
+        let rest = &tokens[path.len() * self.block_tokens..];
+        // Cached tokens of which these are the beginning, or the other way round, are no other ones.
+        let agrees = |child| self.index.tokens(child).iter().zip(rest).all(|(a, b)| a == b);
+        !self.index.children(node).any(agrees) && self.index.children(node).next().is_some()
     }
 
     /// Nodes of the whole blocks of `tokens` behind those of `table`.
@@ -301,9 +398,26 @@ impl BlockManager {
     fn take(&mut self, group: usize) -> Result<BlockId, Shortage> {
         let (block, evicted) = self.groups[group].pool.take().ok_or(Shortage)?;
         if let Some(node) = evicted {
+            self.save_before_eviction(node, group);
             self.index.remove_block(node, group);
         }
         Ok(block)
+    }
+
+    /// Notes what is to be saved of a node that goes, together with what is before it and was not saved either.
+    fn save_before_eviction(&mut self, node: NodeId, group: usize) {
+        let Some(most) = self.save_tokens.filter(|_| self.index.is_unsaved(node, group)) else { return };
+        let mut run = vec![node];
+        while self.index.tokens(node).len() == self.block_tokens && (run.len() + 1) * self.block_tokens <= most {
+            let before = self.index.parent(run[run.len() - 1]);
+            if !self.is_ready(before, group) {
+                break;
+            }
+            run.push(before);
+        }
+        run.reverse();
+        let save = self.save(&run, group);
+        self.evicted.push(save);
     }
 
     /// Puts whole blocks of a sequence into the index: `tokens` are known, and the rows of the first `computed` of them

@@ -1,6 +1,6 @@
 //! A model of the arrays: every row remembers which tokens it stands for, so that a wrong block is a wrong content.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
 
@@ -29,6 +29,9 @@ struct Machine {
     pins: Vec<Vec<u32>>,
     next: usize,
     hits: usize,
+    /// Another tier: the tokens up to each row that was saved, and how often rows came back.
+    saved: HashSet<(usize, Vec<u32>)>,
+    restored: usize,
 }
 
 /// What one sequence does in a step.
@@ -76,6 +79,14 @@ enum Action {
         blocks: usize,
     },
     Shrink,
+    /// Saves what may be saved, so many runs at most.
+    Save {
+        runs: usize,
+    },
+    /// Brings back what another tier has of a sequence's tokens.
+    Restore {
+        which: usize,
+    },
 }
 
 fn actions() -> impl Strategy<Value = Vec<Action>> {
@@ -93,6 +104,8 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         1 => Just(Action::Clear),
         1 => (1usize..12).prop_map(|blocks| Action::Grow { blocks }),
         1 => Just(Action::Shrink),
+        1 => (1usize..4).prop_map(|runs| Action::Save { runs }),
+        3 => (0usize..64).prop_map(|which| Action::Restore { which }),
     ];
     prop::collection::vec(action, 1..60)
 }
@@ -101,8 +114,18 @@ impl Machine {
     fn new(block_tokens: usize, kinds: &[GroupKind], blocks: usize) -> Self {
         let mut manager = BlockManager::new(block_tokens, kinds, [7; 32]);
         manager.grow(blocks);
-        let (rows, sequences, pins) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { manager, kinds: kinds.to_vec(), rows, sequences, pins, next: 0, hits: 0 }
+        manager.save_in_runs_of(3 * block_tokens);
+        Self {
+            manager,
+            kinds: kinds.to_vec(),
+            rows: HashMap::new(),
+            sequences: Vec::new(),
+            pins: Vec::new(),
+            next: 0,
+            hits: 0,
+            saved: HashSet::new(),
+            restored: 0,
+        }
     }
 
     fn act(&mut self, action: &Action) -> Result<(), TestCaseError> {
@@ -161,8 +184,76 @@ impl Machine {
             }
             Action::Grow { blocks } => self.manager.grow(self.manager.capacity(0) + blocks),
             Action::Shrink => self.manager.shrink(self.manager.least_capacity()),
+            Action::Save { runs } => {
+                self.manager.next_step();
+                for _ in 0..*runs {
+                    let Some(save) = self.manager.next_save() else { break };
+                    self.save(&save)?;
+                }
+            }
+            Action::Restore { which } => {
+                if let Some(tokens) = self.sequences.get(which % count).map(|sequence| sequence.tokens.clone()) {
+                    self.restore(&tokens)?;
+                }
+            }
         }
         self.check_references()
+    }
+
+    /// Saved rows are those of their tokens, and whole blocks or a single incomplete one.
+    fn save(&mut self, save: &Save) -> Result<(), TestCaseError> {
+        let (block_tokens, own) = (self.manager.block_tokens(), save.tokens.len() - save.start);
+        prop_assert!(save.start.is_multiple_of(block_tokens) && own > 0 && own <= 3 * block_tokens);
+        prop_assert!(own.is_multiple_of(block_tokens) || own < block_tokens);
+        prop_assert_eq!(save.blocks.len(), own.div_ceil(block_tokens));
+        for position in save.start..save.tokens.len() {
+            let block = save.blocks[(position - save.start) / block_tokens];
+            let found = self.rows.get(&(save.group, block, position % block_tokens));
+            prop_assert_eq!(found, Some(&row(&save.tokens[..=position])), "a saved row of {}", position);
+            self.saved.insert((save.group, save.tokens[..=position].to_vec()));
+        }
+        Ok(())
+    }
+
+    fn save_evicted(&mut self) -> Result<(), TestCaseError> {
+        self.manager.take_evicted().iter().try_for_each(|save| self.save(save))
+    }
+
+    /// What an engine does with rows that another tier has.
+    fn restore(&mut self, tokens: &[u32]) -> Result<(), TestCaseError> {
+        self.manager.next_step();
+        let block_tokens = self.manager.block_tokens();
+        let limit = &tokens[..tokens.len() - 1];
+        let from = self.manager.peek(limit) / block_tokens * block_tokens;
+        let groups = 0..self.kinds.len();
+        let is_saved = |end: &usize| groups.clone().all(|at| self.saved.contains(&(at, tokens[..=*end].to_vec())));
+        let end = from + (from..limit.len()).take_while(is_saved).count();
+        let mut table = self.manager.table();
+        let found = self.manager.find(&mut table, tokens, 0, from);
+        let mut copies = Vec::new();
+        let room = end > from && self.manager.extend(&mut table, from, end, &mut copies).is_ok();
+        prop_assert!(found.tokens == from && copies.is_empty());
+        self.save_evicted()?;
+        if room {
+            for group in groups {
+                let blocks: Vec<_> = table.blocks(group).collect();
+                for position in from..end {
+                    let block = blocks[position / block_tokens].unwrap_or(BlockId::MAX);
+                    self.rows.insert((group, block, position % block_tokens), row(&tokens[..=position]));
+                }
+            }
+            let unsaved = self.manager.unsaved();
+            self.manager.index_tail(&mut table, &tokens[..end], end);
+            self.manager.set_saved(&tokens[..end], from);
+            prop_assert!(self.manager.unsaved() <= unsaved, "restored rows would be saved again");
+            self.restored += end - from;
+        }
+        self.manager.release(table);
+        self.manager.next_step();
+        if room && self.kinds == [GroupKind::Full] {
+            prop_assert!(self.manager.peek(limit) >= end);
+        }
+        Ok(())
     }
 
     /// Plans a step as a scheduler does, then does what a runner does: copies, writes, reads.
@@ -188,6 +279,7 @@ impl Machine {
             }
             planned.push(Planned { at, start, end });
         }
+        self.save_evicted()?;
         for copy in copies {
             for offset in 0..self.manager.block_tokens() {
                 match self.rows.get(&(copy.group, copy.from, offset)).copied() {
@@ -306,6 +398,36 @@ proptest! {
         }
         machine.end()?;
     }
+}
+
+/// What is evicted is saved first, together with what is before it, and comes back for the next request.
+#[test]
+fn evicted_rows_come_back_from_another_tier() {
+    let mut machine = Machine::new(4, &[GroupKind::Full], 8);
+    let first: Vec<u32> = (0..22).collect();
+    let at = start(&mut machine, &first);
+    machine.act(&Action::Step { first: at, count: 1, tokens: 22 }).unwrap();
+    machine.act(&Action::End { which: at, tail: true }).unwrap();
+    assert_eq!((machine.manager.unsaved(), machine.saved.len()), (6, 0));
+    // Another prompt takes all blocks.
+    let at = start(&mut machine, &(100..130).collect::<Vec<_>>());
+    machine.act(&Action::Step { first: at, count: 1, tokens: 30 }).unwrap();
+    machine.act(&Action::End { which: at, tail: true }).unwrap();
+    assert_eq!((machine.saved.len(), machine.manager.peek(&first)), (22, 0));
+    start(&mut machine, &first);
+    machine.act(&Action::Restore { which: 0 }).unwrap();
+    assert_eq!((machine.restored, machine.manager.peek(&first[..21])), (21, 21));
+    machine.act(&Action::Step { first: 0, count: 1, tokens: 22 }).unwrap();
+    assert_eq!(machine.hits, 21);
+    // Negative control: rows that are not the tokens' own must not pass.
+    machine.manager.next_step();
+    while machine.manager.next_save().is_some() {}
+    let at = start(&mut machine, &[7, 7, 7, 7, 7]);
+    machine.act(&Action::Step { first: at, count: 1, tokens: 5 }).unwrap();
+    machine.manager.next_step();
+    let mut save = machine.manager.next_save().unwrap();
+    save.tokens[0] = 8;
+    assert!(machine.save(&save).is_err());
 }
 
 /// Runs the same actions with rows spoiled in one block of a table: the machine must notice.

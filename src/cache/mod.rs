@@ -11,5 +11,5 @@ pub mod spans;
 pub mod ssd;
 
 pub use blocks::{BlockCounts, BlockId};
-pub use manager::{BlockCopy, BlockManager, GroupKind, Table};
+pub use manager::{BlockCopy, BlockManager, GroupKind, Save, Table};
 pub use pages::{KvLayout, Pages, Writes, copy_places, place};

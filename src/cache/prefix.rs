@@ -5,7 +5,7 @@
 //! be; tokens are compared as they are, and a hash is never taken for them. The chain key of a node names the same tokens
 //! outside this process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::rc::Rc;
 
@@ -27,6 +27,8 @@ pub struct PrefixIndex {
     nodes: Vec<Node>,
     vacant: Vec<NodeId>,
     groups: usize,
+    /// Nodes and groups whose rows are in the pools alone.
+    unsaved: BTreeSet<(NodeId, usize)>,
 }
 
 #[derive(Debug)]
@@ -63,7 +65,7 @@ impl PrefixIndex {
             blocks: vec![None; groups].into(),
             written: 0,
         };
-        Self { nodes: vec![root], vacant: Vec::new(), groups }
+        Self { nodes: vec![root], vacant: Vec::new(), groups, unsaved: BTreeSet::new() }
     }
 
     /// The child of `node` with exactly these tokens.
@@ -136,8 +138,44 @@ impl PrefixIndex {
         &self.node(node).key
     }
 
+    /// The node before a node.
+    pub fn parent(&self, node: NodeId) -> NodeId {
+        self.node(node).parent
+    }
+
+    /// The nodes behind a node.
+    pub fn children(&self, node: NodeId) -> impl Iterator<Item = NodeId> {
+        self.node(node).children.values().copied()
+    }
+
+    /// All tokens up to the end of a node.
+    pub fn all_tokens(&self, mut node: NodeId) -> Vec<u32> {
+        let mut path = Vec::new();
+        while node != ROOT {
+            path.push(node);
+            node = self.parent(node);
+        }
+        path.iter().rev().flat_map(|&node| self.tokens(node)).copied().collect()
+    }
+
+    /// Whether the rows of a node's block in a group are nowhere else.
+    pub fn is_unsaved(&self, node: NodeId, group: usize) -> bool {
+        self.unsaved.contains(&(node, group))
+    }
+
+    /// All nodes and groups of which that is true.
+    pub fn unsaved(&self) -> impl ExactSizeIterator<Item = (NodeId, usize)> {
+        self.unsaved.iter().copied()
+    }
+
+    /// The rows of a node's block in a group are somewhere else too.
+    pub fn set_saved(&mut self, node: NodeId, group: usize) {
+        self.unsaved.remove(&(node, group));
+    }
+
     /// Sets the block of a node in a group, whose rows `step` has written at the latest.
     pub fn set_block(&mut self, node: NodeId, group: usize, block: BlockId, step: u64) {
+        self.unsaved.insert((node, group));
         let node = &mut self.nodes[node as usize];
         node.blocks[group] = Some(block);
         node.written = node.written.max(step);
@@ -147,6 +185,7 @@ impl PrefixIndex {
     /// before it that only led to it.
     pub fn remove_block(&mut self, node: NodeId, group: usize) {
         self.nodes[node as usize].blocks[group] = None;
+        self.unsaved.remove(&(node, group));
         self.prune(node);
     }
 
