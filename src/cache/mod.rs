@@ -9,6 +9,7 @@ pub mod prefix;
 pub mod rows;
 pub mod spans;
 pub mod ssd;
+mod transfer;
 
 pub use blocks::{BlockCounts, BlockId};
 pub use manager::{BlockCopy, BlockManager, GroupKind, Save, Table};

@@ -182,6 +182,33 @@ impl Pages {
         Ok((&pool.keys, &pool.values))
     }
 
+    /// Takes the arrays of a layer out, so that nothing else refers to them, for `change` to make others of them. No step
+    /// may be on its way.
+    pub(super) fn replace(
+        &mut self,
+        layer: usize,
+        change: impl FnOnce(Array, Array) -> Result<(Array, Array)>,
+    ) -> Result<()> {
+        let LayerPool { keys, values, order } =
+            self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
+        // MLX does not see what the kernels write.
+        order.iter().try_for_each(Order::wait)?;
+        let (keys, values) = change(keys, values)?;
+        self.layers[layer] = Some(LayerPool { keys, values, order });
+        Ok(())
+    }
+
+    /// Who computes with the arrays.
+    pub(super) fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Waits for the kernels that have written to a layer.
+    pub(super) fn wait(&self, layer: usize) -> Result<()> {
+        let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
+        pool.order.iter().try_for_each(Order::wait)
+    }
+
     /// All arrays, for evaluation.
     pub fn arrays(&self) -> impl Iterator<Item = &Array> {
         self.layers.iter().flatten().flat_map(|pool| [&pool.keys, &pool.values])

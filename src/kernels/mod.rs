@@ -3,10 +3,15 @@
 //! `cpu` holds the computations, on slices and without MLX; `node` and `shim.cpp` put them into MLX's graph; [`Cpu`]
 //! offers them as operations on arrays. `gpu` has kernels that MLX compiles at run time.
 
+/// What kernels compute, as a number: to be increased whenever keys or values come out differently, so that stored ones
+/// of before are not used.
+pub const NUMERICS: u32 = 1;
+
 pub mod cpu;
 pub mod gpu;
 mod node;
 mod ops;
+mod transfer;
 
 pub use cpu::attention::{AttentionKind, Segment};
 pub use cpu::matmul::Precision;
@@ -14,3 +19,4 @@ pub use cpu::sample::Draw;
 pub use gpu::Gpu;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};
+pub use transfer::read_array;

@@ -39,6 +39,15 @@ impl Backend {
         }
     }
 
+    /// Names everything about it that numbers depend on.
+    pub fn numerics(&self) -> String {
+        match self {
+            Backend::Mlx => "mlx".to_owned(),
+            Backend::Gpu(_) => "gpu".to_owned(),
+            Backend::Cpu(cpu) => format!("cpu {:?} {:?}", cpu.isa, cpu.precision),
+        }
+    }
+
     /// The GPU's part.
     pub fn gpu(&self) -> Option<&Gpu> {
         match self {
@@ -186,6 +195,10 @@ impl Cpu {
     pub fn sample(&self, logits: &Array, draws: Vec<Draw>) -> Result<Array> {
         let shape = [logits.dim(0), 1];
         node(DrawTokens { cpu: self.clone(), draws }, &[logits], &shape, Dtype::Uint32)
+    }
+
+    pub(super) fn workers(&self) -> &Workers {
+        &self.workers
     }
 
     /// A copy of `array` with another number of rows: those behind the ones that there were have any content. Memory

@@ -1,0 +1,148 @@
+//! Rows between the pools and memory of the host's. No step may be on its way that uses the blocks.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mlx_rs::{Array, Dtype};
+
+use super::blocks::BlockId;
+use super::pages::{Pages, place};
+use super::rows::{LayerRows, RowBuffer, RowLayout, RowType};
+use crate::error::{Error, Result};
+use crate::kernels::{Backend, read_array};
+use crate::mlx::{self, HostBuffer};
+
+impl Pages {
+    /// What a token of a group stores; `None` where rows have a number format that no tier takes.
+    pub fn row_layout(&self, group: usize) -> Option<Arc<RowLayout>> {
+        let layout = self.layout();
+        let dtype = match layout.dtype {
+            Dtype::Float32 => RowType::F32,
+            Dtype::Float16 => RowType::F16,
+            Dtype::Bfloat16 => RowType::Bf16,
+            _ => return None,
+        };
+        // All layers are in the first group.
+        let layers = layout.layers.iter().enumerate().filter(|_| group == 0);
+        let layers = layers.map(|(layer, &rows)| LayerRows { layer, keys: rows, values: rows });
+        Some(Arc::new(RowLayout { dtype, layers: layers.collect() }))
+    }
+
+    /// Copies the rows of consecutive blocks of a group to `to`, which has as many tokens as the blocks, or fewer.
+    pub fn read_rows(&self, blocks: &[BlockId], to: &mut RowBuffer) -> Result<()> {
+        let layout = Arc::clone(to.layout());
+        for (at, rows) in layout.layers.iter().enumerate() {
+            let (keys, values) = to.rows_mut(at, 0..to.tokens());
+            self.wait(rows.layer)?;
+            let pool = self.layer(rows.layer)?;
+            match self.backend() {
+                Backend::Cpu(cpu) => {
+                    let block = layout.row_bytes(at);
+                    let (block_keys, block_values) = (block.0 * self.block_tokens(), block.1 * self.block_tokens());
+                    let keys = keys.chunks_mut(block_keys).zip(blocks);
+                    let keys = keys.map(|(to, &block)| (pool.0, place(block) as usize * block_keys, to));
+                    let values = values.chunks_mut(block_values).zip(blocks);
+                    let values = values.map(|(to, &block)| (pool.1, place(block) as usize * block_values, to));
+                    cpu.read_parts(keys.chain(values).collect())?;
+                }
+                Backend::Mlx | Backend::Gpu(_) => {
+                    let places = places(blocks)?;
+                    read_array(&pool.0.take_axis(&places, 0)?, keys)?;
+                    read_array(&pool.1.take_axis(&places, 0)?, values)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the rows of `tokens` of `from` to consecutive blocks of a group, which they fill, but for the last block.
+    /// What is behind them there may be anything.
+    pub fn write_rows(&mut self, blocks: &[BlockId], from: &RowBuffer, tokens: Range<usize>) -> Result<()> {
+        let layout = Arc::clone(from.layout());
+        let block_tokens = self.block_tokens();
+        if blocks.len() != tokens.len().div_ceil(block_tokens) {
+            return Err(Error::internal(format!("{} blocks for {} rows", blocks.len(), tokens.len())));
+        }
+        for (at, rows) in layout.layers.iter().enumerate() {
+            let (keys, values) = from.rows(at, tokens.clone());
+            if let Backend::Cpu(cpu) = self.backend() {
+                let pool = self.layer(rows.layer)?;
+                let block = layout.row_bytes(at);
+                let (block_keys, block_values) = (block.0 * block_tokens, block.1 * block_tokens);
+                let keys = keys.chunks(block_keys).zip(blocks);
+                let keys = keys.map(|(from, &block)| (pool.0, place(block) as usize * block_keys, from));
+                let values = values.chunks(block_values).zip(blocks);
+                let values = values.map(|(from, &block)| (pool.1, place(block) as usize * block_values, from));
+                cpu.write_parts(keys.chain(values).collect())?;
+                continue;
+            }
+            let places = places(blocks)?;
+            let scattered = |pool: Array, rows: &[u8]| -> Result<Array> {
+                let mut shape = pool.shape().to_vec();
+                shape[0] = blocks.len() as i32;
+                let bytes: usize = shape.iter().map(|&n| n as usize).product::<usize>() * mlx::item_size(pool.dtype());
+                let mut filled = HostBuffer::new(bytes)?;
+                filled.as_mut_slice()[..rows.len()].copy_from_slice(rows);
+                let rows = filled.into_array(&shape, pool.dtype())?;
+                let pool = mlx::scatter(pool, &[&places], &rows.expand_dims(1)?)?;
+                pool.eval()?;
+                Ok(pool)
+            };
+            self.replace(rows.layer, |key_pool, value_pool| {
+                Ok((scattered(key_pool, keys)?, scattered(value_pool, values)?))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Places of blocks in the arrays, as an array.
+fn places(blocks: &[BlockId]) -> Result<Array> {
+    mlx::indices(&blocks.iter().map(|&block| place(block) as i32).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::{GroupKind, KvLayout};
+    use crate::kernels::{Cpu, Precision};
+    use crate::mlx::Device;
+
+    fn moved(backend: Backend, dtype: Dtype) {
+        mlx::init().unwrap();
+        mlx::on_device(Device::Cpu, || {
+            let layout = KvLayout { groups: vec![GroupKind::Full], layers: vec![(2, 4), (1, 8)], dtype };
+            let mut pages = Pages::new(backend, &layout, 8)?;
+            pages.resize(9);
+            while pages.resize_layer()? {}
+            let rows = pages.row_layout(0).unwrap();
+            let mut whole = RowBuffer::new(Arc::clone(&rows), 24, 0);
+            let pages_len = whole.pages().len();
+            (0..pages_len).for_each(|at| whole.pages_mut()[at] = (at * 7 % 251) as u8 & 0x3f);
+            // Three blocks out of order, then a part of them in others, the last one half full.
+            pages.write_rows(&[5, 2, 7], &whole, 0..24)?;
+            pages.write_rows(&[0, 8], &whole, 8..20)?;
+            let mut read = RowBuffer::new(Arc::clone(&rows), 24, 0);
+            pages.read_rows(&[5, 2, 7], &mut read)?;
+            assert_eq!(read.all_rows(), whole.all_rows());
+            let mut read = RowBuffer::new(Arc::clone(&rows), 12, 0);
+            pages.read_rows(&[0, 8], &mut read)?;
+            for at in 0..2 {
+                assert_eq!(read.rows(at, 0..12), whole.rows(at, 8..20));
+            }
+            pages.read_rows(&[8, 0], &mut read)?;
+            assert_ne!(read.rows(0, 0..12), whole.rows(0, 8..20), "the order of blocks is not noticed");
+            assert!(pages.write_rows(&[1], &whole, 0..9).is_err());
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn rows_move_between_pools_and_memory() {
+        for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
+            moved(Backend::Mlx, dtype);
+            moved(Backend::Cpu(Cpu::new(Some(2), Precision::Exact)), dtype);
+        }
+    }
+}
