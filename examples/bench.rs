@@ -8,33 +8,27 @@
 //! Options: `--prompt N,..` prompt lengths (default 512), `--steps N` tokens after the first (default 32), `--batch N,..`
 //! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
 //! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`, `--latency N` (a prompt of N tokens beside a running
-//! answer; give a `--batch` of at least 2 with it), `--temperature X` (default 0).
+//! answer; give a `--batch` of at least 2 with it), `--temperature X` (default 0), `--cache DIR` (rows are written to files there
+//! as soon as they are computed).
 //!
 //! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request decodes,
 //! over that time; their prompts are in the cache by then. Random weights are as fast as real ones; every weight is a buffer of its own.
 
-use std::path::Path;
+mod shapes;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mlx_rs::Dtype;
-use omlx::config::ModelConfig;
 use omlx::engine::{EngineMetrics, Event, Request, RequestState};
 use omlx::error::{Error, Result};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, PoolOptions};
+use omlx::pool::{EnginePool, PoolOptions, TierOptions};
 use serde_json::{Value, json};
-
-/// Qwen3 shapes: name, hidden, layers, mlp, query heads, key/value heads, tied head.
-const SHAPES: [(&str, usize, usize, usize, usize, usize, bool); 5] = [
-    ("qwen3-tiny", 256, 8, 768, 4, 2, true),
-    ("qwen3-0.6b", 1024, 28, 3072, 16, 8, true),
-    ("qwen3-1.7b", 2048, 28, 6144, 16, 8, true),
-    ("qwen3-4b", 2560, 36, 9728, 32, 8, true),
-    ("qwen3-8b", 4096, 36, 12288, 32, 8, false),
-];
+use shapes::random_config;
 
 struct Options {
     folder: Option<String>,
@@ -49,6 +43,7 @@ struct Options {
     threads: Option<usize>,
     latency: Option<usize>,
     temperature: f64,
+    cache: Option<String>,
 }
 
 fn numbers(text: &str) -> Result<Vec<usize>> {
@@ -75,6 +70,7 @@ impl Options {
             threads: None,
             latency: None,
             temperature: 0.0,
+            cache: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -113,6 +109,7 @@ impl Options {
                     let wrong = || Error::invalid_argument(format!("{text:?} is not a number"));
                     options.temperature = text.parse().map_err(|_| wrong())?;
                 }
+                "--cache" => options.cache = Some(value()?),
                 "--threads" => options.threads = Some(number(&value()?)?.max(1)),
                 _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
                 _ => options.folder = Some(arg),
@@ -120,30 +117,6 @@ impl Options {
         }
         Ok(options)
     }
-}
-
-/// The configuration of `qwen3-0.6b-4bit` and the like; `bf16` for dense weights.
-fn random_config(name: &str) -> Result<ModelConfig> {
-    let known = || {
-        let shapes: Vec<_> = SHAPES.iter().map(|shape| shape.0).collect();
-        Error::invalid_argument(format!("{name:?} is none of {} with -4bit, -8bit or -bf16", shapes.join(", ")))
-    };
-    let (shape, format) = name.rsplit_once('-').ok_or_else(known)?;
-    let &(_, hidden, layers, mlp, heads, kv_heads, tied) = SHAPES.iter().find(|s| s.0 == shape).ok_or_else(known)?;
-    let mut config = json!({
-        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": if shape == "qwen3-tiny" { 64 } else { 128 },
-        "vocab_size": if shape == "qwen3-tiny" { 4096 } else { 151_936 },
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40_960, "tie_word_embeddings": tied,
-    });
-    match format {
-        "4bit" => config["quantization"] = json!({ "group_size": 64, "bits": 4 }),
-        "8bit" => config["quantization"] = json!({ "group_size": 64, "bits": 8 }),
-        "bf16" => {}
-        _ => return Err(known()),
-    }
-    ModelConfig::from_value(config)
 }
 
 /// A prompt of `len` tokens that no other `salt` shares a prefix with.
@@ -272,7 +245,13 @@ fn parts(device: Device, batch: usize, before: &EngineMetrics, after: &EngineMet
 fn run() -> Result<()> {
     let options = Options::parse()?;
     let Options { device, dtype, precision, threads, .. } = options;
+    let tiers = TierOptions {
+        folder: options.cache.as_ref().map(PathBuf::from),
+        write_through: options.cache.is_some(),
+        ..TierOptions::default()
+    };
     let pool = EnginePool::open(PoolOptions {
+        tiers,
         device,
         dtype,
         precision,

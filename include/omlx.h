@@ -189,6 +189,15 @@ OMLX_ENUM(omlx_precision, uint32_t) {
     OMLX_PRECISION_EXACT = 1,
 };
 
+/// How keys and values are stored in files.
+OMLX_ENUM(omlx_cache_codec, uint32_t) {
+    /// As they are: what is read is what was computed, bit for bit.
+    OMLX_CACHE_CODEC_EXACT = 0,
+    /// 8 bits a number, with a scale for each head of each token: half the size of 16-bit numbers, and answers that may
+    /// differ.
+    OMLX_CACHE_CODEC_BITS8 = 1,
+};
+
 /// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
 typedef struct omlx_pool_options {
     /// `sizeof(omlx_pool_options)`, set by `OMLX_POOL_OPTIONS_INIT`.
@@ -228,10 +237,29 @@ typedef struct omlx_pool_options {
     /// What a step should take while answers are running, in milliseconds; 0 is 50. Prompts are computed in pieces that
     /// keep to it: less makes running answers smoother, and new ones begin later.
     uint32_t target_latency_ms;
+    /// A folder for keys and values that outlive the process: a prompt that was computed once is read from there, after a
+    /// restart too. One process at a time can use it. NULL keeps nothing. The files tell what was said: they are created
+    /// for their owner alone (0600 in 0700), marked as not to be backed up, and not encrypted.
+    const char *cache_dir;
+    /// Bytes that the files may take, of all models together; 0 is a tenth of what is free on that disk when the pool
+    /// opens (their own included), 64 GiB at most. Nothing is written that leaves less than 2 GiB free.
+    uint64_t cold_bytes;
+    /// Bytes that the files of one model may take; 0 is no limit of its own.
+    uint64_t cold_bytes_per_model;
+    /// Bytes of the host's memory for keys and values that had to leave the pools; 0 is an eighth of the memory where
+    /// pools lie in that of a GPU, and nothing where both are the same.
+    uint64_t hot_bytes;
+    /// Text that keeps users of one `cache_dir` apart: pools with different ones share nothing. NULL is none.
+    const char *cache_namespace;
+    /// Not 0: keys and values are written as soon as they are computed, not only when they have to make room, when a
+    /// model has nothing to do, or when it is unloaded.
+    uint32_t cache_write_through;
+    /// An `omlx_cache_codec`.
+    uint32_t cache_codec;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0 }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;
@@ -239,7 +267,7 @@ typedef struct omlx_pool omlx_pool;
 /// Opens a pool and lists its models, loading none. `options` may be NULL. Blocking while the folders are read.
 ///
 /// Errors: `OMLX_E_NOT_FOUND` (no such folder), `OMLX_E_UNSUPPORTED` (no GPU), `OMLX_E_BACKEND` (MLX of another
-/// version).
+/// version), `OMLX_E_BUSY` (another pool, of this process or of another one, uses the `cache_dir`), `OMLX_E_IO`.
 omlx_status omlx_pool_open(const omlx_pool_options *options, omlx_pool **pool, omlx_error **error);
 
 /// Ends all requests (their done events have `OMLX_E_CLOSED`), unloads all models, and waits until the engines' threads
@@ -519,19 +547,89 @@ omlx_status omlx_render_template(
 // Cache -----------------------------------------------------------------------------------------------------
 
 /// State of a loaded model's cache as a JSON object: blocks used, cached and free, the tokens and bytes of one, entries,
-/// prompt tokens computed and found in the cache. A `model` of NULL is the default model.
+/// prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers, and in
+/// `"cold_total"` that of all models together. A `model` of NULL is the default model.
 ///
 /// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
 omlx_status omlx_cache_stats(omlx_pool *pool, const char *model, omlx_string **text, omlx_error **error);
 
-/// Forgets what is cached and neither in use nor pinned. `bytes`, which may be NULL, receives how much room that makes
-/// for later requests. Blocking while the model loads.
+/// Where the tokens of a request's prompt are cached, as a JSON object: `"tokens"` (all but the last, which is computed in
+/// any case), those in the `"pool"`, in the `"hot"` and in the `"cold"` tier, those `"missing"`; `"stopped_by"` why the
+/// match went no further (`"complete"`, `"other_tokens"`, `"not_cached"`, `"not_identified"`: the model's files are still
+/// being read, and other tiers not known); and by what has been measured so far `"restore_seconds"` and
+/// `"compute_seconds"` to the first token. `request_json` is as for `omlx_generate`. Blocking while the model loads and
+/// the tokenizer is read.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
-omlx_status omlx_cache_clear(omlx_pool *pool, const char *model, uint64_t *bytes, omlx_error **error);
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_TEMPLATE`, `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+omlx_status omlx_cache_find(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    omlx_string **text,
+    omlx_error **error);
 
-/// Keeps what is cached of the beginning of a request's prompt, until it is unpinned or the model is unloaded: neither
-/// other requests nor `omlx_cache_clear` take its place. `tokens`, which may be NULL, receives for how many tokens; run the
+/// Brings what other tiers have of a request's prompt into the pools, so that the request itself begins sooner. `tokens`,
+/// which may be NULL, receives how many are there then. Blocking until that is done.
+///
+/// Errors: as `omlx_cache_find`.
+omlx_status omlx_cache_prefetch(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    uint64_t *tokens,
+    omlx_error **error);
+
+/// Writes what a model (all that are loaded, if `model` is NULL) has computed and no file has yet. Blocking until it is
+/// on the disk, or for `timeout_ms`. Without it that happens when a model has nothing to do for five seconds, when it is
+/// unloaded, and when the pool is closed.
+///
+/// Errors: `OMLX_E_TIMEOUT`, `OMLX_E_IO` (something could not be written), `OMLX_E_UNSUPPORTED` (the pool has no
+/// `cache_dir`), `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+omlx_status omlx_cache_flush(omlx_pool *pool, const char *model, uint32_t timeout_ms, omlx_error **error);
+
+/// Where rows of keys and values are kept; values may be added up.
+OMLX_ENUM(omlx_cache_tier, uint32_t) {
+    /// The pools that models compute with.
+    OMLX_CACHE_TIER_POOLS = 1,
+    /// The host's memory, where pools lie in another one.
+    OMLX_CACHE_TIER_HOT = 2,
+    /// Files in `omlx_pool_options.cache_dir`.
+    OMLX_CACHE_TIER_COLD = 4,
+};
+
+/// Forgets what is cached of a model (of all models, if `model` is NULL) and neither in use nor pinned. `tiers` is a sum
+/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. Blocking
+/// while files are removed, and while the model loads.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (no such model).
+omlx_status omlx_cache_clear(
+    omlx_pool *pool,
+    const char *model,
+    uint32_t tiers,
+    uint64_t *bytes,
+    omlx_error **error);
+
+/// Limits of a pool's cache that can change while it is open. Start from `OMLX_CACHE_LIMITS_INIT`; zero leaves a limit as
+/// it is.
+typedef struct omlx_cache_limits {
+    /// `sizeof(omlx_cache_limits)`, set by `OMLX_CACHE_LIMITS_INIT`.
+    uint32_t struct_size;
+    /// Must be 0.
+    uint32_t reserved;
+    /// As `omlx_pool_options.hot_bytes`.
+    uint64_t hot_bytes;
+    /// As `omlx_pool_options.cold_bytes`.
+    uint64_t cold_bytes;
+    /// As `omlx_pool_options.cold_bytes_per_model`.
+    uint64_t cold_bytes_per_model;
+} omlx_cache_limits;
+
+/// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.
+omlx_status omlx_cache_set_limits(omlx_pool *pool, const omlx_cache_limits *limits, omlx_error **error);
+
+/// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor
+/// `omlx_cache_clear` take its place. With a `cache_dir` it is kept there too, and comes back with the model; without one
+/// it goes with it. `tokens`, which may be NULL, receives for how many tokens; run the
 /// request first, with a `max_tokens` of 1 if no answer is wanted. Pinning again adds what has been cached since.
 /// `request_json` is as for `omlx_generate`. Blocking while the model loads and the tokenizer is read.
 ///

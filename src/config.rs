@@ -49,6 +49,11 @@ impl ModelConfig {
         Ok(Self { raw, model_type, quantization })
     }
 
+    /// All of it.
+    pub fn raw(&self) -> &Value {
+        &self.raw
+    }
+
     /// The architecture's name.
     pub fn model_type(&self) -> &str {
         &self.model_type

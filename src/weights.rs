@@ -241,7 +241,7 @@ impl Weights {
 }
 
 /// The folder's weight files, each with the tensors that the index expects in it.
-fn weight_files(folder: &Path) -> Result<Vec<(PathBuf, Vec<String>)>> {
+pub fn weight_files(folder: &Path) -> Result<Vec<(PathBuf, Vec<String>)>> {
     let index = folder.join("model.safetensors.index.json");
     match read_json(&index) {
         Ok(value) => return indexed_files(folder, &value).map_err(|e| e.context(index.display())),

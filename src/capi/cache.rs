@@ -1,13 +1,28 @@
 //! `omlx_cache_*`: what is kept of earlier requests.
 
 use std::ffi::c_char;
+use std::time::Duration;
 
-use super::{borrow, boundary, omlx_error, omlx_pool, omlx_string, optional_string};
+use super::{SizedOptions, borrow, boundary, omlx_error, omlx_pool, omlx_string, optional_string};
 use crate::engine::Request;
-use crate::error::Status;
+use crate::error::{Error, Status};
+use crate::pool::{TierLimits, TierSet};
+
+/// Where rows of keys and values are kept; values may be added up.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_cache_tier {
+    /// The pools that models compute with.
+    Pools = 1,
+    /// The host's memory, where pools lie in another one.
+    Hot = 2,
+    /// Files in `omlx_pool_options.cache_dir`.
+    Cold = 4,
+}
 
 /// State of a loaded model's cache as a JSON object: blocks used, cached and free, the tokens and bytes of one, entries,
-/// prompt tokens computed and found in the cache. A `model` of NULL is the default model.
+/// prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers, and in
+/// `"cold_total"` that of all models together. A `model` of NULL is the default model.
 ///
 /// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
 #[unsafe(no_mangle)]
@@ -24,31 +39,161 @@ pub unsafe extern "C" fn omlx_cache_stats(
     })
 }
 
-/// Forgets what is cached and neither in use nor pinned. `bytes`, which may be NULL, receives how much room that makes
-/// for later requests. Blocking while the model loads.
+/// Forgets what is cached of a model (of all models, if `model` is NULL) and neither in use nor pinned. `tiers` is a sum
+/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. Blocking
+/// while files are removed, and while the model loads.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+/// Errors: `OMLX_E_NOT_FOUND` (no such model).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_cache_clear(
     pool: *mut omlx_pool,
     model: *const c_char,
+    tiers: u32,
     bytes: *mut u64,
     error: *mut *mut omlx_error,
 ) -> Status {
     boundary(error, || {
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, model) = unsafe { (borrow(pool, "pool")?, optional_string(model, "model")?) };
-        let freed = pool.pool.cache_clear(model)?;
+        let has = |tier: omlx_cache_tier| tiers == 0 || tiers & tier as u32 != 0;
+        if tiers >= 2 * omlx_cache_tier::Cold as u32 {
+            return Err(Error::invalid_argument(format!("there are no cache tiers {tiers}")));
+        }
+        let (pools, hot, cold) = (has(omlx_cache_tier::Pools), has(omlx_cache_tier::Hot), has(omlx_cache_tier::Cold));
+        let freed = pool.pool.cache_clear(model, TierSet { pools, hot, cold })?;
         if !bytes.is_null() {
             // SAFETY: not NULL, so it points to a number the host lets us write.
-            unsafe { bytes.write(freed as u64) };
+            unsafe { bytes.write(freed) };
         }
         Ok(())
     })
 }
 
-/// Keeps what is cached of the beginning of a request's prompt, until it is unpinned or the model is unloaded: neither
-/// other requests nor `omlx_cache_clear` take its place. `tokens`, which may be NULL, receives for how many tokens; run the
+/// Where the tokens of a request's prompt are cached, as a JSON object: `"tokens"` (all but the last, which is computed in
+/// any case), those in the `"pool"`, in the `"hot"` and in the `"cold"` tier, those `"missing"`; `"stopped_by"` why the
+/// match went no further (`"complete"`, `"other_tokens"`, `"not_cached"`, `"not_identified"`: the model's files are still
+/// being read, and other tiers not known); and by what has been measured so far `"restore_seconds"` and
+/// `"compute_seconds"` to the first token. `request_json` is as for `omlx_generate`. Blocking while the model loads and
+/// the tokenizer is read.
+///
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_TEMPLATE`, `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_cache_find(
+    pool: *mut omlx_pool,
+    request_json: *const c_char,
+    request_len: usize,
+    text: *mut *mut omlx_string,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, json) =
+            unsafe { (borrow(pool, "pool")?, super::bytes(request_json.cast(), request_len, "request_json")?) };
+        omlx_string::write(pool.pool.cache_find(&Request::from_json(json, false)?)?, text)
+    })
+}
+
+/// Brings what other tiers have of a request's prompt into the pools, so that the request itself begins sooner. `tokens`,
+/// which may be NULL, receives how many are there then. Blocking until that is done.
+///
+/// Errors: as `omlx_cache_find`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_cache_prefetch(
+    pool: *mut omlx_pool,
+    request_json: *const c_char,
+    request_len: usize,
+    tokens: *mut u64,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, json) =
+            unsafe { (borrow(pool, "pool")?, super::bytes(request_json.cast(), request_len, "request_json")?) };
+        let found = pool.pool.cache_prefetch(&Request::from_json(json, false)?)?;
+        if !tokens.is_null() {
+            // SAFETY: not NULL, so it points to a number the host lets us write.
+            unsafe { tokens.write(found as u64) };
+        }
+        Ok(())
+    })
+}
+
+/// Writes what a model (all that are loaded, if `model` is NULL) has computed and no file has yet. Blocking until it is
+/// on the disk, or for `timeout_ms`. Without it that happens when a model has nothing to do for five seconds, when it is
+/// unloaded, and when the pool is closed.
+///
+/// Errors: `OMLX_E_TIMEOUT`, `OMLX_E_IO` (something could not be written), `OMLX_E_UNSUPPORTED` (the pool has no
+/// `cache_dir`), `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_cache_flush(
+    pool: *mut omlx_pool,
+    model: *const c_char,
+    timeout_ms: u32,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, model) = unsafe { (borrow(pool, "pool")?, optional_string(model, "model")?) };
+        pool.pool.cache_flush(model, Duration::from_millis(timeout_ms.into()))
+    })
+}
+
+/// Limits of a pool's cache that can change while it is open. Start from `OMLX_CACHE_LIMITS_INIT`; zero leaves a limit as
+/// it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct omlx_cache_limits {
+    /// `sizeof(omlx_cache_limits)`, set by `OMLX_CACHE_LIMITS_INIT`.
+    pub struct_size: u32,
+    /// Must be 0.
+    pub reserved: u32,
+    /// As `omlx_pool_options.hot_bytes`.
+    pub hot_bytes: u64,
+    /// As `omlx_pool_options.cold_bytes`.
+    pub cold_bytes: u64,
+    /// As `omlx_pool_options.cold_bytes_per_model`.
+    pub cold_bytes_per_model: u64,
+}
+
+impl Default for omlx_cache_limits {
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            reserved: 0,
+            hot_bytes: 0,
+            cold_bytes: 0,
+            cold_bytes_per_model: 0,
+        }
+    }
+}
+
+// SAFETY: repr(C), the size comes first, and every other field is an integer.
+unsafe impl SizedOptions for omlx_cache_limits {
+    const MIN_SIZE: usize = size_of::<Self>();
+}
+
+/// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_cache_set_limits(
+    pool: *mut omlx_pool,
+    limits: *const omlx_cache_limits,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, limits) = unsafe { (borrow(pool, "pool")?, super::options(limits, "limits")?) };
+        let nonzero = |n: u64| (n > 0).then_some(n);
+        pool.pool.set_cache_limits(TierLimits {
+            hot: nonzero(limits.hot_bytes),
+            cold: nonzero(limits.cold_bytes),
+            cold_per_model: nonzero(limits.cold_bytes_per_model),
+        })
+    })
+}
+
+/// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor
+/// `omlx_cache_clear` take its place. With a `cache_dir` it is kept there too, and comes back with the model; without one
+/// it goes with it. `tokens`, which may be NULL, receives for how many tokens; run the
 /// request first, with a `max_tokens` of 1 if no answer is wanted. Pinning again adds what has been cached since.
 /// `request_json` is as for `omlx_generate`. Blocking while the model loads and the tokenizer is read.
 ///

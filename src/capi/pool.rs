@@ -11,7 +11,7 @@ use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, omlx_
 use crate::error::{Error, Result, Status};
 use crate::kernels::Precision;
 use crate::mlx::Device;
-use crate::pool::{EnginePool, PoolOptions};
+use crate::pool::{Codec, EnginePool, PoolOptions, TierOptions};
 use crate::sync::lock;
 
 /// Where to compute.
@@ -49,6 +49,17 @@ pub enum omlx_precision {
     /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
     /// on `threads` (except for weights in mxfp8, which MLX computes).
     Exact = 1,
+}
+
+/// How keys and values are stored in files.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum omlx_cache_codec {
+    /// As they are: what is read is what was computed, bit for bit.
+    Exact = 0,
+    /// 8 bits a number, with a scale for each head of each token: half the size of 16-bit numbers, and answers that may
+    /// differ.
+    Bits8 = 1,
 }
 
 /// Options of a pool. Start from `OMLX_POOL_OPTIONS_INIT`; zero means default.
@@ -92,6 +103,25 @@ pub struct omlx_pool_options {
     /// What a step should take while answers are running, in milliseconds; 0 is 50. Prompts are computed in pieces that
     /// keep to it: less makes running answers smoother, and new ones begin later.
     pub target_latency_ms: u32,
+    /// A folder for keys and values that outlive the process: a prompt that was computed once is read from there, after a
+    /// restart too. One process at a time can use it. NULL keeps nothing. The files tell what was said: they are created
+    /// for their owner alone (0600 in 0700), marked as not to be backed up, and not encrypted.
+    pub cache_dir: *const c_char,
+    /// Bytes that the files may take, of all models together; 0 is a tenth of what is free on that disk when the pool
+    /// opens (their own included), 64 GiB at most. Nothing is written that leaves less than 2 GiB free.
+    pub cold_bytes: u64,
+    /// Bytes that the files of one model may take; 0 is no limit of its own.
+    pub cold_bytes_per_model: u64,
+    /// Bytes of the host's memory for keys and values that had to leave the pools; 0 is an eighth of the memory where
+    /// pools lie in that of a GPU, and nothing where both are the same.
+    pub hot_bytes: u64,
+    /// Text that keeps users of one `cache_dir` apart: pools with different ones share nothing. NULL is none.
+    pub cache_namespace: *const c_char,
+    /// Not 0: keys and values are written as soon as they are computed, not only when they have to make room, when a
+    /// model has nothing to do, or when it is unloaded.
+    pub cache_write_through: u32,
+    /// An `omlx_cache_codec`.
+    pub cache_codec: u32,
 }
 
 impl Default for omlx_pool_options {
@@ -112,6 +142,13 @@ impl Default for omlx_pool_options {
             cache_bytes: 0,
             block_tokens: 0,
             target_latency_ms: 0,
+            cache_dir: std::ptr::null(),
+            cold_bytes: 0,
+            cold_bytes_per_model: 0,
+            hot_bytes: 0,
+            cache_namespace: std::ptr::null(),
+            cache_write_through: 0,
+            cache_codec: 0,
         }
     }
 }
@@ -143,10 +180,21 @@ impl omlx_pool_options {
             1 => Precision::Exact,
             other => return Err(Error::invalid_argument(format!("precision {other} does not exist"))),
         };
+        let codec = match self.cache_codec {
+            0 => Codec::Exact,
+            1 => Codec::Bits8,
+            other => return Err(Error::invalid_argument(format!("cache_codec {other} does not exist"))),
+        };
         let nonzero = |n: u32| (n > 0).then_some(n as usize);
+        let bytes = |n: u64| (n > 0).then_some(n);
         // SAFETY: passed on to the caller.
-        let (models_dir, default_model) = unsafe {
-            (optional_string(self.models_dir, "models_dir")?, optional_string(self.default_model, "default_model")?)
+        let (models_dir, default_model, cache_dir, namespace) = unsafe {
+            (
+                optional_string(self.models_dir, "models_dir")?,
+                optional_string(self.default_model, "default_model")?,
+                optional_string(self.cache_dir, "cache_dir")?,
+                optional_string(self.cache_namespace, "cache_namespace")?,
+            )
         };
         Ok(PoolOptions {
             models_dir: models_dir.map(PathBuf::from).or_else(bundled::models_dir),
@@ -162,6 +210,16 @@ impl omlx_pool_options {
             cache_bytes: (self.cache_bytes > 0).then(|| usize::try_from(self.cache_bytes).unwrap_or(usize::MAX)),
             max_sequences: nonzero(self.max_sequences),
             queue_length: nonzero(self.queue_length),
+            tiers: TierOptions {
+                folder: cache_dir.map(PathBuf::from),
+                cold_bytes: bytes(self.cold_bytes),
+                cold_bytes_per_model: bytes(self.cold_bytes_per_model),
+                codec,
+                write_through: self.cache_write_through != 0,
+                namespace: namespace.unwrap_or_default().as_bytes().to_vec(),
+                hot_bytes: bytes(self.hot_bytes),
+                always_restore: false,
+            },
             target_latency: (self.target_latency_ms > 0).then(|| Duration::from_millis(self.target_latency_ms.into())),
         })
     }
@@ -207,7 +265,7 @@ impl Drop for Dispatcher {
 /// Opens a pool and lists its models, loading none. `options` may be NULL. Blocking while the folders are read.
 ///
 /// Errors: `OMLX_E_NOT_FOUND` (no such folder), `OMLX_E_UNSUPPORTED` (no GPU), `OMLX_E_BACKEND` (MLX of another
-/// version).
+/// version), `OMLX_E_BUSY` (another pool, of this process or of another one, uses the `cache_dir`), `OMLX_E_IO`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_pool_open(
     options: *const omlx_pool_options,

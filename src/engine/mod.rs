@@ -12,11 +12,13 @@ mod metrics;
 mod pace;
 mod queue;
 mod request;
+mod restore;
 mod runner;
 mod scheduler;
 mod sequence;
 mod shape;
 mod threads;
+mod tiers;
 mod worker;
 
 #[cfg(test)]
@@ -29,6 +31,7 @@ pub use request::{ChatInput, Input, Priority, Request};
 pub use runner::Packed;
 pub use scheduler::{Run, StepInput, StepPlan};
 pub use shape::Shape;
+pub use tiers::{Cold, Stop, Tiers, Whereabouts};
 pub use worker::CacheCommand;
 
 use queue::Queue;
@@ -38,6 +41,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
+use crossbeam_channel::Sender;
 use mlx_rs::Dtype;
 
 use crate::config::ModelConfig;
@@ -84,6 +88,8 @@ pub struct EngineOptions {
     pub target_latency: Duration,
     /// Tokenizer, templates and defaults.
     pub text: Arc<LazyText>,
+    /// Where rows are outside the pools.
+    pub tiers: Tiers,
 }
 
 /// Facts about a loaded model.
@@ -160,8 +166,9 @@ impl Engine {
             std::thread::Builder::new().name(name).spawn(body).map_err(|e| Error::io("starting an engine thread", &e))
         };
         let worker_thread = {
-            let (options, shared) = (options.clone(), Arc::clone(&shared));
-            spawn(format!("omlx-run {id}"), Box::new(move || worker::main(&options, &worker_inbox, &shared)))?
+            let (options, shared, worker) = (options.clone(), Arc::clone(&shared), worker.clone());
+            let body = move || worker::main(&options, &worker_inbox, &worker, &shared);
+            spawn(format!("omlx-run {id}"), Box::new(body))?
         };
         let intake_thread = {
             let (worker, shared) = (worker.clone(), Arc::clone(&shared));
@@ -195,11 +202,11 @@ impl Engine {
     }
 
     /// Asks something of the cache; blocks until the step that is being planned is launched.
-    pub fn cache(&self, command: CacheCommand) -> Result<usize> {
+    pub fn cache<T>(&self, command: impl FnOnce(Sender<T>) -> CacheCommand) -> Result<T> {
         self.wait_ready()?;
         let (answer, answered) = crossbeam_channel::bounded(1);
         let gone = || self.shared.reason();
-        self.threads.worker.send(worker::Command::Cache(command, answer)).map_err(|_| gone())?;
+        self.threads.worker.send(worker::Command::Cache(command(answer))).map_err(|_| gone())?;
         answered.recv().map_err(|_| gone())
     }
 

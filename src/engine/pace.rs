@@ -43,6 +43,11 @@ impl Pace {
         tokens.clamp(LEAST.min(self.most), self.most)
     }
 
+    /// Seconds of a prompt token, if one has been computed.
+    pub fn seconds_per_token(&self) -> Option<f64> {
+        self.token
+    }
+
     /// A step took `seconds`.
     pub fn observe(&mut self, seconds: f64, decodes: bool, prompt_tokens: usize) {
         let learn = |known: &mut Option<f64>, new: f64| {

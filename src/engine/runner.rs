@@ -60,6 +60,11 @@ impl Runner {
         Self { id, model, vocab, backend, pages, samplers: HashMap::new(), newest: None }
     }
 
+    /// The model's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// The pools.
     pub fn pages(&mut self) -> &mut Pages {
         &mut self.pages
@@ -219,6 +224,16 @@ impl Packed {
 }
 
 impl Launched {
+    /// Waits for the step, reading nothing.
+    pub fn wait(&self) -> Result<()> {
+        let marker = match &self.result {
+            StepResult::Tokens(drawn) => &drawn.tokens,
+            StepResult::Chunks(marker) => marker,
+        };
+        let waited = marker.eval().map_err(Error::from);
+        kernels::check().and(waited)
+    }
+
     /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
     /// keeps at most two steps on the device, so that a cancel does not wait for a whole prompt.
     pub fn read(self) -> Result<Vec<(SequenceId, SampledToken)>> {

@@ -96,6 +96,8 @@ pub struct Scheduler {
     counters: Counters,
     /// Blocks without which the last plan was smaller than it could have been.
     wanted: usize,
+    /// Free blocks that there should be besides.
+    reserved: usize,
 }
 
 /// Why a sequence is not in the plan.
@@ -117,6 +119,7 @@ impl Scheduler {
             running: Vec::new(),
             counters: Counters::default(),
             wanted: 0,
+            reserved: 0,
         }
     }
 
@@ -128,6 +131,26 @@ impl Scheduler {
     /// The blocks, for statistics and for what hosts ask of the cache.
     pub fn blocks(&mut self) -> &mut BlockManager {
         &mut self.blocks
+    }
+
+    /// Blocks that may ever exist in a group.
+    pub fn blocks_limit(&self) -> usize {
+        self.limits.blocks
+    }
+
+    /// Whether another sequence would begin at once, if there are blocks for it.
+    pub fn has_place(&self) -> bool {
+        self.running.len() + self.waiting.len() < self.limits.sequences
+    }
+
+    /// So many blocks should be free for rows that come from elsewhere.
+    pub fn reserve(&mut self, blocks: usize) {
+        self.reserved = blocks;
+    }
+
+    /// Seconds that a prompt token takes, if one has been computed.
+    pub fn seconds_per_token(&self) -> Option<f64> {
+        self.pace.seconds_per_token()
     }
 
     /// No more blocks than this can be had.
@@ -151,10 +174,11 @@ impl Scheduler {
         let capacity = self.blocks.capacity(0);
         let free = self.blocks.counts(0).free;
         let spare = self.limits.prefill_chunk.div_ceil(self.blocks.block_tokens()) + self.running.len();
-        if self.wanted == 0 && (free >= spare || self.is_idle()) {
+        let reserved = self.reserved.saturating_sub(free);
+        if self.wanted == 0 && reserved == 0 && (free >= spare || self.is_idle()) {
             return capacity;
         }
-        (capacity + self.wanted.max(spare)).max(capacity * 2).min(self.limits.blocks).max(capacity)
+        (capacity + self.wanted.max(spare).max(reserved)).max(capacity * 2).min(self.limits.blocks).max(capacity)
     }
 
     /// A step took `seconds`.
@@ -401,12 +425,16 @@ impl Scheduler {
         ids
     }
 
-    /// Ends everything with `error`.
+    /// Ends everything with `error`, and forgets what is cached.
     pub fn fail_all(&mut self, error: &Error) {
         self.fail_running(error);
-        for sequence in std::mem::take(&mut self.waiting) {
-            sequence.finish(Err(error.clone()));
-        }
+        self.end_all(error);
+    }
+
+    /// Ends everything with `error`; what has been computed stays cached.
+    pub fn end_all(&mut self, error: &Error) {
+        let all: Vec<Sequence> = self.running.drain(..).chain(self.waiting.drain(..)).collect();
+        all.into_iter().for_each(|sequence| self.finish(sequence, Err(error.clone())));
     }
 
     fn finish(&mut self, mut sequence: Sequence, end: Result<FinishReason, Error>) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::pool::{EnginePool, PoolOptions};
+use crate::pool::{EnginePool, PoolOptions, TierOptions, TierSet};
 
 /// Long enough for anything here on a busy machine; a test that waits longer has hung.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -86,7 +86,7 @@ fn a_wrong_block_table_changes_the_answer() {
     let ask = || {
         let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
         let answer = finish(&pool.generate(request(&json)).unwrap()).0;
-        pool.cache_clear(None).unwrap();
+        pool.cache_clear(None, TierSet::ALL).unwrap();
         answer
     };
     let right = ask();
@@ -94,6 +94,27 @@ fn a_wrong_block_table_changes_the_answer() {
     // One decoding step reads the blocks in the wrong order.
     crate::fault::arm("runner.table", "wrong-table", 2);
     assert_ne!(ask(), right, "tests of equal answers see nothing");
+}
+
+#[test]
+fn wrong_restored_rows_change_the_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiers = TierOptions { folder: Some(folder.path().to_owned()), always_restore: true, ..TierOptions::default() };
+    let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), tiers, ..Default::default() };
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(&fixture("qwen3-f32"), Some("wrong-rows")).unwrap();
+    let prompt: Vec<usize> = (0..41).map(|i| i * 11 % 80).collect();
+    let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
+    let ask = || {
+        pool.cache_clear(None, TierSet { pools: true, hot: false, cold: false }).unwrap();
+        finish(&pool.generate(request(&json)).unwrap())
+    };
+    let right = finish(&pool.generate(request(&json)).unwrap()).0;
+    pool.cache_flush(None, PATIENCE).unwrap();
+    let (restored, done) = ask();
+    assert_eq!((restored, done.usage.cached_tokens), (right.clone(), 40));
+    crate::fault::arm("restore.rows", "wrong-rows", 0);
+    assert_ne!(ask().0, right, "tests of equal answers see nothing");
 }
 
 /// A fault at `point` ends one request with `Internal`; the other model and later requests are untouched.

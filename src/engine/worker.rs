@@ -1,15 +1,20 @@
 //! The thread that owns a model's arrays: plan, run, commit.
 
+mod exchange;
+
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::metrics::EngineMetrics;
+use super::restore::{Restores, Then};
 use super::runner::{Launched, Runner};
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::threads::end_before_exit;
+use super::tiers::{self, CROWDED, ModelTiers, Rows, Whereabouts};
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared};
 use crate::cache::{BlockManager, Pages};
 use crate::config::ModelConfig;
@@ -21,6 +26,7 @@ use crate::panics;
 use crate::sync::lock;
 use crate::text::TextModel;
 use crate::weights::Weights;
+use exchange::Saving;
 
 /// What other threads ask of the worker.
 #[derive(Debug)]
@@ -29,21 +35,31 @@ pub enum Command {
     Admit(Box<Prepared>, Option<Arc<TextModel>>),
     /// A request was cancelled, or its reader caught up.
     Wake,
-    /// Something about the cache; the answer goes to the sender.
-    Cache(CacheCommand, Sender<usize>),
+    /// Something about the cache.
+    Cache(CacheCommand),
+    /// What stands for the model in other tiers is known, or will not be.
+    Identified(Result<[u8; 32]>),
+    /// Rows that a restore asked for: which restore, which of its fetches, and the rows if they came.
+    Fetched(u64, usize, Option<Rows>),
     /// End all requests and return.
     Stop,
 }
 
-/// What hosts ask of an engine's cache.
+/// What hosts ask of an engine's cache; answers go to the senders.
 #[derive(Debug)]
 pub enum CacheCommand {
-    /// Forget everything that no sequence uses and no pin holds: how many blocks became free.
-    Clear,
+    /// Forget everything in the pools that no sequence uses and no pin holds: how many blocks became free.
+    Clear(Sender<usize>),
     /// Keep what is cached of the beginning of these tokens: for how many tokens.
-    Pin(Vec<u32>),
-    /// End the pin of these tokens: 1, or 0 if there was none.
-    Unpin(Vec<u32>),
+    Pin(Vec<u32>, Sender<usize>),
+    /// End the pin of these tokens: whether there was one.
+    Unpin(Vec<u32>, Sender<bool>),
+    /// Hand everything that is in the pools alone to the other tiers: whether nothing was lost.
+    Save(Sender<bool>),
+    /// Bring what other tiers have of these tokens: how many tokens are in the pools then.
+    Prefetch(Vec<u32>, Sender<usize>),
+    /// Where the rows of these tokens are.
+    Find(Vec<u32>, Sender<Whereabouts>),
 }
 
 /// An idle engine gives memory back after this time.
@@ -53,10 +69,26 @@ const IDLE: Duration = Duration::from_secs(5);
 const PAUSED: Duration = Duration::from_millis(20);
 
 /// Loads the model, serves requests until told to stop, and returns all memory to the system.
-pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) {
+///
+/// `myself` leads to `inbox`.
+pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Command>, shared: &Shared) {
+    let ended = AtomicBool::new(false);
     let outcome = panics::catch(|| {
         crate::mlx::init()?;
-        crate::mlx::on_device(options.device, || serve(options, inbox, shared))
+        std::thread::scope(|scope| {
+            if options.tiers.exist() {
+                let identify = || {
+                    let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
+                    let identified = panics::catch(|| tiers::identify(options, &interrupted));
+                    let _ = myself.send(Command::Identified(identified.and_then(|identified| identified)));
+                };
+                let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));
+                thread.spawn_scoped(scope, identify).map_err(|e| Error::io("starting an engine thread", &e))?;
+            }
+            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared));
+            ended.store(true, Ordering::Relaxed);
+            served
+        })
     });
     let error = match outcome {
         Ok(Ok(())) => super::stopped(),
@@ -69,7 +101,7 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared)
     while inbox.try_recv().is_ok() {}
 }
 
-fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) -> Result<()> {
+fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Command>, shared: &Shared) -> Result<()> {
     let started = Instant::now();
     let (mut runner, weight_bytes) = load(options, shared)?;
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
@@ -98,10 +130,27 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared) ->
         weight_bytes,
         ..EngineMetrics::default()
     };
-    let scheduler = Scheduler::new(limits, blocks);
-    let id = options.id.clone();
-    let mut worker = Worker { id, shared, runner, scheduler, metrics, in_flight: None, committed: started, next_id: 0 };
+    let mut worker = Worker {
+        options,
+        shared,
+        myself,
+        runner,
+        scheduler: Scheduler::new(limits, blocks),
+        tiers: None,
+        unidentified: options.tiers.exist(),
+        restores: Restores::default(),
+        saving: Saving::default(),
+        metrics,
+        in_flight: None,
+        committed: started,
+        next_id: 0,
+    };
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
+    worker.end_restores();
+    if outcome.is_ok() {
+        worker.scheduler.end_all(&shared.reason());
+        worker.save_at_the_end();
+    }
     let defect = outcome.err().map(|error| error.context(format!("engine {}", options.id)));
     if let Some(error) = &defect {
         // Poisoned: no new request may reach this engine once its running ones hear of it.
@@ -133,10 +182,17 @@ fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
 }
 
 struct Worker<'a> {
-    id: String,
+    options: &'a EngineOptions,
     shared: &'a Shared,
+    myself: &'a Sender<Command>,
     runner: Runner,
     scheduler: Scheduler,
+    /// Rows outside the pools, once the model is identified.
+    tiers: Option<ModelTiers>,
+    /// It will be, or nobody knows yet.
+    unidentified: bool,
+    restores: Restores,
+    saving: Saving,
     metrics: EngineMetrics,
     /// The step before the one that is being planned, and when it was launched.
     in_flight: Option<(Launched, Instant)>,
@@ -157,6 +213,7 @@ impl Worker<'_> {
                 }
             }
             let turn = Instant::now();
+            self.restore()?;
             for gone in self.scheduler.reap_cancelled() {
                 self.runner.remove(gone);
             }
@@ -167,6 +224,7 @@ impl Worker<'_> {
             if let Some((step, launched)) = before {
                 self.commit(step, launched)?;
             }
+            self.save_ahead(idle);
             self.publish();
             // With more blocks there may be something to do.
             if idle && !self.resize()? && !self.wait(inbox)? {
@@ -177,10 +235,15 @@ impl Worker<'_> {
 
     /// Waits for a command; false when it is the last one.
     fn wait(&mut self, inbox: &Receiver<Command>) -> Result<bool> {
-        let waits = !self.scheduler.is_idle();
-        let command = match inbox.recv_timeout(if waits { PAUSED } else { IDLE }) {
+        let waits = !self.scheduler.is_idle() || !self.restores.is_empty() || self.saving.all;
+        let time = if self.saving.all { CROWDED } else { PAUSED };
+        let command = match inbox.recv_timeout(if waits { time } else { IDLE }) {
             // A reader that is behind nudges when it has caught up; but nobody should have to rely on a nudge.
             Err(RecvTimeoutError::Timeout) if waits => return Ok(true),
+            Err(RecvTimeoutError::Timeout) if self.tiers.is_some() && self.scheduler.blocks().unsaved() > 0 => {
+                self.saving.all = true;
+                return Ok(true);
+            }
             Err(RecvTimeoutError::Timeout) => {
                 self.shrink()?;
                 self.publish();
@@ -197,32 +260,22 @@ impl Worker<'_> {
         match command {
             Command::Admit(prepared, text) => {
                 let choices = prepared.choices as SequenceId;
-                for sequence in Sequence::of_request(self.next_id, *prepared, text, Instant::now()) {
-                    self.runner.add(sequence.id(), sequence.prompt(), sequence.sampling());
-                    self.scheduler.admit(sequence);
-                }
+                let sequences = Sequence::of_request(self.next_id, *prepared, text, Instant::now());
+                sequences.iter().for_each(|new| self.runner.add(new.id(), new.prompt(), new.sampling()));
                 self.next_id += choices;
-                true
+                let prompt: Arc<[u32]> = sequences.first().map_or(Arc::default(), |first| first.prompt().into());
+                self.bring(prompt, Then::Run(sequences));
             }
-            Command::Wake => true,
-            Command::Cache(command, answer) => {
-                let blocks = self.scheduler.blocks();
-                let done = match command {
-                    CacheCommand::Clear => blocks.clear(),
-                    CacheCommand::Pin(tokens) => {
-                        // What the steps on their way write is there for any later one.
-                        blocks.next_step();
-                        blocks.pin(&tokens)
-                    }
-                    CacheCommand::Unpin(tokens) => usize::from(blocks.unpin(&tokens)),
-                };
+            Command::Wake => {}
+            Command::Cache(command) => {
+                self.handle_cache(command);
                 self.publish();
-                // Whoever asked may have gone.
-                let _ = answer.send(done);
-                true
             }
-            Command::Stop => false,
+            Command::Identified(fingerprint) => self.identified(fingerprint),
+            Command::Fetched(restore, fetch, rows) => self.restores.arrived(restore, fetch, rows),
+            Command::Stop => return false,
         }
+        true
     }
 
     /// Makes the pools as large as the scheduler wants them, one layer a turn while steps are running; whether they grew.
@@ -241,7 +294,7 @@ impl Worker<'_> {
         };
         let capacity = pages.capacity();
         if let Err(error) = outcome {
-            tracing::warn!(model = self.id, %error, blocks = capacity, "the KV cache cannot grow");
+            tracing::warn!(model = self.options.id, %error, blocks = capacity, "the KV cache cannot grow");
             pages.resize(capacity);
             self.scheduler.limit_blocks(capacity);
             let _ = kernels::check();
@@ -272,10 +325,10 @@ impl Worker<'_> {
         let plan = self.scheduler.plan(started, &mut ended);
         self.metrics.host_seconds += started.elapsed().as_secs_f64();
         ended.into_iter().for_each(|id| self.runner.remove(id));
-        if plan.runs.is_empty() {
+        if !self.save_evicted()? || plan.runs.is_empty() {
             return Ok(None);
         }
-        fault::point("worker.step", &self.id);
+        fault::point("worker.step", &self.options.id);
         match self.runner.launch(&plan) {
             Ok(launched) => {
                 self.metrics.build_seconds += launched.build.as_secs_f64();
@@ -312,7 +365,7 @@ impl Worker<'_> {
 
     /// Ends the running sequences: what a failed step has written may be anything. A defect is passed on.
     fn fail(&mut self, error: Error) -> Result<()> {
-        tracing::error!(model = self.id, %error, "a step failed");
+        tracing::error!(model = self.options.id, %error, "a step failed");
         // What the step behind it and its kernels note is part of this failure, not of the next step's.
         if let Some((step, _)) = self.in_flight.take() {
             let _ = step.read();

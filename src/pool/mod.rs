@@ -2,19 +2,22 @@
 
 mod catalogue;
 mod metrics;
+mod tiers;
 
+pub use crate::cache::ssd::Codec;
 pub use catalogue::{Catalogue, ModelEntry};
+pub use tiers::{TierLimits, TierOptions, TierSet};
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mlx_rs::Dtype;
 
 use crate::config::ModelConfig;
 use crate::engine::{
-    CacheCommand, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState,
+    CacheCommand, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState, Tiers,
 };
 use crate::error::{Error, Result, Status};
 use crate::kernels::{Backend, Cpu, Gpu, Precision};
@@ -53,6 +56,8 @@ pub struct PoolOptions {
     pub target_latency: Option<Duration>,
     /// Do not set the environment variables that MLX reads.
     pub keep_environment: bool,
+    /// What is cached outside the pools.
+    pub tiers: TierOptions,
 }
 
 /// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once. On
@@ -92,6 +97,7 @@ pub struct EnginePool {
     max_sequences: usize,
     queue_length: usize,
     target_latency: Duration,
+    tiers: Tiers,
     default_model: Option<String>,
     state: Mutex<State>,
 }
@@ -156,6 +162,7 @@ impl EnginePool {
             max_sequences: options.max_sequences.unwrap_or(DEFAULT_SEQUENCES),
             queue_length: options.queue_length.unwrap_or(DEFAULT_QUEUE),
             target_latency: options.target_latency.unwrap_or(DEFAULT_LATENCY),
+            tiers: options.tiers.open(device)?,
             default_model: options.default_model,
             state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
         })
@@ -253,31 +260,99 @@ impl EnginePool {
         metrics::prometheus(&self.metrics())
     }
 
-    /// The metrics of a loaded model as a JSON object.
+    /// What a loaded model tells about its cache, as a JSON object.
     pub fn cache_stats(&self, model: Option<&str>) -> Result<String> {
+        let id = self.resolve(&lock(&self.state), model)?.0;
         let metrics = self.running(model)?.metrics();
-        serde_json::to_string(&metrics).map_err(|error| Error::internal(format!("metrics: {error}")))
+        tiers::stats(&self.tiers, &id, &metrics)
     }
 
-    /// Forgets what is cached of a loaded model and neither in use nor pinned; returns the bytes that became free.
-    pub fn cache_clear(&self, model: Option<&str>) -> Result<usize> {
-        let engine = self.running(model)?;
-        Ok(engine.cache(CacheCommand::Clear)? * engine.metrics().block_bytes)
+    /// Forgets what is cached of a model (of all models) in some tiers, and neither in use nor pinned; returns the bytes
+    /// that became free.
+    pub fn cache_clear(&self, model: Option<&str>, tiers: TierSet) -> Result<u64> {
+        let engines: Vec<_> = {
+            let state = lock(&self.state);
+            let wanted = model.map(|id| self.resolve(&state, Some(id))).transpose()?.map(|(id, _)| id);
+            let engines = state.engines.iter().filter(|(id, _)| wanted.as_ref().is_none_or(|wanted| wanted == *id));
+            engines.filter_map(|(_, slot)| slot.engine.clone()).collect()
+        };
+        let mut freed = 0;
+        for engine in engines.iter().filter(|_| tiers.pools) {
+            freed += engine.cache(CacheCommand::Clear)? as u64 * engine.metrics().block_bytes as u64;
+        }
+        if tiers.hot {
+            freed += self.tiers.hot.clear(model);
+        }
+        if let Some(cold) = self.tiers.cold.as_ref().filter(|_| tiers.cold) {
+            freed += cold.tier.clear(model);
+        }
+        Ok(freed)
     }
 
-    /// Keeps what is cached of the beginning of a request's prompt; returns for how many tokens.
+    /// Changes limits of the tiers; what is beyond them goes.
+    pub fn set_cache_limits(&self, limits: TierLimits) -> Result<()> {
+        limits.apply(&self.tiers)
+    }
+
+    /// Keeps what is cached of the beginning of a request's prompt, in files too; returns for how many tokens.
     pub fn cache_pin(&self, request: &Request) -> Result<usize> {
-        let engine = self.running(request.model.as_deref())?;
-        engine.cache(CacheCommand::Pin(self.text(request.model.as_deref())?.get()?.prompt(&request.input)?))
+        let (engine, prompt) = self.prompt(request)?;
+        engine.cache(|answer| CacheCommand::Pin(prompt, answer))
     }
 
     /// Ends the pin of a request's prompt.
     pub fn cache_unpin(&self, request: &Request) -> Result<()> {
-        let engine = self.running(request.model.as_deref())?;
-        match engine.cache(CacheCommand::Unpin(self.text(request.model.as_deref())?.get()?.prompt(&request.input)?))? {
-            0 => Err(Error::not_found("this prompt is not pinned")),
-            _ => Ok(()),
+        let (engine, prompt) = self.prompt(request)?;
+        match engine.cache(|answer| CacheCommand::Unpin(prompt, answer))? {
+            true => Ok(()),
+            false => Err(Error::not_found("this prompt is not pinned")),
         }
+    }
+
+    /// Where the tokens of a request's prompt are cached, as a JSON object.
+    pub fn cache_find(&self, request: &Request) -> Result<String> {
+        let (engine, prompt) = self.prompt(request)?;
+        let found = engine.cache(|answer| CacheCommand::Find(prompt, answer))?;
+        serde_json::to_string(&found).map_err(|error| Error::internal(format!("whereabouts: {error}")))
+    }
+
+    /// Brings what the tiers have of a request's prompt into the pools; returns how many tokens are there then.
+    pub fn cache_prefetch(&self, request: &Request) -> Result<usize> {
+        let (engine, prompt) = self.prompt(request)?;
+        engine.cache(|answer| CacheCommand::Prefetch(prompt, answer))
+    }
+
+    /// Writes everything that a model (or all that are loaded) computed and no file has, and blocks until that is done, or
+    /// for `time`.
+    pub fn cache_flush(&self, model: Option<&str>, time: Duration) -> Result<()> {
+        let Some(cold) = &self.tiers.cold else {
+            return Err(Error::unsupported("the pool was opened without a folder for its cache"));
+        };
+        let (deadline, losses) = (Instant::now() + time, cold.writer.losses());
+        let engines = match model {
+            Some(model) => vec![self.running(Some(model))?],
+            None => lock(&self.state).engines.values().filter_map(|slot| slot.engine.clone()).collect(),
+        };
+        let mut kept = true;
+        for engine in engines {
+            kept &= engine.cache(CacheCommand::Save)?;
+        }
+        if !cold.writer.flush(deadline.saturating_duration_since(Instant::now())) {
+            return Err(Error::new(Status::Timeout, "rows of the cache are still being written"));
+        }
+        cold.tier.sync()?;
+        if kept && cold.writer.losses() == losses {
+            Ok(())
+        } else {
+            Err(Error::new(Status::Io, "some rows of the cache could not be written; see the log"))
+        }
+    }
+
+    /// The engine of the model that a request means, and the tokens of its prompt.
+    fn prompt(&self, request: &Request) -> Result<(Arc<Engine>, Vec<u32>)> {
+        let engine = self.running(request.model.as_deref())?;
+        let prompt = self.text(request.model.as_deref())?.get()?.prompt(&request.input)?;
+        Ok((engine, prompt))
     }
 
     /// The engine of a model, which must be there already.
@@ -334,6 +409,7 @@ impl EnginePool {
             queue_length: self.queue_length,
             target_latency: self.target_latency,
             text: Arc::clone(&slot.text),
+            tiers: self.tiers.clone(),
         })?);
         slot.engine = Some(Arc::clone(&engine));
         Ok(engine)

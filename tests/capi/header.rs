@@ -42,6 +42,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "omlx_device",
             "omlx_dtype",
             "omlx_precision",
+            "omlx_cache_codec",
             "omlx_pool_options",
             "omlx_pool",
             "omlx_pool_open",
@@ -71,7 +72,21 @@ const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("Tokens and templates", &["omlx_tokenize", "omlx_detokenize", "omlx_render_template"]),
-    ("Cache", &["omlx_cache_stats", "omlx_cache_clear", "omlx_cache_pin", "omlx_cache_unpin"]),
+    (
+        "Cache",
+        &[
+            "omlx_cache_stats",
+            "omlx_cache_find",
+            "omlx_cache_prefetch",
+            "omlx_cache_flush",
+            "omlx_cache_tier",
+            "omlx_cache_clear",
+            "omlx_cache_limits",
+            "omlx_cache_set_limits",
+            "omlx_cache_pin",
+            "omlx_cache_unpin",
+        ],
+    ),
     ("Log", &["omlx_log_level", "omlx_log_fn", "omlx_set_log_hook"]),
 ];
 

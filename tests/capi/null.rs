@@ -20,6 +20,8 @@ const OPTIONAL: &[(&str, &str)] = &[
     ("omlx_cache_stats", "model"),
     ("omlx_cache_clear", "model"),
     ("omlx_cache_clear", "bytes"),
+    ("omlx_cache_flush", "model"),
+    ("omlx_cache_prefetch", "tokens"),
     ("omlx_cache_pin", "tokens"),
     ("omlx_set_log_hook", "hook"),
     ("omlx_set_log_hook", "user_data"),
@@ -48,13 +50,14 @@ static void check_null(const char *function, const char *parameter, omlx_status 
 int main(void) {
     omlx_pool_options pool_options = OMLX_POOL_OPTIONS_INIT;
     omlx_generate_options generate_options = OMLX_GENERATE_OPTIONS_INIT;
+    omlx_cache_limits cache_limits = OMLX_CACHE_LIMITS_INIT;
     const char *json = "{\"prompt\":[5,6],\"max_tokens\":1}";
     const uint32_t tokens[1] = {5};
     uint64_t number = 0;
     omlx_pool *pool = open_pool("models");
     omlx_request *request = NULL;
     omlx_error *error = NULL;
-    (void)pool_options, (void)tokens, (void)number; /* Not every selection of functions needs them. */
+    (void)pool_options, (void)cache_limits, (void)tokens, (void)number; /* Not every selection of functions needs them. */
     CHECK_STATUS(OMLX_OK, omlx_generate(pool, json, strlen(json), &generate_options, &request, &error));
 "#;
 
@@ -85,6 +88,7 @@ fn something(parameter: &Parameter) -> String {
         "omlx_request *" => "request",
         "const omlx_pool_options *" => "&pool_options",
         "const omlx_generate_options *" => "&generate_options",
+        "const omlx_cache_limits *" => "&cache_limits",
         "const uint32_t *" => "tokens",
         "const char *" => "\"tiny-chat\"",
         "omlx_error **" => "&error",

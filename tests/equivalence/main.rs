@@ -13,7 +13,7 @@ use omlx::engine::{EngineMetrics, Event, Request, RequestState};
 use omlx::error::Status;
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, PoolOptions};
+use omlx::pool::{EnginePool, PoolOptions, TierSet};
 use serde_json::{Value, json};
 
 /// A hung engine fails the test instead of the CI's clock.
@@ -125,7 +125,7 @@ fn alone(pool: &EnginePool, bodies: &[Value]) -> Vec<Vec<Vec<u32>>> {
                 body["seed"] = json!(body["seed"].as_u64().unwrap() + choice as u64);
                 body.as_object_mut().unwrap().remove("n");
                 let answer = answers(&pool.generate(request(&body)).unwrap(), 1).expect("nobody cancels");
-                pool.cache_clear(None).unwrap();
+                pool.cache_clear(None, TierSet::ALL).unwrap();
                 answer.into_iter().next().unwrap()
             };
             (0..choices(body)).map(one).collect()
@@ -148,7 +148,7 @@ fn play(pool: &EnginePool, bodies: &[Value], expected: &[Vec<Vec<u32>>], random:
         }
         running.push((at, state));
         if random.below(12) == 0 {
-            pool.cache_clear(None).unwrap();
+            pool.cache_clear(None, TierSet::ALL).unwrap();
         }
     }
     for (at, state) in running {
@@ -279,11 +279,11 @@ fn a_cached_prompt_answers_at_once_and_pins_hold() {
     let hit = metrics_at_rest(&pool).steps - whole;
     assert!(whole > 2 && hit <= 2, "{whole} steps for the prompt, {hit} when it is cached");
     assert_eq!(pool.cache_pin(&request(&body)).unwrap(), 2000);
-    assert_eq!(pool.cache_clear(None).unwrap(), 0, "all that is cached is pinned");
+    assert_eq!(pool.cache_clear(None, TierSet::ALL).unwrap(), 0, "all that is cached is pinned");
     assert_eq!(cached(&body), 1999);
     pool.cache_unpin(&request(&body)).unwrap();
     assert_eq!(pool.cache_unpin(&request(&body)).map_err(|error| error.status()), Err(Status::NotFound));
-    assert!(pool.cache_clear(None).unwrap() > 0);
+    assert!(pool.cache_clear(None, TierSet::ALL).unwrap() > 0);
     assert_eq!(cached(&body), 0);
 }
 

@@ -9,7 +9,7 @@ use omlx::config::ModelConfig;
 use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Result, Status};
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, PoolOptions};
+use omlx::pool::{EnginePool, PoolOptions, TierSet};
 use serde_json::{Value, json};
 
 use crate::steps::{Random, small};
@@ -29,7 +29,7 @@ pub fn answers_are_those_alone() -> Result<()> {
     let mut expected = Vec::new();
     for body in &bodies {
         expected.push(answer(&pool.generate(request(body)?)?)?.ok_or_else(|| Error::internal("nobody cancels"))?);
-        pool.cache_clear(None)?;
+        pool.cache_clear(None, TierSet::ALL)?;
     }
     let block_bytes = metrics(&pool)?.block_bytes;
     pool.close();

@@ -1,0 +1,348 @@
+//! Brings rows that other tiers have into the pools before their sequences are scheduled.
+//!
+//! The scheduler knows nothing of it: rows that have arrived are cached blocks, and it finds them as it finds all others.
+//! A restore that fails, or that is given up, leaves its sequences with fewer cached tokens and nothing else. Rows get
+//! blocks only when their sequence can begin at once: cached earlier, they would be evicted by those before it. While
+//! there are restores, requests that need none queue behind them, so that nobody is overtaken for ever.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crossbeam_channel::Sender;
+
+use super::request::Priority;
+use super::runner::Runner;
+use super::scheduler::Scheduler;
+use super::sequence::Sequence;
+use super::tiers::{Fetch, ModelTiers, Rows};
+use super::worker::Command;
+use crate::cache::{BlockId, Table};
+use crate::error::Result;
+use crate::fault;
+
+/// Bytes that may be on their way from other tiers, or wait for a place in the pools.
+const READ_AHEAD: usize = 256 << 20;
+
+/// Restores whose tokens agree so far are taken to bring the same rows.
+const BEGINNING: usize = 32;
+
+/// What happens once the rows are there.
+#[derive(Debug)]
+pub enum Then {
+    /// These sequences, which begin with the tokens, are scheduled.
+    Run(Vec<Sequence>),
+    /// Whoever asked is told how many tokens are in the pools.
+    Tell(Sender<usize>),
+    /// They are pinned.
+    Pin,
+}
+
+/// Tokens whose rows are being brought.
+#[derive(Debug)]
+struct Restore {
+    id: u64,
+    tokens: Arc<[u32]>,
+    /// Tokens that the pools had: whole blocks.
+    from: usize,
+    fetches: Vec<Fetch>,
+    /// Rows that have arrived, and why there are none, fetch by fetch.
+    rows: Vec<Arrival>,
+    then: Then,
+    /// Blocks for all the rows.
+    table: Option<Table>,
+}
+
+#[derive(Debug)]
+enum Arrival {
+    NotAsked,
+    OnItsWay,
+    Here(Rows),
+    InPlace,
+    Missing,
+}
+
+/// All restores of an engine, first come, first served.
+#[derive(Debug, Default)]
+pub struct Restores {
+    queue: VecDeque<Restore>,
+    next: u64,
+    /// Bytes that are on their way or have arrived.
+    ahead: usize,
+}
+
+/// A restore that has ended: its tokens, what is to happen now, and how many of the tokens are in the pools.
+pub type Restored = (Arc<[u32]>, Then, usize);
+
+/// What the first restore waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing: it can go on.
+    Nothing,
+    /// Rows, or there is no restore.
+    Rows,
+    /// So many blocks, which the pools have to grow by, or which others will give back.
+    Blocks(usize),
+}
+
+impl Restores {
+    /// Begins to bring `fetches` of `tokens`, of which the pools have the first `from` (whole blocks).
+    pub fn begin(&mut self, tokens: Arc<[u32]>, from: usize, fetches: Vec<Fetch>, then: Then) {
+        let rows = fetches.iter().map(|_| Arrival::NotAsked).collect();
+        let restore = Restore { id: self.next, tokens, from, fetches, rows, then, table: None };
+        self.next += 1;
+        // Behind those of its class, and behind one that has blocks.
+        let later = |other: &Restore| other.table.is_none() && other.priority() > restore.priority();
+        let at = self.queue.iter().position(later).unwrap_or(self.queue.len());
+        self.queue.insert(at, restore);
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Rows have arrived, or will not.
+    pub fn arrived(&mut self, id: u64, fetch: usize, rows: Option<Rows>) {
+        let Some(restore) = self.queue.iter_mut().find(|restore| restore.id == id) else { return };
+        if !matches!(restore.rows[fetch], Arrival::OnItsWay) {
+            return;
+        }
+        if rows.is_none() {
+            self.ahead -= restore.fetches[fetch].bytes;
+        }
+        restore.rows[fetch] = rows.map_or(Arrival::Missing, Arrival::Here);
+    }
+
+    /// Asks for rows, as far ahead as there is memory for. Of restores with the same beginning only the first one asks:
+    /// the others find in the pools what it brings.
+    pub fn ask(&mut self, tiers: &ModelTiers, scheduler: &mut Scheduler, inbox: &Sender<Command>) {
+        if let Some(first) = self.queue.front_mut().filter(|first| first.table.is_none()) {
+            first.skip_cached(scheduler, &mut self.ahead);
+        }
+        let mut beginnings: Vec<Arc<[u32]>> = Vec::new();
+        for restore in &mut self.queue {
+            let begins = |other: &Arc<[u32]>| {
+                restore.tokens[..restore.tokens.len().min(BEGINNING)].starts_with(&other[..other.len().min(BEGINNING)])
+            };
+            if beginnings.iter().any(begins) {
+                continue;
+            }
+            beginnings.push(Arc::clone(&restore.tokens));
+            for at in 0..restore.fetches.len() {
+                let fetch = &restore.fetches[at];
+                if !matches!(restore.rows[at], Arrival::NotAsked) {
+                    continue;
+                }
+                if self.ahead > 0 && self.ahead + fetch.bytes > READ_AHEAD {
+                    return;
+                }
+                self.ahead += fetch.bytes;
+                restore.rows[at] = Arrival::OnItsWay;
+                let (id, inbox) = (restore.id, inbox.clone());
+                let done = move |rows| drop(inbox.send(Command::Fetched(id, at, rows)));
+                tiers.fetch(fetch, &restore.tokens, Box::new(done));
+            }
+        }
+    }
+
+    /// What the first restore waits for. Only the first one gets blocks, so that two never wait for each other's.
+    pub fn waits_for(&self, scheduler: &mut Scheduler) -> Wait {
+        match self.queue.front() {
+            None => Wait::Rows,
+            Some(first) if first.is_abandoned() => Wait::Nothing,
+            Some(first) if !first.may_begin(scheduler) => Wait::Rows,
+            Some(first) if first.is_over() => Wait::Nothing,
+            Some(first) => match first.table.is_none().then(|| first.missing_blocks(scheduler)).flatten() {
+                Some(missing) => Wait::Blocks(missing),
+                None if first.table.is_none() || first.next_here().is_some() => Wait::Nothing,
+                None => Wait::Rows,
+            },
+        }
+    }
+
+    /// Ends restores whose sequences were all cancelled, but for one that has blocks: [`place`](Self::place) ends that.
+    pub fn take_cancelled(&mut self, scheduler: &mut Scheduler) -> Vec<Restored> {
+        let mut cancelled = Vec::new();
+        while let Some(at) = self.queue.iter().position(|restore| restore.table.is_none() && restore.is_abandoned()) {
+            if let Some(mut restore) = self.queue.remove(at) {
+                restore.give_up(&mut self.ahead);
+                cancelled.push(restore.finish(scheduler));
+            }
+        }
+        cancelled
+    }
+
+    /// Gives blocks to the first restore. What is evicted for them is to be saved before [`place`](Self::place).
+    pub fn make_room(&mut self, scheduler: &mut Scheduler) {
+        let Some(first) = self.queue.front_mut().filter(|first| first.table.is_none()) else { return };
+        if first.is_abandoned() || !first.take_blocks(scheduler) {
+            first.give_up(&mut self.ahead);
+        }
+    }
+
+    /// Moves rows of the first restore that have arrived into its blocks, `most` fetches at most. No step may be on its
+    /// way. Returns the restore if that was all.
+    pub fn place(&mut self, runner: &mut Runner, scheduler: &mut Scheduler, most: usize) -> Result<Option<Restored>> {
+        let Some(first) = self.queue.front_mut() else { return Ok(None) };
+        if first.is_abandoned() {
+            first.give_up(&mut self.ahead);
+        }
+        for _ in 0..most {
+            let Some(at) = first.next_here() else { break };
+            self.ahead -= first.fetches[at].bytes;
+            first.place(at, runner)?;
+        }
+        if !first.is_over() {
+            return Ok(None);
+        }
+        Ok(self.queue.pop_front().map(|first| first.finish(scheduler)))
+    }
+
+    /// Ends all restores as they are.
+    pub fn end(&mut self, scheduler: &mut Scheduler) -> Vec<Restored> {
+        self.ahead = 0;
+        std::mem::take(&mut self.queue).into_iter().map(|restore| restore.finish(scheduler)).collect()
+    }
+}
+
+impl Restore {
+    /// The tokens that will be in the pools if everything arrives.
+    fn end(&self) -> usize {
+        self.fetches.iter().map(|fetch| fetch.position + fetch.tokens).max().unwrap_or(self.from)
+    }
+
+    fn is_abandoned(&self) -> bool {
+        match &self.then {
+            Then::Run(sequences) => sequences.iter().all(Sequence::is_cancelled),
+            Then::Tell(_) | Then::Pin => false,
+        }
+    }
+
+    /// Whom it goes before.
+    fn priority(&self) -> Priority {
+        match &self.then {
+            Then::Run(sequences) => sequences.first().map_or(Priority::Normal, |first| first.priority),
+            Then::Tell(_) | Then::Pin => Priority::Normal,
+        }
+    }
+
+    /// Whether its sequences would begin at once.
+    fn may_begin(&self, scheduler: &Scheduler) -> bool {
+        !matches!(self.then, Then::Run(_)) || self.table.is_some() || scheduler.has_place()
+    }
+
+    /// Blocks that it needs, those for the tokens that no tier has included.
+    fn needed(&self, block_tokens: usize) -> usize {
+        let end = match &self.then {
+            Then::Run(_) => self.tokens.len() + 1,
+            Then::Tell(_) | Then::Pin => self.end(),
+        };
+        end.div_ceil(block_tokens) - self.from / block_tokens
+    }
+
+    /// Blocks that it has to wait for.
+    fn missing_blocks(&self, scheduler: &mut Scheduler) -> Option<usize> {
+        let (limit, others_run) = (scheduler.blocks_limit(), scheduler.counters().running > 0);
+        let blocks = scheduler.blocks();
+        let needed = self.needed(blocks.block_tokens());
+        // Rather more blocks than the loss of cached ones.
+        let grows = blocks.counts(0).free < needed && blocks.capacity(0) < limit;
+        (grows || others_run && blocks.available() < needed).then_some(needed)
+    }
+
+    /// Another may have brought some of the rows meanwhile.
+    fn skip_cached(&mut self, scheduler: &mut Scheduler, ahead: &mut usize) {
+        let blocks = scheduler.blocks();
+        let block_tokens = blocks.block_tokens();
+        let from = blocks.peek(&self.tokens[..self.end()]) / block_tokens * block_tokens;
+        self.from = self.from.max(from);
+        for (fetch, rows) in self.fetches.iter_mut().zip(&mut self.rows) {
+            let skip = self.from.saturating_sub(fetch.position).min(fetch.tokens);
+            fetch.position += skip;
+            fetch.skip += skip;
+            fetch.tokens -= skip;
+            if fetch.tokens == 0 {
+                if matches!(rows, Arrival::OnItsWay | Arrival::Here(_)) {
+                    *ahead -= fetch.bytes;
+                }
+                *rows = Arrival::InPlace;
+            }
+        }
+    }
+
+    /// Takes blocks for all rows; false if there are not enough, or if what the pools had is no longer there.
+    fn take_blocks(&mut self, scheduler: &mut Scheduler) -> bool {
+        let blocks = scheduler.blocks();
+        let mut table = blocks.table();
+        let found = blocks.find(&mut table, &self.tokens, 0, self.from);
+        // Restored rows begin at a block: nothing is copied.
+        let taken =
+            found.tokens == self.from && blocks.extend(&mut table, self.from, self.end(), &mut Vec::new()).is_ok();
+        if taken {
+            self.table = Some(table);
+        } else {
+            blocks.release(table);
+        }
+        taken
+    }
+
+    fn next_here(&self) -> Option<usize> {
+        self.rows.iter().position(|rows| matches!(rows, Arrival::Here(_)))
+    }
+
+    /// Moves the rows of a fetch to their blocks.
+    fn place(&mut self, at: usize, runner: &mut Runner) -> Result<()> {
+        let Arrival::Here(rows) = std::mem::replace(&mut self.rows[at], Arrival::InPlace) else { return Ok(()) };
+        let (Some(table), fetch) = (&self.table, &self.fetches[at]) else { return Ok(()) };
+        let block_tokens = runner.pages().block_tokens();
+        let first = fetch.position / block_tokens;
+        let blocks = table.blocks(fetch.group).skip(first).take(fetch.tokens.div_ceil(block_tokens));
+        let blocks: Vec<BlockId> = blocks.flatten().collect();
+        runner.pages().write_rows(&blocks, &rows, fetch.skip..fetch.skip + fetch.tokens)?;
+        if fault::happens("restore.rows", runner.id()) {
+            runner.pages().write_rows(&blocks[1..2], &rows, fetch.skip..fetch.skip + block_tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for nothing any more.
+    fn give_up(&mut self, ahead: &mut usize) {
+        for (rows, fetch) in self.rows.iter_mut().zip(&self.fetches) {
+            if matches!(rows, Arrival::OnItsWay | Arrival::Here(_)) {
+                *ahead = ahead.saturating_sub(fetch.bytes);
+            }
+            if !matches!(rows, Arrival::InPlace) {
+                *rows = Arrival::Missing;
+            }
+        }
+    }
+
+    /// Whether nothing more will come.
+    fn is_over(&self) -> bool {
+        self.rows.iter().all(|rows| matches!(rows, Arrival::InPlace | Arrival::Missing))
+    }
+
+    /// Tokens up to the first that did not come, in any group.
+    fn reached(&self, groups: usize) -> usize {
+        let reached = |group| {
+            let own = self.fetches.iter().zip(&self.rows).filter(|(fetch, _)| fetch.group == group);
+            let there = own.take_while(|(_, rows)| matches!(rows, Arrival::InPlace));
+            there.last().map_or(self.from, |(fetch, _)| fetch.position + fetch.tokens)
+        };
+        (0..groups).map(reached).min().unwrap_or(self.from)
+    }
+
+    /// Puts what has come into the index.
+    fn finish(mut self, scheduler: &mut Scheduler) -> (Arc<[u32]>, Then, usize) {
+        let blocks = scheduler.blocks();
+        let mut reached = self.from;
+        if let Some(mut table) = self.table.take() {
+            reached = self.reached(blocks.groups());
+            let tokens = &self.tokens[..reached];
+            blocks.index_tail(&mut table, tokens, reached);
+            blocks.set_saved(tokens, self.from);
+            blocks.release(table);
+        }
+        (self.tokens, self.then, reached)
+    }
+}

@@ -1,0 +1,442 @@
+//! Rows of a model outside its pools: where those go that leave the pools, and where those are that a request needs.
+//!
+//! Pools, then the hot tier (the host's RAM, where pools lie in another memory), then the cold tier (files).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{EngineOptions, ModelSource};
+use crate::cache::Save;
+use crate::cache::fingerprint::{HashMemory, Identity, fingerprint};
+use crate::cache::hot::{Evicted, HotModel, HotTier};
+use crate::cache::prefix::chain_key;
+use crate::cache::rows::{RowBuffer, RowLayout};
+use crate::cache::spans::{Span, SpanId, root_key};
+use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
+use crate::error::{Error, Result};
+use crate::kernels::NUMERICS;
+use crate::sync::lock;
+use crate::weights::weight_files;
+
+/// Tokens of a span: enough that reading one is mostly transfer, few enough that a change in the middle costs little.
+pub const SPAN_TOKENS: usize = 256;
+
+/// Bytes per second of the cold tier before anything has been read: a slow SSD.
+const ASSUMED_RATE: f64 = 0.5e9;
+
+/// Seconds that a file costs besides its bytes.
+const FILE_SECONDS: f64 = 0.5e-3;
+
+/// How often somebody who waits for the writer looks again.
+pub const CROWDED: Duration = Duration::from_millis(2);
+
+/// Files of a model, besides weights and `config.json`, that decide which tokens a text has.
+const TOKENIZER_FILES: &[&str] = &["tokenizer.json", "tokenizer_config.json", "tokenizer.model"];
+
+/// Rows that a tier handed over; nobody writes to them any more.
+pub type Rows = Arc<RowBuffer>;
+
+/// The tiers of all models of a pool. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Tiers {
+    /// Rows in the host's memory.
+    pub hot: Arc<HotTier>,
+    /// Rows in files.
+    pub cold: Option<Cold>,
+    /// Rows go to the cold tier as soon as they are computed, not only when they leave the tiers above.
+    pub write_through: bool,
+    /// Rows come from the tiers even where it were faster to compute them.
+    pub always_restore: bool,
+    /// Keeps users of one folder apart: part of what models are known by.
+    pub namespace: Vec<u8>,
+}
+
+/// The cold tier with its threads.
+#[derive(Debug, Clone)]
+pub struct Cold {
+    /// The files.
+    pub tier: Arc<ColdTier>,
+    /// Writes behind the engines' backs.
+    pub writer: Arc<ColdWriter>,
+    /// Reads ahead of them.
+    pub reader: Arc<ColdReader>,
+    /// Bytes that may wait to be written.
+    write_bytes: usize,
+    /// Every model that was used, for rows of it that leave the hot tier later.
+    models: Arc<Mutex<HashMap<[u8; 32], ColdModel>>>,
+}
+
+/// A model's part of the tiers.
+#[derive(Debug)]
+pub struct ModelTiers {
+    tiers: Tiers,
+    hot: HotModel,
+    cold: Option<ColdModel>,
+    layouts: Vec<Arc<RowLayout>>,
+}
+
+/// Rows that a request needs and a tier has.
+#[derive(Debug)]
+pub struct Fetch {
+    /// Cache group of the rows.
+    pub group: usize,
+    /// Position of the first token in the sequence: a multiple of the block size.
+    pub position: usize,
+    /// Tokens of the span before that.
+    pub skip: usize,
+    /// How many tokens.
+    pub tokens: usize,
+    /// Bytes that they take in memory until they are in a pool.
+    pub bytes: usize,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Hot(SpanId, Rows),
+    Cold(ColdPiece),
+}
+
+/// Where the rows of a prompt are: tokens counted from the beginning, each by the first tier that has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Whereabouts {
+    /// Tokens whose rows could be anywhere: all but the last, which is computed in any case.
+    pub tokens: usize,
+    /// In the pools.
+    pub pool: usize,
+    /// In the hot tier.
+    pub hot: usize,
+    /// In the cold tier.
+    pub cold: usize,
+    /// To be computed.
+    pub missing: usize,
+    /// Why the match went no further.
+    pub stopped_by: Stop,
+    /// Seconds until the rows of the cold tier would be in the pools, by the rate of earlier reads.
+    pub restore_seconds: f64,
+    /// Seconds until the missing ones would be computed, by the rate of earlier prompts; 0 before there was one.
+    pub compute_seconds: f64,
+}
+
+/// Why a match of a prompt with what is cached went no further.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stop {
+    /// Everything is cached.
+    #[default]
+    Complete,
+    /// Other tokens are cached in its place.
+    OtherTokens,
+    /// Nothing is cached behind it.
+    NotCached,
+    /// Other tiers are not known yet: the model's files are being read.
+    NotIdentified,
+}
+
+impl Whereabouts {
+    /// Of `tokens` the pools have `pool`, and nobody else has more.
+    pub fn in_pools(tokens: usize, pool: usize, token_seconds: Option<f64>) -> Self {
+        let missing = tokens - pool;
+        let compute_seconds = token_seconds.unwrap_or_default() * missing as f64;
+        Self { tokens, pool, missing, compute_seconds, ..Self::default() }
+    }
+}
+
+impl Tiers {
+    /// Whether rows that leave the pools go anywhere.
+    pub fn exist(&self) -> bool {
+        self.cold.is_some() || self.hot.limit() > 0
+    }
+
+    /// The part of a model with this fingerprint, whose groups' tokens store what `layouts` say.
+    pub fn model(
+        &self,
+        name: &str,
+        fingerprint: [u8; 32],
+        block_tokens: usize,
+        layouts: Vec<Arc<RowLayout>>,
+    ) -> Result<ModelTiers> {
+        let id = ModelId { name: name.to_owned(), fingerprint, block_tokens, layouts: layouts.clone() };
+        let cold = self.cold.as_ref().map(|cold| cold.model(id)).transpose()?;
+        let hot = HotModel { name: name.into(), fingerprint, block_tokens };
+        Ok(ModelTiers { tiers: self.clone(), hot, cold, layouts })
+    }
+
+    /// Keeps rows of the last of `tokens`, a whole span that came from the cold tier, in the hot one, if there is one:
+    /// they may have to leave the pools again.
+    fn keep_hot(&self, model: &HotModel, group: usize, tokens: &[u32], rows: &Rows) {
+        if self.hot.limit() > 0 {
+            let span = span_of(model, group, tokens, tokens.len() - rows.tokens());
+            let cost = FILE_SECONDS + rows.bytes() as f64 / ASSUMED_RATE;
+            self.write_evicted(self.hot.put(model, group, span, Arc::clone(rows), cost, false));
+        }
+    }
+
+    /// Writes what had to leave the hot tier, of whatever model; whether nothing was lost.
+    pub fn write_evicted(&self, evicted: Vec<Evicted>) -> bool {
+        let mut kept = true;
+        for Evicted { model, group, span, rows, cost, dirty } in evicted {
+            let Some(cold) = self.cold.as_ref().filter(|_| dirty) else { continue };
+            let of = lock(&cold.models).get(&model.fingerprint).cloned();
+            // Somebody may still be copying from it.
+            let rows = Arc::try_unwrap(rows).unwrap_or_else(|shared| shared.copy());
+            kept &= of.is_some_and(|of| cold.writer.submit(of, group, span, rows, cost).is_ok());
+        }
+        kept
+    }
+}
+
+impl Cold {
+    /// The tier with threads that write and read; at most `write_bytes` wait to be written.
+    pub fn new(tier: Arc<ColdTier>, write_bytes: usize, readers: usize) -> Result<Self> {
+        let writer = Arc::new(ColdWriter::new(write_bytes)?);
+        let reader = Arc::new(ColdReader::new(readers)?);
+        Ok(Self { tier, writer, reader, write_bytes, models: Arc::default() })
+    }
+
+    /// Whether half of the room is left for what has to be written at once.
+    fn has_room(&self) -> bool {
+        self.writer.pending_bytes() < self.write_bytes / 2
+    }
+
+    fn model(&self, id: ModelId) -> Result<ColdModel> {
+        let fingerprint = id.fingerprint;
+        let model = self.tier.model(id)?;
+        lock(&self.models).insert(fingerprint, model.clone());
+        Ok(model)
+    }
+}
+
+impl ModelTiers {
+    /// Whether rows are saved as soon as they are computed.
+    pub fn write_through(&self) -> bool {
+        self.tiers.write_through
+    }
+
+    /// Whether a span could be saved without waiting for the disk.
+    pub fn has_room(&self) -> bool {
+        self.tiers.cold.as_ref().is_none_or(Cold::has_room)
+    }
+
+    /// Memory for the rows of a save.
+    pub fn buffer(&self, save: &Save) -> RowBuffer {
+        row_buffer(&self.layouts[save.group], save.tokens.len() - save.start)
+    }
+
+    /// Takes rows over, whose computation took `cost` seconds: to the hot tier, or to be written in the background. What
+    /// there is no room for is lost; whether nothing was.
+    pub fn save(&self, save: Save, rows: RowBuffer, cost: f64) -> bool {
+        let span = span_of(&self.hot, save.group, &save.tokens, save.start);
+        let cold = self.tiers.cold.as_ref().zip(self.cold.as_ref());
+        let write = |span, rows| {
+            cold.is_some_and(|(cold, model)| cold.writer.submit(model.clone(), save.group, span, rows, cost).is_ok())
+        };
+        if self.tiers.hot.limit() == 0 {
+            return write(span, rows);
+        }
+        let written = self.tiers.write_through && write(span.clone(), rows.copy());
+        let evicted = self.tiers.hot.put(&self.hot, save.group, span, Arc::new(rows), cost, !written);
+        self.tiers.write_evicted(evicted)
+    }
+
+    /// Writes everything that the hot tier alone has of this model, and waits until all that was given to the writer is
+    /// written, `time` at most; whether nothing was lost or left.
+    pub fn flush(&self, time: Duration) -> bool {
+        let Some(cold) = &self.tiers.cold else { return false };
+        let mut kept = true;
+        let deadline = Instant::now() + time;
+        for dirty in self.tiers.hot.take_dirty(&self.hot) {
+            while !cold.has_room() && Instant::now() < deadline {
+                std::thread::sleep(CROWDED);
+            }
+            kept &= self.tiers.write_evicted(vec![dirty]);
+        }
+        cold.writer.flush(deadline.saturating_duration_since(Instant::now())) && kept
+    }
+
+    /// Keeps a prefix in the cold tier, or no longer.
+    pub fn pin(&self, tokens: &[u32], pin: bool) {
+        let Some(cold) = &self.cold else { return };
+        if let Err(error) = if pin { cold.pin(tokens) } else { cold.unpin(tokens) } {
+            tracing::warn!(model = &*self.hot.name, %error, "a pin is forgotten when the process ends");
+        }
+    }
+
+    /// Prefixes that are pinned in the cold tier.
+    pub fn pins(&self) -> Vec<Arc<[u32]>> {
+        self.cold.as_ref().map(ColdModel::pins).unwrap_or_default()
+    }
+
+    /// What other tiers have of `tokens` behind the first `from` (whole blocks) and what is faster to get than to compute,
+    /// at `token_seconds` a token if that is known.
+    pub fn find(&self, tokens: &[u32], from: usize, token_seconds: Option<f64>) -> Vec<Fetch> {
+        let groups = (0..self.layouts.len()).map(|group| self.find_in(group, tokens, from));
+        let mut groups: Vec<Vec<Fetch>> = groups.collect();
+        // Rows of one group are of use only with those of the others.
+        let end = |fetches: &Vec<Fetch>| fetches.last().map_or(from, |last| last.position + last.tokens);
+        let common = groups.iter().map(end).min().unwrap_or(from);
+        let rate = self.rate();
+        let token_seconds = token_seconds.filter(|_| !self.tiers.always_restore);
+        let mut fetches = Vec::new();
+        for group in &mut groups {
+            // The last one may be short: reading a whole span for a few tokens is not worth it.
+            for mut fetch in group.drain(..) {
+                fetch.tokens = fetch.tokens.min(common.saturating_sub(fetch.position));
+                let seconds = fetch.seconds(rate);
+                if fetch.tokens == 0 || token_seconds.is_some_and(|token| seconds > token * fetch.tokens as f64) {
+                    break;
+                }
+                fetches.push(fetch);
+            }
+        }
+        fetches
+    }
+
+    fn find_in(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
+        let mut fetches: Vec<Fetch> = Vec::new();
+        loop {
+            let at = fetches.last().map_or(from, |last| last.position + last.tokens);
+            let before = fetches.len();
+            if !at.is_multiple_of(self.hot.block_tokens) {
+                return fetches;
+            }
+            for piece in self.tiers.hot.find(&self.hot, group, tokens, at) {
+                let Some(rows) = self.tiers.hot.get(piece.span) else { break };
+                let (position, skip, tokens) = (piece.position, piece.skip, piece.tokens);
+                fetches.push(Fetch { group, position, skip, tokens, bytes: 0, source: Source::Hot(piece.span, rows) });
+            }
+            let at = fetches.last().map_or(from, |last| last.position + last.tokens);
+            if at.is_multiple_of(self.hot.block_tokens) {
+                for piece in self.cold.iter().flat_map(|cold| cold.find(group, tokens, at)) {
+                    let (position, skip, tokens) = (piece.piece.position, piece.piece.skip, piece.piece.tokens);
+                    let bytes = piece.bytes as usize;
+                    fetches.push(Fetch { group, position, skip, tokens, bytes, source: Source::Cold(piece) });
+                }
+            }
+            if fetches.len() == before {
+                return fetches;
+            }
+        }
+    }
+
+    /// Bytes per second of the cold tier.
+    fn rate(&self) -> f64 {
+        self.tiers.cold.as_ref().and_then(|cold| cold.tier.stats().read_rate()).unwrap_or(ASSUMED_RATE)
+    }
+
+    /// Gets rows and hands them to `done`, on another thread or at once; `None` if they are not there any more.
+    pub fn fetch(&self, fetch: &Fetch, tokens: &Arc<[u32]>, done: Box<dyn FnOnce(Option<Rows>) + Send>) {
+        match (&fetch.source, &self.tiers.cold, &self.cold) {
+            (Source::Hot(span, rows), _, _) => {
+                self.tiers.hot.used(*span, fetch.tokens);
+                done(Some(Arc::clone(rows)));
+            }
+            (Source::Cold(piece), Some(cold), Some(model)) => {
+                let (tiers, of, group) = (self.tiers.clone(), self.hot.clone(), fetch.group);
+                let (all, used, end) = (Arc::clone(tokens), fetch.skip + fetch.tokens, fetch.position + fetch.tokens);
+                let read = move |rows: Option<RowBuffer>| {
+                    let rows = rows.map(Arc::new);
+                    // Which tokens follow in a span of which only the beginning is of use is not known here.
+                    let whole = rows.iter().filter(|rows| rows.tokens() == used);
+                    whole.for_each(|rows| tiers.keep_hot(&of, group, &all[..end], rows));
+                    done(rows);
+                };
+                cold.reader.read(model.clone(), fetch.group, *piece, Arc::clone(tokens), Box::new(read));
+            }
+            (Source::Cold(_), _, _) => done(None),
+        }
+    }
+
+    /// Where the rows of `tokens` are that the pools have not, which have the first `pool`.
+    pub fn whereabouts(&self, tokens: &[u32], pool: usize, token_seconds: Option<f64>) -> Whereabouts {
+        let from = pool / self.hot.block_tokens * self.hot.block_tokens;
+        let mut found = Whereabouts::in_pools(tokens.len(), pool, token_seconds);
+        let mut reached = pool;
+        for fetch in self.find_in(0, tokens, from) {
+            let new = (fetch.position + fetch.tokens).saturating_sub(reached);
+            reached += new;
+            match fetch.source {
+                Source::Hot(..) => found.hot += new,
+                Source::Cold(_) => {
+                    found.cold += new;
+                    found.restore_seconds += fetch.seconds(self.rate());
+                }
+            }
+        }
+        found.missing = tokens.len() - reached;
+        found.compute_seconds = token_seconds.unwrap_or_default() * found.missing as f64;
+        found
+    }
+}
+
+impl Fetch {
+    /// How long it takes at this rate of the cold tier.
+    fn seconds(&self, rate: f64) -> f64 {
+        match &self.source {
+            Source::Hot(..) => 0.0,
+            Source::Cold(_) => FILE_SECONDS + self.bytes as f64 / rate,
+        }
+    }
+}
+
+/// The span of `tokens` behind the first `start` of them.
+fn span_of(model: &HotModel, group: usize, tokens: &[u32], start: usize) -> Span {
+    let root = root_key(&model.fingerprint, group);
+    let before = tokens[..start].chunks(model.block_tokens);
+    let parent = before.fold(root, |key, tokens| chain_key(&key, tokens));
+    Span { parent, start, tokens: tokens[start..].into() }
+}
+
+/// What stands for the model of an engine in the tiers: reads all its files, unless their hashes are remembered.
+pub fn identify(options: &EngineOptions, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
+    let mut identity = Identity { files: Vec::new(), parts: Vec::new() };
+    let mut part = |name, bytes: &[u8]| identity.parts.push((name, bytes.to_vec()));
+    match &options.source {
+        ModelSource::Folder(folder) => {
+            let config = folder.join("config.json");
+            part("config", &std::fs::read(&config).map_err(|e| Error::io(config.display(), &e))?);
+            let tokenizer = TOKENIZER_FILES.iter().map(|name| folder.join(name)).filter(|path| path.exists());
+            identity.files.extend(tokenizer);
+            identity.files.extend(weight_files(folder)?.into_iter().map(|(path, _)| path));
+        }
+        ModelSource::Random(config) => part("random", config.raw().to_string().as_bytes()),
+    }
+    let mut part = |name, text: String| identity.parts.push((name, text.into_bytes()));
+    part("context", format!("{:?}", options.context));
+    part("dtype", format!("{:?}", options.dtype));
+    part("backend", options.backend.numerics());
+    part("numerics", NUMERICS.to_string());
+    part("block_tokens", options.block_tokens.to_string());
+    identity.parts.push(("namespace", options.tiers.namespace.clone()));
+    match &options.tiers.cold {
+        Some(cold) => fingerprint(&identity, &Remembered(&cold.tier), interrupted),
+        None => fingerprint(&identity, &Forgotten, interrupted),
+    }
+}
+
+/// Hashes of files that the cold tier's index remembers.
+struct Remembered<'a>(&'a ColdTier);
+
+impl HashMemory for Remembered<'_> {
+    fn get(&self, key: &[u8]) -> Option<[u8; 32]> {
+        self.0.remembered_hash(key)
+    }
+
+    fn set(&self, key: &[u8], hash: [u8; 32]) {
+        self.0.remember_hash(key, hash);
+    }
+}
+
+/// Without a cold tier every process reads the files again.
+struct Forgotten;
+
+impl HashMemory for Forgotten {
+    fn get(&self, _key: &[u8]) -> Option<[u8; 32]> {
+        None
+    }
+
+    fn set(&self, _key: &[u8], _hash: [u8; 32]) {}
+}

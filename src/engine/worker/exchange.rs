@@ -1,0 +1,257 @@
+//! The worker's exchange of rows with other tiers: what leaves the pools is saved, what a request needs is brought back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+
+use super::super::restore::{Restored, Then, Wait};
+use super::super::tiers::{CROWDED, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
+use super::{CacheCommand, Worker};
+use crate::cache::Save;
+use crate::error::{Error, Result};
+
+/// Rows are saved for this long at most when an engine ends.
+const LAST_SAVES: Duration = Duration::from_secs(10);
+
+/// What is to be saved although nothing has to leave the pools.
+#[derive(Debug, Default)]
+pub(super) struct Saving {
+    /// Everything, bit by bit, until nothing is left.
+    pub(super) all: bool,
+    /// Who is to be told then.
+    answers: Vec<Sender<bool>>,
+    /// Something was lost since the last answer.
+    lost: bool,
+}
+
+impl Saving {
+    /// It is over, or cannot be done.
+    fn answer(&mut self, kept: bool) {
+        self.all = false;
+        self.lost = false;
+        // Whoever asked may have gone.
+        for answer in self.answers.drain(..) {
+            let _ = answer.send(kept);
+        }
+    }
+}
+
+impl Worker<'_> {
+    pub(super) fn handle_cache(&mut self, command: CacheCommand) {
+        let blocks = self.scheduler.blocks();
+        // What the steps on their way write is there for any later one.
+        blocks.next_step();
+        // Whoever asked may have gone.
+        match command {
+            CacheCommand::Clear(answer) => {
+                let _ = answer.send(blocks.clear());
+            }
+            CacheCommand::Pin(tokens, answer) => {
+                let _ = answer.send(blocks.pin(&tokens));
+                self.tiers.iter().for_each(|tiers| tiers.pin(&tokens, true));
+            }
+            CacheCommand::Unpin(tokens, answer) => {
+                let pinned = blocks.unpin(&tokens);
+                self.tiers.iter().for_each(|tiers| tiers.pin(&tokens, false));
+                let _ = answer.send(pinned);
+            }
+            CacheCommand::Save(answer) => {
+                self.saving.all = true;
+                self.saving.answers.push(answer);
+            }
+            CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
+            CacheCommand::Find(tokens, answer) => {
+                let tokens = &tokens[..tokens.len().saturating_sub(1)];
+                let (pool, goes_on) = (blocks.peek(tokens), blocks.goes_on_after(tokens));
+                let token_seconds = self.scheduler.seconds_per_token();
+                let found = self.tiers.as_ref().map(|tiers| tiers.whereabouts(tokens, pool, token_seconds));
+                let here = || Whereabouts::in_pools(tokens.len(), pool, token_seconds);
+                let mut found = found.unwrap_or_else(here);
+                found.stopped_by = match found.missing {
+                    0 => Stop::Complete,
+                    _ if self.unidentified => Stop::NotIdentified,
+                    _ if goes_on => Stop::OtherTokens,
+                    _ => Stop::NotCached,
+                };
+                let _ = answer.send(found);
+            }
+        }
+    }
+
+    /// From now on rows come from other tiers and go there.
+    pub(super) fn identified(&mut self, fingerprint: Result<[u8; 32]>) {
+        self.unidentified = false;
+        let pages = self.runner.pages();
+        let layouts: Option<Vec<_>> = (0..pages.layout().groups.len()).map(|group| pages.row_layout(group)).collect();
+        let known = fingerprint.and_then(|fingerprint| {
+            let layouts = layouts.ok_or_else(|| Error::unsupported("rows of this number format stay in the pools"))?;
+            self.options.tiers.model(&self.options.id, fingerprint, pages.block_tokens(), layouts)
+        });
+        match known {
+            Ok(tiers) => {
+                self.scheduler.blocks().save_in_runs_of(SPAN_TOKENS);
+                let pins = tiers.pins();
+                self.tiers = Some(tiers);
+                pins.into_iter().for_each(|tokens| self.bring(tokens, Then::Pin));
+            }
+            Err(error) => {
+                tracing::warn!(model = self.options.id, %error, "only the pools cache");
+                self.saving.answer(false);
+            }
+        }
+    }
+
+    /// Gets what other tiers have of `tokens`, if that is faster than to compute it, and then goes on.
+    pub(super) fn bring(&mut self, tokens: Arc<[u32]>, then: Then) {
+        let blocks = self.scheduler.blocks();
+        // The last token is computed in any case.
+        let limit = tokens.len().saturating_sub(1);
+        let pool = blocks.peek(&tokens[..limit]);
+        let from = pool / blocks.block_tokens() * blocks.block_tokens();
+        let token_seconds = self.scheduler.seconds_per_token();
+        let fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], from, token_seconds));
+        match fetches {
+            Some(fetches) if !fetches.is_empty() || !self.restores.is_empty() => {
+                self.restores.begin(tokens, from, fetches, then);
+            }
+            _ => self.restored((tokens, then, pool)),
+        }
+    }
+
+    fn restored(&mut self, (tokens, then, reached): Restored) {
+        let blocks = self.scheduler.blocks();
+        match then {
+            Then::Run(sequences) => sequences.into_iter().for_each(|sequence| self.scheduler.admit(sequence)),
+            Then::Tell(answer) => {
+                let _ = answer.send(reached);
+            }
+            Then::Pin => {
+                blocks.next_step();
+                blocks.pin(&tokens);
+            }
+        }
+    }
+
+    /// Moves rows that have come from other tiers into the pools: between two steps a single span, so that running
+    /// answers hardly notice.
+    pub(super) fn restore(&mut self) -> Result<()> {
+        for cancelled in self.restores.take_cancelled(&mut self.scheduler) {
+            self.restored(cancelled);
+        }
+        loop {
+            let Some(tiers) = &self.tiers else { return Ok(()) };
+            self.restores.ask(tiers, &mut self.scheduler, self.myself);
+            let waits = self.restores.waits_for(&mut self.scheduler);
+            self.scheduler.reserve(if let Wait::Blocks(blocks) = waits { blocks } else { 0 });
+            if waits != Wait::Nothing || !self.settle()? {
+                return Ok(());
+            }
+            self.restores.make_room(&mut self.scheduler);
+            if !self.save_evicted()? {
+                return Ok(());
+            }
+            let most = if self.in_flight.is_some() { 1 } else { usize::MAX };
+            if let Some(restored) = self.restores.place(&mut self.runner, &mut self.scheduler, most)? {
+                self.restored(restored);
+            }
+            if self.in_flight.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
+    pub(super) fn end_restores(&mut self) {
+        for (tokens, then, reached) in self.restores.end(&mut self.scheduler) {
+            if let Then::Run(_) = &then {
+                self.restored((tokens, then, reached));
+            }
+        }
+    }
+
+    /// Waits for the step on its way, if there is one. Whether all is well: otherwise its sequences have ended.
+    fn settle(&mut self) -> Result<bool> {
+        match self.in_flight.as_ref().map_or(Ok(()), |(step, _)| step.wait()) {
+            Ok(()) => Ok(true),
+            Err(error) => self.fail(error).map(|()| false),
+        }
+    }
+
+    /// Saves what has been evicted, before anything else is written there. Whether all is well, as in `settle`.
+    pub(super) fn save_evicted(&mut self) -> Result<bool> {
+        let evicted = self.scheduler.blocks().take_evicted();
+        if !evicted.is_empty() && !self.settle()? {
+            return Ok(false);
+        }
+        evicted.into_iter().for_each(|save| self.save(save));
+        Ok(true)
+    }
+
+    /// Hands rows to the other tiers. A step that writes them must not be on its way.
+    fn save(&mut self, save: Save) {
+        let Some(tiers) = &self.tiers else { return };
+        let mut rows = tiers.buffer(&save);
+        let cost = rows.tokens() as f64 * self.scheduler.seconds_per_token().unwrap_or_default();
+        let saved = self.runner.pages().read_rows(&save.blocks, &mut rows).map(|()| tiers.save(save, rows, cost));
+        match saved {
+            Ok(saved) => self.saving.lost |= !saved,
+            Err(error) => {
+                tracing::warn!(model = self.options.id, %error, "cached rows are lost");
+                self.saving.lost = true;
+            }
+        }
+    }
+
+    /// Saves what need not leave the pools yet, as far as the options or a host ask for it: a span between two steps, more
+    /// when `idle`.
+    pub(super) fn save_ahead(&mut self, idle: bool) {
+        let Some(tiers) = &self.tiers else {
+            if !self.unidentified {
+                self.saving.answer(false);
+            }
+            return;
+        };
+        if !self.saving.all && !tiers.write_through() {
+            return;
+        }
+        let blocks = self.scheduler.blocks();
+        if idle {
+            blocks.next_step();
+        }
+        for _ in 0..if idle { 8 } else { 1 } {
+            if !self.tiers.as_ref().is_some_and(ModelTiers::has_room) {
+                return;
+            }
+            match self.scheduler.blocks().next_save() {
+                Some(save) => self.save(save),
+                None => {
+                    let kept = !self.saving.lost;
+                    return self.saving.answer(kept);
+                }
+            }
+        }
+    }
+
+    /// Saves everything, for a while.
+    pub(super) fn save_at_the_end(&mut self) {
+        let deadline = Instant::now() + LAST_SAVES;
+        if self.tiers.is_none() || !self.settle().unwrap_or(false) {
+            return;
+        }
+        self.scheduler.blocks().next_step();
+        while Instant::now() < deadline {
+            if !self.tiers.as_ref().is_some_and(ModelTiers::has_room) {
+                std::thread::sleep(CROWDED);
+                continue;
+            }
+            let Some(save) = self.scheduler.blocks().next_save() else { break };
+            self.save(save);
+        }
+        if let Some(tiers) = &self.tiers {
+            let written = tiers.flush(deadline.saturating_duration_since(Instant::now()));
+            if self.saving.lost || !written || self.scheduler.blocks().unsaved() > 0 {
+                tracing::warn!(model = self.options.id, "not all cached rows could be written before the end");
+            }
+        }
+    }
+}
