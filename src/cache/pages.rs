@@ -8,7 +8,7 @@
 //! [`Pages::append`] makes a new array in the place of the old one, in place as long as nothing outside this type keeps a
 //! handle across a step.
 
-use std::collections::VecDeque;
+use std::ops::Range;
 
 use mlx_rs::{Array, Dtype};
 
@@ -58,8 +58,8 @@ pub struct Pages {
     layers: Vec<Option<LayerPool>>,
     /// Blocks that all layers have, the spare one aside.
     capacity: usize,
-    /// What it will be, and the layers that still have to get there.
-    resize: Option<(usize, VecDeque<usize>)>,
+    /// What it will be, and the arrays that still have to get there: keys and values in turn, layer by layer.
+    resize: Option<(usize, Range<usize>)>,
 }
 
 impl Pages {
@@ -69,7 +69,7 @@ impl Pages {
         let layers = vec![(); layout.layers.len()].into_iter().map(|()| None).collect();
         let mut pages = Self { backend, layout: layout.clone(), block_tokens, layers, capacity: 0, resize: None };
         for layer in 0..pages.layers.len() {
-            let pool = pages.empty(layer, 0)?;
+            let pool = LayerPool { keys: pages.empty(layer, 0)?, values: pages.empty(layer, 0)?, order: None };
             mlx_rs::transforms::eval([&pool.keys, &pool.values])?;
             pages.layers[layer] = Some(pool);
         }
@@ -101,56 +101,63 @@ impl Pages {
         self.layers.iter().flatten().map(|pool| pool.keys.nbytes() + pool.values.nbytes()).sum()
     }
 
-    /// Begins to change the number of blocks; [`resize_layer`](Self::resize_layer) does it. What is behind a smaller
-    /// number is lost.
+    /// Begins to change the number of blocks; [`resize_part`](Self::resize_part) does it. What is behind a smaller number is
+    /// lost.
     pub fn resize(&mut self, capacity: usize) {
         // A layer that is there already is not touched again.
-        self.resize = (capacity != self.capacity).then(|| (capacity, (0..self.layers.len()).collect()));
+        self.resize = (capacity != self.capacity).then(|| (capacity, 0..2 * self.layers.len()));
         if capacity < self.capacity {
             self.capacity = capacity;
         }
     }
 
-    /// Whether layers are still to be resized.
+    /// Whether there is more to be resized.
     pub fn is_resizing(&self) -> bool {
         self.resize.is_some()
     }
 
-    /// Resizes one layer: old and new arrays of that layer exist side by side, of no other. Returns whether more layers are
-    /// to follow. New blocks may be used when none is left.
-    pub fn resize_layer(&mut self) -> Result<bool> {
+    /// Resizes keys or values of a layer, on the CPU, or both: old and new arrays exist side by side of these, and of no
+    /// others. Returns whether more are to follow. New blocks may be used when none is left.
+    pub fn resize_part(&mut self) -> Result<bool> {
+        let arrays = if matches!(self.backend, Backend::Cpu(_)) { 1 } else { 2 };
         let Some((capacity, left)) = &mut self.resize else { return Ok(false) };
         let capacity = *capacity;
-        let Some(layer) = left.pop_front() else {
-            self.resize = None;
-            return Ok(false);
-        };
-        let more = !left.is_empty();
-        let old = self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
-        // MLX does not see what the kernels write.
-        old.order.iter().try_for_each(Order::wait)?;
-        let (keys, values) = match &self.backend {
-            Backend::Cpu(cpu) => {
-                let resized = |old: &Array| cpu.resize_rows(old, capacity + SPARE);
-                (resized(&old.keys)?, resized(&old.values)?)
+        let part: Vec<usize> = left.take(arrays).collect();
+        let more = left.start < left.end;
+        for array in part {
+            let (layer, values) = (array / 2, array % 2 == 1);
+            let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
+            // MLX does not see what the kernels write.
+            pool.order.iter().try_for_each(Order::wait)?;
+            let new = self.resized(layer, if values { &pool.values } else { &pool.keys }, capacity)?;
+            // Waited for: two arrays on their way would be two arrays of extra memory.
+            mlx_rs::transforms::eval([&new])?;
+            if let Some(pool) = &mut self.layers[layer] {
+                *(if values { &mut pool.values } else { &mut pool.keys }) = new;
             }
-            Backend::Mlx | Backend::Gpu(_) => {
-                let new = self.empty(layer, capacity)?;
-                let kept = (capacity + SPARE).min(old.keys.dim(0) as usize);
-                let copy = |new: Array, old: &Array| mlx::write_rows(new, &mlx::rows(old, 0, kept)?, 0, kept);
-                (copy(new.keys, &old.keys)?, copy(new.values, &old.values)?)
-            }
-        };
-        let new = LayerPool { keys, values, order: old.order };
-        drop((old.keys, old.values));
-        // Waited for: two layers on their way would be two layers of extra memory.
-        mlx_rs::transforms::eval([&new.keys, &new.values])?;
-        self.layers[layer] = Some(new);
+        }
         if !more {
             self.capacity = capacity;
             self.resize = None;
         }
         Ok(more)
+    }
+
+    /// Does all that is left to resize.
+    pub fn resize_all(&mut self) -> Result<()> {
+        while self.resize_part()? {}
+        Ok(())
+    }
+
+    /// A copy of keys or values with another number of blocks.
+    fn resized(&self, layer: usize, old: &Array, capacity: usize) -> Result<Array> {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.resize_rows(old, capacity + SPARE),
+            Backend::Mlx | Backend::Gpu(_) => {
+                let kept = (capacity + SPARE).min(old.dim(0) as usize);
+                mlx::write_rows(self.empty(layer, capacity)?, &mlx::rows(old, 0, kept)?, 0, kept)
+            }
+        }
     }
 
     /// Blocks of keys and of values of `layer`, which kernels write to in place.
@@ -214,11 +221,9 @@ impl Pages {
         self.layers.iter().flatten().flat_map(|pool| [&pool.keys, &pool.values])
     }
 
-    fn empty(&self, layer: usize, capacity: usize) -> Result<LayerPool> {
+    fn empty(&self, layer: usize, capacity: usize) -> Result<Array> {
         let (heads, width) = self.layout.layers[layer];
-        let shape = [capacity + SPARE, self.block_tokens, heads, width];
-        let make = || zeros(&shape, self.layout.dtype);
-        Ok(LayerPool { keys: make()?, values: make()?, order: None })
+        zeros(&[capacity + SPARE, self.block_tokens, heads, width], self.layout.dtype)
     }
 }
 
@@ -289,7 +294,7 @@ mod tests {
             KvLayout { groups: vec![GroupKind::Full], layers: vec![(1, width); layers], dtype: Dtype::Float32 };
         let mut pages = Pages::new(backend, &layout, BLOCK_TOKENS)?;
         pages.resize(blocks);
-        while pages.resize_layer()? {}
+        pages.resize_all()?;
         Ok(pages)
     }
 
@@ -352,7 +357,7 @@ mod tests {
             append(&mut pages, writes(vec![(2, 1)], slots(2, 0..2)), &rows(50, 2))?;
             for blocks in [9, 2] {
                 pages.resize(blocks);
-                while pages.resize_layer()? {}
+                pages.resize_all()?;
                 assert_eq!((pages.capacity(), pages.is_resizing()), (blocks, false));
             }
             for layer in 0..2 {

@@ -114,7 +114,7 @@ mod tests {
             let layout = KvLayout { groups: vec![GroupKind::Full], layers: vec![(2, 4), (1, 8)], dtype };
             let mut pages = Pages::new(backend, &layout, 8)?;
             pages.resize(9);
-            while pages.resize_layer()? {}
+            pages.resize_all()?;
             let rows = pages.row_layout(0).unwrap();
             let mut whole = RowBuffer::new(Arc::clone(&rows), 24, 0);
             let pages_len = whole.pages().len();

@@ -1,66 +1,167 @@
-//! How many prompt tokens a step may take so that running answers stay smooth. Pure: times come from outside.
+//! How much of the prompts a step may compute so that running answers stay smooth. Pure: times come from outside.
+//!
+//! Beside answers a piece of a prompt passes a few layers a step. A piece has as many tokens as make the work of one or more
+//! layers fill a step: reading the keys of a long context costs the same for one token as for many.
 
 use std::time::Duration;
 
-/// Weight of a new measurement.
+/// Part of what is known that a new measurement leaves.
+const KEEP: f64 = 0.97;
+
+/// Weight of a new measurement of a step without prompts.
 const NEW: f64 = 0.2;
 
-/// Prompt tokens of a step at least: a prompt must get on, whatever it costs, and to read a long context for fewer takes
-/// nearly as long.
+/// Tokens of a piece at least: to read a long context for fewer takes nearly as long.
 const LEAST: usize = 8;
 
-/// From twice as many on, prompt tokens of a step are a multiple of this: fewer different shapes, and kernels like them.
+/// Tokens of a piece that passes more than a layer a step, at least. Fewer cost more each; with more, the time of a layer is
+/// too coarse a measure to fill a step.
+const SMALL: usize = 48;
+
+/// From twice as many on, tokens of a piece that passes all layers at once are a multiple of this: fewer different shapes.
 const WHOLE: usize = 8;
 
-/// A slow model's steps may take this many times as long as without prompt tokens, even if that misses the target.
-const SLOWDOWN: f64 = 2.0;
+/// A slow model's steps may take this many times as long as without prompts, even if that misses the target: an answer
+/// keeps a third of its pace, and a prompt gets more than half of the time.
+const SLOWDOWN: f64 = 2.7;
+
+/// A slice may be late by this part of a layer.
+const SLACK: f64 = 0.15;
+
+/// Contexts that are closer than this, in tokens, say nothing about what a longer one costs.
+const SPREAD: f64 = 32.0;
+
+/// What a step computes of prompts.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Work {
+    /// Tokens.
+    pub tokens: usize,
+    /// Keys that they attend to, of all tokens together.
+    pub keys: usize,
+    /// Layers that they pass.
+    pub layers: usize,
+}
+
+impl Work {
+    /// That of `tokens` tokens behind `start` others, in no layer.
+    pub fn of_run(start: usize, tokens: usize) -> Self {
+        Self { tokens, keys: tokens * start + tokens * (tokens + 1) / 2, layers: 0 }
+    }
+
+    /// Of two runs that pass the same layers.
+    pub fn and(self, other: Self) -> Self {
+        Self { tokens: self.tokens + other.tokens, keys: self.keys + other.keys, layers: self.layers }
+    }
+
+    fn context(&self) -> f64 {
+        self.keys as f64 / self.tokens.max(1) as f64
+    }
+}
 
 /// Learns what steps cost.
 #[derive(Debug)]
 pub struct Pace {
     target: f64,
     most: usize,
+    layers: usize,
     /// Seconds of a step that only decodes.
     decode: Option<f64>,
-    /// Seconds that a prompt token adds to a step.
-    token: Option<f64>,
+    /// Seconds of a token in a layer, by its context.
+    cost: Line,
+    /// Seconds of the next step that something else takes.
+    reserved: f64,
 }
 
 impl Pace {
-    /// Steps with running answers should take `target`; no step takes more than `most` prompt tokens.
-    pub fn new(target: Duration, most: usize) -> Self {
-        Self { target: target.as_secs_f64(), most: most.max(1), decode: None, token: None }
+    /// Steps with running answers should take `target`; no step takes more than `most` tokens of prompts, which may stop
+    /// behind any of `layers` layers.
+    pub fn new(target: Duration, most: usize, layers: usize) -> Self {
+        let (most, layers) = (most.max(1), layers.max(1));
+        let target = target.as_secs_f64();
+        Self { target, most, layers, decode: None, cost: Line::default(), reserved: 0.0 }
     }
 
-    /// Prompt tokens of the next step, which also decodes or does not.
-    pub fn budget(&self, decodes: bool) -> usize {
-        let (true, Some(token)) = (decodes, self.token) else { return self.most };
+    /// Something else takes so much of the next step.
+    pub fn reserve(&mut self, time: Duration) {
+        self.reserved = time.as_secs_f64();
+    }
+
+    /// Tokens of a piece that begins behind `start` others, beside answers or not.
+    pub fn piece(&self, decodes: bool, start: usize) -> usize {
+        let token = self.cost.at((start + SMALL / 2) as f64);
+        let (true, Some(token)) = (decodes, token) else { return self.most };
+        let fit = |layers: usize| self.room() / (token * layers as f64);
+        // The fewest steps that a small piece needs; what is left of them is for more tokens.
+        let steps = self.layers.div_ceil((fit(SMALL) as usize).clamp(1, self.layers));
+        let tokens = fit(self.layers.div_ceil(steps)).min(self.most as f64) as usize;
+        let rounded = if self.layers > 1 || tokens < 2 * WHOLE { tokens } else { tokens / WHOLE * WHOLE };
+        rounded.clamp(LEAST.min(self.most), self.most)
+    }
+
+    /// How many of the `left` layers a piece passes in the next step, beside answers or not.
+    pub fn slice(&self, decodes: bool, piece: Work, left: usize) -> usize {
+        let (true, Some(token)) = (decodes, self.cost.at(piece.context())) else { return left };
+        let fit = self.room() / (token * piece.tokens as f64) + SLACK;
+        let steps = left.div_ceil((fit as usize).clamp(1, left.max(1)));
+        left.div_ceil(steps.max(1))
+    }
+
+    /// Seconds that a step beside answers has for prompts.
+    fn room(&self) -> f64 {
         let decode = self.decode.unwrap_or(0.0);
-        let room = self.target.max(SLOWDOWN * decode) - decode;
-        // Rounded up: what a context costs is paid once, so that one token more is cheaper than the average says.
-        let tokens = (room / token.max(1e-9)).ceil().min(self.most as f64) as usize;
-        let tokens = if tokens < 2 * WHOLE { tokens } else { tokens / WHOLE * WHOLE };
-        tokens.clamp(LEAST.min(self.most), self.most)
+        (self.target.max(SLOWDOWN * decode) - decode - self.reserved).max(1e-6)
     }
 
-    /// Seconds of a prompt token, if one has been computed.
-    pub fn seconds_per_token(&self) -> Option<f64> {
-        self.token
+    /// Seconds that a token of a prompt of `tokens` takes on average, if one has been computed.
+    pub fn seconds_per_token(&self, tokens: usize) -> Option<f64> {
+        self.cost.at(tokens as f64 / 2.0).map(|seconds| seconds * self.layers as f64)
     }
 
     /// A step took `seconds`.
-    pub fn observe(&mut self, seconds: f64, decodes: bool, prompt_tokens: usize) {
-        let learn = |known: &mut Option<f64>, new: f64| {
-            *known = Some(known.map_or(new, |old| old + NEW * (new - old)));
-        };
-        if prompt_tokens == 0 {
-            learn(&mut self.decode, seconds);
-        } else {
-            let decode = if decodes { self.decode.unwrap_or(0.0) } else { 0.0 };
-            // A step of a few tokens says little about one.
-            let least = seconds / (2 * prompt_tokens) as f64;
-            learn(&mut self.token, ((seconds - decode) / prompt_tokens as f64).max(least * 0.1));
+    pub fn observe(&mut self, seconds: f64, decodes: bool, work: Work) {
+        if work.tokens * work.layers == 0 {
+            self.decode = Some(self.decode.map_or(seconds, |old| old + NEW * (seconds - old)));
+            return;
         }
+        let decode = if decodes { self.decode.unwrap_or(0.0) } else { 0.0 };
+        // A step of a few tokens says little about one; and one that was interrupted, nothing.
+        let each = |seconds: f64| seconds / (work.tokens * work.layers) as f64;
+        let cost = each(seconds - decode).max(each(seconds) * 0.05);
+        let most = self.cost.at(work.context()).map_or(f64::INFINITY, |known| 2.0 * known);
+        self.cost.add(work.context(), cost.min(most));
+    }
+}
+
+/// A line through the newest measurements.
+#[derive(Debug, Default)]
+struct Line {
+    /// Sums over the measurements, each of which weighs less with every one behind it.
+    weight: f64,
+    x: f64,
+    y: f64,
+    xx: f64,
+    xy: f64,
+}
+
+impl Line {
+    fn add(&mut self, x: f64, y: f64) {
+        for (sum, new) in
+            [(&mut self.weight, 1.0), (&mut self.x, x), (&mut self.y, y), (&mut self.xx, x * x), (&mut self.xy, x * y)]
+        {
+            *sum = *sum * KEEP + new;
+        }
+    }
+
+    /// Its height at `x`, none before the first measurement; it rises, and from 0 or above.
+    fn at(&self, x: f64) -> Option<f64> {
+        if self.weight == 0.0 {
+            return None;
+        }
+        let (middle, height) = (self.x / self.weight, self.y / self.weight);
+        let variance = (self.xx / self.weight - middle * middle).max(0.0);
+        let slope = (self.xy / self.weight - middle * height) / (variance + SPREAD * SPREAD);
+        let slope = slope.clamp(0.0, height / middle.max(1e-9));
+        Some((height + slope * (x - middle)).max(1e-12))
     }
 }
 
@@ -68,30 +169,91 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// A machine where a step costs 24 ms and 2.5 ms for each prompt token.
-    fn settle(pace: &mut Pace, decode: f64, token: f64) -> usize {
-        for _ in 0..50 {
-            pace.observe(decode, true, 0);
-            let tokens = pace.budget(true);
-            pace.observe(decode + token * tokens as f64, true, tokens);
+    const LAYERS: usize = 28;
+
+    /// A machine on which a step costs `decode` seconds, a token in a layer `token` and a key that it attends to `key`.
+    struct Machine {
+        decode: f64,
+        token: f64,
+        key: f64,
+    }
+
+    impl Machine {
+        fn seconds(&self, work: Work) -> f64 {
+            let token_layers = (work.tokens * work.layers) as f64;
+            self.decode + self.token * token_layers + self.key * (work.keys * work.layers) as f64
         }
-        pace.budget(true)
+
+        /// Computes a prompt beside an answer; what its steps take, without the first ones.
+        fn prompt(&self, pace: &mut Pace, layers: usize, start: usize, end: usize) -> Vec<f64> {
+            (0..20).for_each(|_| pace.observe(self.decode, true, Work::default()));
+            let (mut at, mut steps) = (start, Vec::new());
+            while at < end {
+                let tokens = pace.piece(true, at).min(end - at);
+                let (piece, mut left) = (Work::of_run(at, tokens), layers);
+                while left > 0 {
+                    let work = Work { layers: pace.slice(true, piece, left), ..piece };
+                    assert!((1..=left).contains(&work.layers));
+                    left -= work.layers;
+                    steps.push(self.seconds(work));
+                    pace.observe(self.seconds(work), true, work);
+                }
+                at += tokens;
+            }
+            steps.split_off(5.min(steps.len()))
+        }
     }
 
     #[test]
-    fn steps_find_their_target() {
-        let mut pace = Pace::new(Duration::from_millis(100), 128);
-        assert_eq!(pace.budget(true), 128, "nothing is known yet");
-        assert_eq!(settle(&mut pace, 0.024, 0.0025), 24);
-        assert_eq!(pace.budget(false), 128, "nobody waits for a token");
+    fn slices_fill_steps_and_keep_to_them_however_long_the_context() {
+        let machine = Machine { decode: 0.020, token: 4e-5, key: 5e-8 };
+        let mut pace = Pace::new(Duration::from_millis(50), 128, LAYERS);
+        assert_eq!((pace.piece(true, 0), pace.slice(true, Work::of_run(0, 128), LAYERS)), (128, LAYERS), "unknown");
+        for round in 0..2 {
+            let steps = machine.prompt(&mut pace, LAYERS, 0, 4000);
+            let mean = steps.iter().sum::<f64>() / steps.len() as f64;
+            let longest = steps.iter().copied().fold(0.0, f64::max);
+            assert!(longest < 0.054 * 1.08, "round {round}: {longest}");
+            assert!(mean > 0.054 * 0.88, "round {round}: {mean}");
+        }
+        assert_eq!(pace.piece(false, 4000), 128, "nobody waits for a token");
+        assert_eq!(pace.slice(false, Work::of_run(4000, 50), 9), 9, "nobody waits for a token");
+        let (free, piece) = (pace.piece(true, 2000), Work::of_run(2000, 50));
+        let slice = pace.slice(true, piece, LAYERS);
+        pace.reserve(Duration::from_millis(20));
+        assert!(pace.slice(true, piece, LAYERS) < slice && pace.piece(true, 2000) <= free);
+    }
+
+    #[test]
+    fn whole_pieces_find_their_target() {
+        let machine = Machine { decode: 0.024, token: 0.0025, key: 0.0 };
+        let mut pace = Pace::new(Duration::from_millis(100), 128, 1);
+        machine.prompt(&mut pace, 1, 0, 4000);
+        assert_eq!(pace.piece(true, 0), 24);
+        assert_eq!(pace.slice(true, Work::of_run(0, 24), 1), 1);
     }
 
     #[test]
     fn prompts_get_on_even_where_the_target_is_out_of_reach() {
-        let mut pace = Pace::new(Duration::from_millis(50), 128);
-        assert_eq!(settle(&mut pace, 0.045, 0.5), LEAST);
-        let mut slow = Pace::new(Duration::from_millis(50), 128);
-        assert_eq!(settle(&mut slow, 0.4, 0.0099), 40, "as long again as without the prompt");
-        assert_eq!(settle(&mut Pace::new(Duration::from_millis(50), 4), 0.01, 1e-6), 4);
+        let mut pace = Pace::new(Duration::from_millis(50), 128, LAYERS);
+        Machine { decode: 0.045, token: 0.5, key: 0.0 }.prompt(&mut pace, LAYERS, 0, 100);
+        assert_eq!((pace.piece(true, 0), pace.slice(true, Work::of_run(0, LEAST), LAYERS)), (LEAST, 1));
+        let mut slow = Pace::new(Duration::from_millis(50), 128, 1);
+        Machine { decode: 0.4, token: 0.0099, key: 0.0 }.prompt(&mut slow, 1, 0, 4000);
+        assert_eq!(slow.piece(true, 0), 64, "1.7 times as long again as without the prompt");
+        let mut few = Pace::new(Duration::from_millis(50), 4, LAYERS);
+        Machine { decode: 0.01, token: 1e-6, key: 0.0 }.prompt(&mut few, LAYERS, 0, 100);
+        assert_eq!(few.piece(true, 0), 4);
+    }
+
+    #[test]
+    fn an_interruption_changes_little() {
+        let machine = Machine { decode: 0.020, token: 4e-5, key: 5e-8 };
+        let mut pace = Pace::new(Duration::from_millis(50), 128, LAYERS);
+        machine.prompt(&mut pace, LAYERS, 0, 2000);
+        let before = pace.piece(true, 2000);
+        pace.observe(3.0, true, Work { layers: 5, ..Work::of_run(2000, before) });
+        let after = pace.piece(true, 2000);
+        assert!(after * 10 >= before * 9, "{before} and then {after}");
     }
 }

@@ -1,16 +1,18 @@
 //! Runs planned steps on MLX: forward pass, sampling, asynchronous evaluation. Owned by the worker thread.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mlx_rs::Array;
 use mlx_rs::ops::concatenate;
 
+use super::pace::Work;
 use super::scheduler::{Run, StepInput, StepPlan};
 use super::sequence::{SampledToken, SequenceId};
 use super::shape::Shape;
-use crate::cache::{Pages, copy_places, place};
+use crate::cache::{BlockCopy, Pages, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::{self, Backend, Placement, Segment};
@@ -30,14 +32,24 @@ pub struct Runner {
     samplers: HashMap<SequenceId, Sampler>,
     /// What the last step sampled, `[rows]`, and whose rows they are: input of a step planned before it is read.
     newest: Option<(Array, Vec<SequenceId>)>,
+    /// Prompt tokens that have not passed all layers.
+    piece: Option<Held>,
+}
+
+/// Hidden states between two layers.
+struct Held {
+    /// `[T, hidden]`.
+    rows: Array,
+    /// Whose rows they are, and how many each has.
+    runs: Vec<(SequenceId, usize)>,
 }
 
 /// A step on its way through the device.
 pub struct Launched {
-    /// Rows of decoding sequences, and of prompts.
-    pub decoding: usize,
-    /// See `decoding`.
-    pub prompt_tokens: usize,
+    /// Whether sequences decode in it.
+    pub decodes: bool,
+    /// What it computes of prompts.
+    pub work: Work,
     /// How long the host described the step, and how long MLX encoded it.
     pub build: Duration,
     /// See `build`.
@@ -45,6 +57,15 @@ pub struct Launched {
     result: StepResult,
     /// Whose tokens are sampled, and how many likeliest ones they asked for.
     sampled: Vec<(SequenceId, usize)>,
+}
+
+/// What the layers leave beside hidden states.
+#[derive(Default)]
+struct Pass {
+    /// Computed after the newest writes to the pools that attention has read.
+    written: Option<Array>,
+    /// To be evaluated with the step: nothing that it samples from needs them.
+    outputs: Vec<Array>,
 }
 
 enum StepResult {
@@ -57,7 +78,7 @@ enum StepResult {
 impl Runner {
     /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, and its pools.
     pub fn new(id: String, model: Box<dyn Model>, vocab: usize, backend: Backend, pages: Pages) -> Self {
-        Self { id, model, vocab, backend, pages, samplers: HashMap::new(), newest: None }
+        Self { id, model, vocab, backend, pages, samplers: HashMap::new(), newest: None, piece: None }
     }
 
     /// The model's id.
@@ -68,6 +89,15 @@ impl Runner {
     /// The pools.
     pub fn pages(&mut self) -> &mut Pages {
         &mut self.pages
+    }
+
+    /// Layers behind any of which prompt tokens may wait for the next step. A GPU caches what it makes for every shape of a
+    /// step, and has its best shapes anyway.
+    pub fn stops(&self) -> usize {
+        match self.backend {
+            Backend::Cpu(_) => self.model.depth(),
+            Backend::Mlx | Backend::Gpu(_) => 1,
+        }
     }
 
     /// Makes the sampling state of a sequence.
@@ -83,37 +113,78 @@ impl Runner {
     /// Builds the step's graph and starts its evaluation; returns without waiting for it.
     pub fn launch(&mut self, plan: &StepPlan) -> Result<Launched> {
         let started = Instant::now();
-        let mut packed = Packed::new(plan, self.pages.block_tokens(), self.backend.gpu().is_some());
-        if fault::happens("runner.table", &self.id) {
-            packed.placement.tables.reverse();
-        }
-        let tokens = self.tokens(&plan.runs, &packed.shape)?;
-        let positions = packed.positions()?;
-        let Packed { shape, placement } = packed;
-        let mut step = Step::new(&tokens, &positions, &mut self.pages, Arc::new(placement));
-        let hidden = self.model.hidden(&mut step)?;
-        let (written, unread) = (step.written.take(), std::mem::take(&mut step.unread));
-        let (decoding, prompt_tokens) = (plan.runs.len() - plan.prompt_runs, plan.prompt_tokens);
+        let answers = plan.runs.len() - plan.prompt_runs;
+        let (decodes, work) = (answers > 0, plan.work);
+        let mut pass = Pass::default();
+        let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
         let wanted = sampling_rows(&plan.runs, &shape);
+        pass.outputs.extend(self.piece.iter().map(|piece| piece.rows.clone()));
         if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
-            let marker = written.unwrap_or(hidden);
-            let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&unread))?;
+            let marker = pass.written.unwrap_or(hidden);
+            let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&pass.outputs))?;
             let result = StepResult::Chunks(marker);
-            return Ok(Launched { decoding, prompt_tokens, build, encode, result, sampled: Vec::new() });
+            return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
         }
         let rows: Vec<i32> = wanted.iter().map(|&(_, row)| row).collect();
-        let all = rows.len() == tokens.dim(0) as usize;
+        let all = rows.len() == shape.rows;
         let rows = if all { None } else { Some(mlx::indices(&rows)?) };
         let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
         let ids: Vec<SequenceId> = wanted.into_iter().map(|(id, _)| id).collect();
         let (drawn, sampled) = self.sample(&logits, &ids)?;
         let logprobs = drawn.logprobs.iter();
         let logprobs = logprobs.flat_map(|l| std::iter::once(&l.drawn).chain(l.top.iter().flat_map(|(i, v)| [i, v])));
-        let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&unread);
+        let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&pass.outputs);
         let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
-        Ok(Launched { decoding, prompt_tokens, build, encode, result: StepResult::Tokens(drawn), sampled })
+        Ok(Launched { decodes, work, build, encode, result: StepResult::Tokens(drawn), sampled })
+    }
+
+    /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden states of
+    /// whoever is behind the last layer, and which rows those are. Where both are, their rows are together.
+    fn forward(&mut self, plan: &StepPlan, answers: usize, pass: &mut Pass) -> Result<(Array, Shape)> {
+        let depth = self.model.depth();
+        let layers = if plan.layers.len() == self.stops() { 0..depth } else { plan.layers.clone() };
+        // By themselves, and together: the copies are made in every layer, by whoever is there.
+        let alone = (layers != (0..depth) && answers > 0).then(|| self.pack(&plan.runs[..answers], &plan.copies));
+        let together = self.pack(&plan.runs, &plan.copies);
+        let held = self.piece.take();
+        let mut x = if layers.start == 0 {
+            self.model.embed(&self.tokens(&plan.runs, &together.shape)?)?
+        } else {
+            let piece = held.ok_or_else(|| Error::internal("no piece of a prompt"))?.rows_of(&plan.runs[answers..])?;
+            match &alone {
+                Some(alone) => {
+                    let x = self.model.embed(&self.tokens(&plan.runs[..answers], &alone.shape)?)?;
+                    concatenate(&[self.pass(x, 0..layers.start, alone, pass)?, piece], 0)?
+                }
+                None => piece,
+            }
+        };
+        x = self.pass(x, layers.clone(), &together, pass)?;
+        let Some(alone) = alone.filter(|_| layers.end < depth) else { return Ok((x, together.shape)) };
+        let runs = plan.runs[answers..].iter().map(|run| (run.sequence, run.tokens())).collect();
+        self.piece = Some(Held { rows: mlx::rows(&x, alone.shape.rows, together.shape.rows)?, runs });
+        x = self.pass(mlx::rows(&x, 0, alone.shape.rows)?, layers.end..depth, &alone, pass)?;
+        Ok((x, alone.shape))
+    }
+
+    fn pack(&self, runs: &[Run], copies: &[BlockCopy]) -> Packed {
+        let mut packed = Packed::new(runs, copies, self.pages.block_tokens(), self.backend.gpu().is_some());
+        if fault::happens("runner.table", &self.id) {
+            Arc::make_mut(&mut packed.placement).tables.reverse();
+        }
+        packed
+    }
+
+    /// Runs `layers` over hidden states of the rows `packed`.
+    fn pass(&mut self, x: Array, layers: Range<usize>, packed: &Packed, pass: &mut Pass) -> Result<Array> {
+        let positions = packed.positions()?;
+        let mut step = Step::new(&positions, &mut self.pages, Arc::clone(&packed.placement));
+        let x = self.model.pass(x, layers, &mut step)?;
+        pass.written = step.written.take();
+        pass.outputs.append(&mut step.unread);
+        Ok(x)
     }
 
     /// Token ids of all rows: known ones from the host, the others from the step before; of spare ones any.
@@ -166,6 +237,28 @@ impl Runner {
     }
 }
 
+impl Held {
+    /// The rows of `runs`, all of which are among them.
+    fn rows_of(self, runs: &[Run]) -> Result<Array> {
+        if runs.iter().map(|run| (run.sequence, run.tokens())).eq(self.runs.iter().copied()) {
+            return Ok(self.rows);
+        }
+        // The others have ended, or begin again later.
+        let mut rows = Vec::new();
+        for run in runs {
+            let mut first = 0;
+            let found = self.runs.iter().find(|&&(id, tokens)| {
+                let found = (id, tokens) == (run.sequence, run.tokens());
+                first += if found { 0 } else { tokens };
+                found
+            });
+            let (_, tokens) = found.ok_or_else(|| Error::internal("a run whose beginning is lost"))?;
+            rows.extend((first..first + tokens).map(|row| row as i32));
+        }
+        Ok(self.rows.take_axis(mlx::indices(&rows)?, 0)?)
+    }
+}
+
 /// Starts the evaluation of a step described since `started`: how long that took, and this.
 fn evaluate<'a>(started: Instant, arrays: impl Iterator<Item = &'a Array>) -> Result<(Duration, Duration)> {
     let build = started.elapsed();
@@ -184,21 +277,21 @@ pub struct Packed {
     /// Which rows each run has.
     pub shape: Shape,
     /// Where they belong.
-    pub placement: Placement,
+    pub placement: Arc<Placement>,
 }
 
 impl Packed {
-    /// The rows of `plan` on blocks of `block_tokens`; in buckets for a GPU.
-    pub fn new(plan: &StepPlan, block_tokens: usize, in_buckets: bool) -> Self {
+    /// The rows of `runs`, and what is copied before, on blocks of `block_tokens`; in buckets for a GPU.
+    pub fn new(runs: &[Run], copies: &[BlockCopy], block_tokens: usize, in_buckets: bool) -> Self {
         let shape = if in_buckets {
-            Shape::in_buckets(&plan.runs.iter().map(|run| (run.start, run.tokens())).collect::<Vec<_>>())
+            Shape::in_buckets(&runs.iter().map(|run| (run.start, run.tokens())).collect::<Vec<_>>())
         } else {
-            Shape::exact(plan.runs.iter().map(Run::tokens))
+            Shape::exact(runs.iter().map(Run::tokens))
         };
         // Rows that belong to nobody go to the spare block.
         let mut slots: Vec<u32> = (0..shape.rows).map(|row| (row % block_tokens) as u32).collect();
         let (mut tables, mut segments) = (Vec::new(), Vec::new());
-        for (run, &row) in plan.runs.iter().zip(&shape.first) {
+        for (run, &row) in runs.iter().zip(&shape.first) {
             let table = tables.len();
             tables.extend(run.tables[0].iter().map(|block| block.map_or(0, place)));
             for (at, slot) in slots[row..row + run.tokens()].iter_mut().enumerate() {
@@ -209,8 +302,9 @@ impl Packed {
             segments.push(Segment { rows: row..row + run.tokens(), start: run.start, table });
         }
         segments.sort_by_key(|segment: &Segment| segment.rows.start);
-        let (copies, spare, singles) = (copy_places(&plan.copies), shape.spare.clone(), shape.singles);
-        Self { placement: Placement { copies, tables, slots, segments, spare, singles }, shape }
+        let (copies, spare, singles) = (copy_places(copies), shape.spare.clone(), shape.singles);
+        let placement = Placement { copies, tables, slots, segments, spare, singles };
+        Self { placement: Arc::new(placement), shape }
     }
 
     /// Place of every row in its sequence, `[T]` i32; of spare ones 0.
@@ -224,14 +318,10 @@ impl Packed {
 }
 
 impl Launched {
-    /// Waits for the step, reading nothing.
+    /// Waits until its tokens are computed; whether its kernels failed is not looked at.
     pub fn wait(&self) -> Result<()> {
-        let marker = match &self.result {
-            StepResult::Tokens(drawn) => &drawn.tokens,
-            StepResult::Chunks(marker) => marker,
-        };
-        let waited = marker.eval().map_err(Error::from);
-        kernels::check().and(waited)
+        let (StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result)) = &self.result;
+        Ok(result.eval()?)
     }
 
     /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too

@@ -2,13 +2,15 @@
 //!
 //! A sequence has known tokens and a count of computed ones that chases them; prompt chunks and single decode
 //! tokens are the same thing. A step takes tokens of many sequences: first one of each that decodes, then prompts within
-//! a budget, first come, first served. A step may be planned on tokens that the step before is still computing; those are
+//! a budget, first come, first served. Beside decoding sequences the prompt tokens of a step are a *piece* that may pass a
+//! few layers only; the steps behind it take it through the others. A step may be planned on tokens that the step before is still computing; those are
 //! then read, and if one ends its sequence the extra step's token is dropped.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::events::FinishReason;
-use super::pace::Pace;
+use super::pace::{Pace, Work};
 use super::sequence::{SampledToken, Sequence, SequenceId, cancelled};
 use crate::cache::blocks::BlockId;
 use crate::cache::manager::{BlockCopy, BlockManager, Table};
@@ -24,14 +26,16 @@ pub struct StepPlan {
     pub copies: Vec<BlockCopy>,
     /// Tokens of each sequence, in the order of the step's rows.
     pub runs: Vec<Run>,
-    /// How many of the runs belong to prompts, and the tokens of those.
+    /// How many of the runs, the last ones, belong to prompts.
     pub prompt_runs: usize,
-    /// See `prompt_runs`.
-    pub prompt_tokens: usize,
+    /// The layers that those pass: of [`Limits::layers`]. The other runs pass all of them.
+    pub layers: Range<usize>,
+    /// What the prompts cost.
+    pub work: Work,
 }
 
 /// Consecutive tokens of one sequence.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     /// Whose tokens.
     pub sequence: SequenceId,
@@ -39,14 +43,14 @@ pub struct Run {
     pub input: StepInput,
     /// Position of the first of them in the sequence.
     pub start: usize,
-    /// Whether the step samples a token after the last of them.
+    /// Whether the step samples a token after the last of them; it has then passed all layers.
     pub samples: bool,
     /// The sequence's blocks, group by group.
     pub tables: Vec<Vec<Option<BlockId>>>,
 }
 
 /// Input tokens of a run.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum StepInput {
     /// Token ids known on the host.
     Known(Vec<u32>),
@@ -61,6 +65,8 @@ pub struct Limits {
     pub sequences: usize,
     /// Prompt tokens of a step.
     pub prefill_chunk: usize,
+    /// Layers behind any of which prompt tokens may wait for the next step; 1 if they pass all that the model has at once.
+    pub layers: usize,
     /// What a step should take while answers are running.
     pub target_latency: Duration,
     /// Blocks that may ever exist in a group.
@@ -92,12 +98,33 @@ pub struct Scheduler {
     waiting: Vec<Sequence>,
     /// In the order in which they began.
     running: Vec<Sequence>,
+    /// Prompt tokens that have passed some of the layers.
+    piece: Piece,
     pace: Pace,
     counters: Counters,
     /// Blocks without which the last plan was smaller than it could have been.
     wanted: usize,
     /// Free blocks that there should be besides.
     reserved: usize,
+}
+
+/// Prompt tokens that pass the layers together. They count as computed, and other sequences may share their blocks, when the
+/// step that takes them through the last layer is planned.
+#[derive(Debug, Default)]
+struct Piece {
+    /// As their tables were at the beginning; none if there is no piece.
+    runs: Vec<Run>,
+    /// Layers passed.
+    passed: usize,
+}
+
+/// What a sequence may take of a step.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Tokens.
+    tokens: usize,
+    /// Whether they pass all layers in this step.
+    whole: bool,
 }
 
 /// Why a sequence is not in the plan.
@@ -112,7 +139,8 @@ impl Scheduler {
     /// Without sequences; `blocks` has as many blocks as there are now, at most `limits.blocks`.
     pub fn new(limits: Limits, blocks: BlockManager) -> Self {
         Self {
-            pace: Pace::new(limits.target_latency, limits.prefill_chunk),
+            pace: Pace::new(limits.target_latency, limits.prefill_chunk, limits.layers),
+            piece: Piece::default(),
             limits,
             blocks,
             waiting: Vec::new(),
@@ -144,13 +172,13 @@ impl Scheduler {
     }
 
     /// So many blocks should be free for rows that come from elsewhere.
-    pub fn reserve(&mut self, blocks: usize) {
+    pub fn reserve_blocks(&mut self, blocks: usize) {
         self.reserved = blocks;
     }
 
-    /// Seconds that a prompt token takes, if one has been computed.
-    pub fn seconds_per_token(&self) -> Option<f64> {
-        self.pace.seconds_per_token()
+    /// Seconds that a token of a prompt of `tokens` takes on average, if one has been computed.
+    pub fn seconds_per_token(&self, tokens: usize) -> Option<f64> {
+        self.pace.seconds_per_token(tokens)
     }
 
     /// No more blocks than this can be had.
@@ -182,8 +210,13 @@ impl Scheduler {
     }
 
     /// A step took `seconds`.
-    pub fn observe(&mut self, seconds: f64, decodes: bool, prompt_tokens: usize) {
-        self.pace.observe(seconds, decodes, prompt_tokens);
+    pub fn observe(&mut self, seconds: f64, decodes: bool, work: Work) {
+        self.pace.observe(seconds, decodes, work);
+    }
+
+    /// Something else takes so much of the next step.
+    pub fn reserve_time(&mut self, time: Duration) {
+        self.pace.reserve(time);
     }
 
     /// Ends cancelled sequences; returns all that have ended so.
@@ -206,27 +239,79 @@ impl Scheduler {
         // Whoever needs one token only: answers that are running, and prompts that the cache had.
         let mut at = 0;
         while at < self.running.len() {
-            at += if self.running[at].left() == 1 { self.try_schedule(at, 1, &mut plan, ended) } else { 1 };
+            let share = Share { tokens: 1, whole: true };
+            at += if self.running[at].left() == 1 { self.try_schedule(at, share, &mut plan, ended) } else { 1 };
         }
-        let most = self.pace.budget(!plan.runs.is_empty());
-        let decoding = plan.runs.len();
-        let budget = |plan: &StepPlan| most.saturating_sub(plan.runs[decoding..].iter().map(Run::tokens).sum());
-        at = 0;
-        while at < self.running.len() && budget(&plan) > 0 {
-            at += if self.running[at].left() > 1 { self.try_schedule(at, budget(&plan), &mut plan, ended) } else { 1 };
+        let answers = plan.runs.len();
+        if self.piece.runs.is_empty() {
+            // Nobody waits for a token, or there is no stop on the way.
+            let whole = answers == 0 || self.limits.layers == 1;
+            self.add_prompts(whole, now, &mut plan, ended);
+            if !whole {
+                self.piece = Piece { runs: plan.runs.split_off(answers), passed: 0 };
+            }
         }
-        while budget(&plan) > 0 && self.start_next(now, ended) {
-            self.try_schedule(self.running.len() - 1, budget(&plan), &mut plan, ended);
+        plan.layers = 0..self.limits.layers;
+        if !self.piece.runs.is_empty() {
+            plan.layers = self.pass_layers(answers > 0);
+            plan.runs.extend(self.piece.runs.iter().cloned());
+            if plan.layers.end == self.limits.layers {
+                self.piece = Piece::default();
+            }
         }
-        plan.prompt_runs = plan.runs.len() - decoding;
-        plan.prompt_tokens = most - budget(&plan);
+        plan.prompt_runs = plan.runs.len() - answers;
+        let work = plan.runs[answers..].iter().map(|run| Work::of_run(run.start, run.tokens()));
+        plan.work = Work { layers: plan.layers.len(), ..work.fold(Work::default(), Work::and) };
         plan
     }
 
+    /// Adds prompt tokens that begin to pass the layers, as many as may.
+    fn add_prompts(&mut self, whole: bool, now: Instant, plan: &mut StepPlan, ended: &mut Vec<SequenceId>) {
+        let answers = plan.runs.len();
+        let share = |pace: &Pace, plan: &StepPlan, start: usize| {
+            let taken = plan.runs[answers..].iter().map(Run::tokens).sum();
+            Share { tokens: pace.piece(answers > 0, start).saturating_sub(taken), whole }
+        };
+        let mut at = 0;
+        while at < self.running.len() {
+            let share = share(&self.pace, plan, self.running[at].computed);
+            let takes = self.running[at].left() > 1 && share.tokens > 0;
+            at += if takes { self.try_schedule(at, share, plan, ended) } else { 1 };
+        }
+        while share(&self.pace, plan, 0).tokens > 0 && self.start_next(now, ended) {
+            at = self.running.len() - 1;
+            match share(&self.pace, plan, self.running[at].computed) {
+                Share { tokens: 0, .. } => break,
+                share => self.try_schedule(at, share, plan, ended),
+            };
+        }
+    }
+
+    /// The layers that the piece passes in the step that is being planned: all that are left if nobody waits for a token.
+    fn pass_layers(&mut self, decodes: bool) -> Range<usize> {
+        let works = self.piece.runs.iter().map(|run| Work::of_run(run.start, run.tokens()));
+        let from = self.piece.passed;
+        let slice = self.pace.slice(decodes, works.fold(Work::default(), Work::and), self.limits.layers - from);
+        self.piece.passed += slice;
+        if self.piece.passed == self.limits.layers {
+            let mut runs = std::mem::take(&mut self.piece.runs);
+            for run in &mut runs {
+                let place = self.running.iter().position(|sequence| sequence.id == run.sequence);
+                let Some((at, mut table)) = place.and_then(|at| Some((at, self.running[at].table.take()?))) else {
+                    continue;
+                };
+                run.samples = self.complete(at, &mut table, run.start + run.tokens());
+                self.running[at].table = Some(table);
+            }
+            self.piece.runs = runs;
+        }
+        from..self.piece.passed
+    }
+
     /// Adds a run of the running sequence `at`, making room for it if need be. Returns how far to go to the next one.
-    fn try_schedule(&mut self, at: usize, budget: usize, plan: &mut StepPlan, ended: &mut Vec<SequenceId>) -> usize {
+    fn try_schedule(&mut self, at: usize, share: Share, plan: &mut StepPlan, ended: &mut Vec<SequenceId>) -> usize {
         loop {
-            match self.schedule(at, budget, plan) {
+            match self.schedule(at, share, plan) {
                 Ok(run) => {
                     plan.runs.push(run);
                     return 1;
@@ -269,35 +354,31 @@ impl Scheduler {
         Err(Error::new(Status::OutOfMemory, what))
     }
 
-    fn schedule(&mut self, at: usize, budget: usize, plan: &mut StepPlan) -> Result<Run, Refused> {
+    fn schedule(&mut self, at: usize, share: Share, plan: &mut StepPlan) -> Result<Run, Refused> {
         // A reader that is far behind makes its own sequence wait, but not the ones behind it.
         let others_wait = !self.waiting.is_empty();
         let sequence = &mut self.running[at];
-        if sequence.sink_is_full() && !others_wait {
+        let on_its_way = self.piece.runs.iter().any(|run| run.sequence == sequence.id);
+        if on_its_way || sequence.sink_is_full() && !others_wait {
             return Err(Refused::NotNow);
         }
         let Some(mut table) = sequence.table.take() else { return Err(Refused::NotNow) };
-        let run = self.schedule_on(at, &mut table, budget, &mut plan.copies);
+        let run = self.schedule_on(at, &mut table, share, plan);
         self.running[at].table = Some(table);
         run
     }
 
-    fn schedule_on(
-        &mut self,
-        at: usize,
-        table: &mut Table,
-        budget: usize,
-        copies: &mut Vec<BlockCopy>,
-    ) -> Result<Run, Refused> {
+    fn schedule_on(&mut self, at: usize, table: &mut Table, share: Share, plan: &mut StepPlan) -> Result<Run, Refused> {
         let sequence = &mut self.running[at];
         let known = sequence.tokens.len();
         let (input, start, end) = if sequence.computed < known {
             let found = self.blocks.find(table, &sequence.tokens, sequence.computed, known - 1);
             self.counters.cached_tokens += sequence.skip_to(found.tokens) as u64;
-            if found.more_soon {
+            if found.more_soon || self.goes_on_as_another(at, plan) {
                 return Err(Refused::NotNow);
             }
-            let (start, end) = (found.tokens, known.min(found.tokens + budget));
+            let sequence = &self.running[at];
+            let (start, end) = (found.tokens, known.min(found.tokens + share.tokens));
             (StepInput::Known(sequence.tokens[start..end].to_vec()), start, end)
         } else {
             // All known tokens are computed: go on from the newest sampled one, if the answer may be longer.
@@ -308,16 +389,38 @@ impl Scheduler {
             }
             (StepInput::Unread, start, start + 1)
         };
-        self.blocks.extend(table, start, end, copies).map_err(|_| Refused::NoBlocks)?;
-        let prompt = sequence.prompt_len;
+        self.blocks.extend(table, start, end, &mut plan.copies).map_err(|_| Refused::NoBlocks)?;
+        let samples = share.whole && self.complete(at, table, end);
+        let tables = (0..self.blocks.groups()).map(|group| table.blocks(group).collect()).collect();
+        Ok(Run { sequence: self.running[at].id, input, start, samples, tables })
+    }
+
+    /// The step that is being planned computes the running sequence `at` up to `end`, in the last layer too: so others may
+    /// share its blocks. Whether a token is sampled behind it.
+    fn complete(&mut self, at: usize, table: &mut Table, end: usize) -> bool {
+        let sequence = &mut self.running[at];
+        let (start, prompt) = (sequence.computed, sequence.prompt_len);
         self.counters.prompt_tokens += (end.min(prompt) - start.min(prompt)) as u64;
         let samples = sequence.run_to(end);
         self.blocks.index(table, &sequence.tokens, end);
         if end == prompt {
             self.blocks.index_tail(table, &sequence.tokens, end);
         }
-        let tables = (0..self.blocks.groups()).map(|group| table.blocks(group).collect()).collect();
-        Ok(Run { sequence: sequence.id, input, start, samples, tables })
+        samples
+    }
+
+    /// Whether a run of `plan` computes what the running sequence `at` would, at its beginning: waiting for it is cheaper.
+    fn goes_on_as_another(&self, at: usize, plan: &StepPlan) -> bool {
+        let sequence = &self.running[at];
+        let start = sequence.computed;
+        // The last token is computed in any case.
+        let reusable = start + 1 < sequence.tokens.len();
+        let same = |run: &Run| {
+            let other = self.running.iter().find(|other| other.id == run.sequence);
+            let known = other.and_then(|other| other.tokens.get(..=start));
+            (run.start..run.start + run.tokens()).contains(&start) && known == Some(&sequence.tokens[..=start])
+        };
+        reusable && plan.runs.iter().any(same)
     }
 
     /// Lets the next waiting sequence run, if there is room for it.
@@ -376,10 +479,7 @@ impl Scheduler {
     /// as long as nobody needs the blocks.
     fn preempt(&mut self, at: usize) {
         let mut sequence = self.running.remove(at);
-        if let Some(mut table) = sequence.table.take() {
-            self.blocks.index_tail(&mut table, &sequence.tokens, sequence.computed);
-            self.blocks.release(table);
-        }
+        self.give_back(&mut sequence);
         sequence.computed = 0;
         self.counters.preemptions += 1;
         self.waiting.push(sequence);
@@ -414,6 +514,7 @@ impl Scheduler {
     /// A step failed: ends all running sequences, whose rows may be anything, and forgets what is cached.
     pub fn fail_running(&mut self, error: &Error) -> Vec<SequenceId> {
         let running = std::mem::take(&mut self.running);
+        self.piece = Piece::default();
         let ids = running.iter().map(|sequence| sequence.id).collect();
         for mut sequence in running {
             if let Some(table) = sequence.table.take() {
@@ -438,11 +539,17 @@ impl Scheduler {
     }
 
     fn finish(&mut self, mut sequence: Sequence, end: Result<FinishReason, Error>) {
+        self.give_back(&mut sequence);
+        sequence.finish(end);
+    }
+
+    /// Releases the blocks of a sequence that no longer runs; what it has computed in all layers stays cached.
+    fn give_back(&mut self, sequence: &mut Sequence) {
+        self.piece.runs.retain(|run| run.sequence != sequence.id);
         if let Some(mut table) = sequence.table.take() {
             self.blocks.index_tail(&mut table, &sequence.tokens, sequence.computed);
             self.blocks.release(table);
         }
-        sequence.finish(end);
     }
 }
 

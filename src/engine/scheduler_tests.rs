@@ -1,5 +1,6 @@
 //! The scheduler with a runner that computes nothing but remembers everything: a row of a block stands for a token and
-//! all before it, and the next token follows from it. So a wrong block, slot or token shows in the answer.
+//! all before it, layer by layer, and the next token follows from the last layer. So a wrong block, slot, token or layer shows
+//! in the answer.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -18,8 +19,12 @@ const STOP: u32 = 0;
 
 type Row = u64;
 
-fn next_row(before: Row, token: u32) -> Row {
-    (before ^ u64::from(token)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23)
+/// Before the first token.
+const FIRST: Row = 17;
+
+/// What a layer makes of what comes from the layer below, behind its own row of the token before.
+fn next_row(before: Row, hidden: Row) -> Row {
+    (before ^ hidden).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23)
 }
 
 /// What is sampled after a row; now and then the stop token.
@@ -28,16 +33,23 @@ fn token_after(row: Row, choice: u64) -> u32 {
 }
 
 /// The answer that a request gets when it is alone.
-fn expected(prompt: &[u32], max_tokens: usize, choice: u64) -> Vec<u32> {
-    let mut row = prompt.iter().fold(17, |row, &token| next_row(row, token));
+fn expected(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64) -> Vec<u32> {
+    let mut rows = vec![FIRST; layers];
+    let mut pass = |token: u32| {
+        rows.iter_mut().fold(Row::from(token), |hidden, row| {
+            *row = next_row(*row, hidden);
+            *row
+        })
+    };
+    let mut last = prompt.iter().fold(0, |_, &token| pass(token));
     let mut answer = Vec::new();
     while answer.len() < max_tokens {
-        let token = token_after(row, choice);
+        let token = token_after(last, choice);
         if token == STOP {
             break;
         }
         answer.push(token);
-        row = next_row(row, token);
+        last = pass(token);
     }
     answer
 }
@@ -54,7 +66,12 @@ struct Asked {
 struct Machine {
     scheduler: Scheduler,
     limits: Limits,
-    rows: HashMap<(BlockId, usize), Row>,
+    /// By layer, block and place in it.
+    rows: HashMap<(usize, BlockId, usize), Row>,
+    /// What comes from the layers that a piece has passed.
+    held: HashMap<SequenceId, Vec<Row>>,
+    /// Steps in which a piece stopped on its way.
+    stops: usize,
     /// What the last step sampled: that of the step before is read by then.
     in_flight: Vec<(SequenceId, u32)>,
     unread: HashMap<SequenceId, u32>,
@@ -68,6 +85,8 @@ struct Machine {
     steps: usize,
     computed: usize,
     wrong_tables: bool,
+    /// Forgets what it should hold.
+    forgets: bool,
 }
 
 impl Machine {
@@ -77,6 +96,8 @@ impl Machine {
             scheduler: Scheduler::new(limits, blocks),
             limits,
             rows: HashMap::new(),
+            held: HashMap::new(),
+            stops: 0,
             in_flight: Vec::new(),
             unread: HashMap::new(),
             choices: HashMap::new(),
@@ -87,6 +108,7 @@ impl Machine {
             steps: 0,
             computed: 0,
             wrong_tables: false,
+            forgets: false,
         }
     }
 
@@ -120,6 +142,10 @@ impl Machine {
         let plan = self.scheduler.plan(Instant::now(), &mut Vec::new());
         self.check_plan(&plan)?;
         let sampled = self.run(&plan)?;
+        // Steps take now longer and now shorter, so that pieces have all sizes and stop everywhere.
+        let layer = [1e-5, 3e-4, 2e-3, 1e-2, 0.1][self.steps / 5 % 5];
+        let seconds = 0.02 + layer * (plan.work.tokens * plan.work.layers) as f64;
+        self.scheduler.observe(seconds, plan.runs.len() > plan.prompt_runs, plan.work);
         let before = std::mem::replace(&mut self.in_flight, sampled);
         let busy = !before.is_empty() || !plan.runs.is_empty() || self.growing.is_some();
         for (id, token) in before {
@@ -148,60 +174,102 @@ impl Machine {
         let ids: HashSet<SequenceId> = plan.runs.iter().map(|run| run.sequence).collect();
         prop_assert_eq!(ids.len(), plan.runs.len(), "a sequence has two runs");
         prop_assert!(plan.runs.len() <= self.limits.sequences, "more sequences than may run");
-        prop_assert!(plan.prompt_tokens <= self.limits.prefill_chunk, "the budget is not kept");
-        let prompts: usize = plan.runs[plan.runs.len() - plan.prompt_runs..].iter().map(Run::tokens).sum();
-        prop_assert_eq!(prompts, plan.prompt_tokens);
+        prop_assert!(plan.work.tokens <= self.limits.prefill_chunk, "the budget is not kept");
+        let prompts = &plan.runs[plan.runs.len() - plan.prompt_runs..];
+        prop_assert_eq!(prompts.iter().map(Run::tokens).sum::<usize>(), plan.work.tokens);
+        prop_assert!(!plan.layers.is_empty() && plan.layers.end <= self.limits.layers);
+        prop_assert_eq!(plan.layers.len(), plan.work.layers);
+        let decodes = plan.runs.len() > plan.prompt_runs;
+        prop_assert!(decodes || plan.layers.end == self.limits.layers, "a piece stops although nobody waits");
+        let last = plan.layers.end == self.limits.layers;
+        prop_assert!(last || prompts.iter().all(|run| !run.samples), "a token before the last layer");
         prop_assert!(self.scheduler.blocks.capacity(0) <= self.limits.blocks);
         Ok(())
     }
 
     /// Does what a plan says, and checks what every row sees.
     fn run(&mut self, plan: &StepPlan) -> Result<Vec<(SequenceId, u32)>, TestCaseError> {
-        let block_tokens = self.scheduler.blocks.block_tokens();
-        for copy in &plan.copies {
-            for offset in 0..block_tokens {
-                match self.rows.get(&(copy.from, offset)).copied() {
-                    Some(row) => self.rows.insert((copy.to, offset), row),
-                    None => self.rows.remove(&(copy.to, offset)),
-                };
-            }
-        }
-        let mut ends = Vec::new();
-        for run in &plan.runs {
+        let answers = plan.runs.len() - plan.prompt_runs;
+        let held = std::mem::take(&mut self.held);
+        let mut hidden = Vec::new();
+        for (at, run) in plan.runs.iter().enumerate() {
             let tokens = match &run.input {
                 StepInput::Known(tokens) => tokens.clone(),
                 StepInput::Unread => vec![self.unread[&run.sequence]],
             };
-            let mut table: Vec<BlockId> = run.tables[0].iter().map(|block| block.unwrap()).collect();
-            if self.wrong_tables && self.steps % 3 == 2 && table.len() > 1 {
-                table.swap(0, 1);
+            self.computed += if at < answers || plan.layers.start == 0 { tokens.len() } else { 0 };
+            let goes_on = at >= answers && plan.layers.start > 0 && !self.forgets;
+            let own = goes_on.then(|| held.get(&run.sequence).cloned());
+            let own = own.unwrap_or_else(|| Some(tokens.iter().map(|&token| Row::from(token)).collect()));
+            let Some(own) = own else { return Err(TestCaseError::fail("a piece goes on that never began")) };
+            prop_assert_eq!(own.len(), tokens.len());
+            hidden.push(own);
+        }
+        for layer in 0..self.limits.layers {
+            let passes = |at: usize| at < answers || plan.layers.contains(&layer);
+            let passing: Vec<usize> = (0..plan.runs.len()).filter(|&at| passes(at)).collect();
+            if !passing.is_empty() {
+                self.copy_blocks(layer, &plan.copies);
             }
-            let place = |position: usize| (table[position / block_tokens], position % block_tokens);
-            let before = run.start.checked_sub(1).map(place);
-            let mut row = match before {
-                None => 17,
-                Some(place) => self.rows.get(&place).copied().unwrap_or(0),
-            };
-            for (offset, &token) in tokens.iter().enumerate() {
-                row = next_row(row, token);
-                self.rows.insert(place(run.start + offset), row);
-                self.computed += 1;
+            for &at in &passing {
+                self.pass(layer, &plan.runs[at], &mut hidden[at]);
             }
-            ends.push((run, row, place(run.start + tokens.len() - 1)));
+            for &at in &passing {
+                // Nobody else has written there in the same step.
+                let run = &plan.runs[at];
+                let (block, offset) = self.place(run, run.start + run.tokens() - 1);
+                prop_assert_eq!(Some(&self.rows[&(layer, block, offset)]), hidden[at].last(), "two write to a row");
+            }
+        }
+        if plan.prompt_runs > 0 && plan.layers.end < self.limits.layers {
+            self.held = plan.runs.iter().map(|run| run.sequence).zip(hidden.clone()).skip(answers).collect();
+            self.stops += 1;
         }
         self.unread.clear();
         let mut sampled = Vec::new();
-        for (run, row, place) in ends {
-            // Nobody else has written there in the same step.
-            prop_assert_eq!(self.rows[&place], row, "two sequences share a row");
-            if run.samples {
-                let token = token_after(row, self.choices[&run.sequence]);
-                self.unread.insert(run.sequence, token);
-                sampled.push((run.sequence, token));
-            }
+        for (run, hidden) in plan.runs.iter().zip(hidden).filter(|(run, _)| run.samples) {
+            let token = token_after(hidden[hidden.len() - 1], self.choices[&run.sequence]);
+            self.unread.insert(run.sequence, token);
+            sampled.push((run.sequence, token));
         }
         self.steps += 1;
         Ok(sampled)
+    }
+
+    fn copy_blocks(&mut self, layer: usize, copies: &[BlockCopy]) {
+        for copy in copies {
+            for offset in 0..self.scheduler.blocks.block_tokens() {
+                match self.rows.get(&(layer, copy.from, offset)).copied() {
+                    Some(row) => self.rows.insert((layer, copy.to, offset), row),
+                    None => self.rows.remove(&(layer, copy.to, offset)),
+                };
+            }
+        }
+    }
+
+    /// Block and place in it of a run's token.
+    fn place(&self, run: &Run, position: usize) -> (BlockId, usize) {
+        let block_tokens = self.scheduler.blocks.block_tokens();
+        let mut block = position / block_tokens;
+        if self.wrong_tables && self.steps % 3 == 2 && run.tables[0].len() > 1 && block < 2 {
+            block = 1 - block;
+        }
+        (run.tables[0][block].unwrap(), position % block_tokens)
+    }
+
+    /// Takes the tokens of a run through a layer.
+    fn pass(&mut self, layer: usize, run: &Run, hidden: &mut [Row]) {
+        let before = run.start.checked_sub(1).map(|position| self.place(run, position));
+        let mut row = match before {
+            None => FIRST,
+            Some((block, offset)) => self.rows.get(&(layer, block, offset)).copied().unwrap_or(0),
+        };
+        for (at, hidden) in hidden.iter_mut().enumerate() {
+            row = next_row(row, *hidden);
+            *hidden = row;
+            let (block, offset) = self.place(run, run.start + at);
+            self.rows.insert((layer, block, offset), row);
+        }
     }
 
     /// Goes on until nothing is left; every request then has its answer.
@@ -232,7 +300,7 @@ impl Machine {
         prop_assert_eq!(asked.state.next(Some(Duration::ZERO)), Err(Status::Closed), "something after the end");
         let room = self.limits.blocks * self.scheduler.blocks.block_tokens();
         for (choice, answer) in answers.iter().enumerate() {
-            let expected = expected(&asked.prompt, asked.max_tokens, choice as u64);
+            let expected = expected(self.limits.layers, &asked.prompt, asked.max_tokens, choice as u64);
             let fits = asked.prompt.len() + expected.len() < room;
             if done.error.is_none() && fits {
                 prop_assert_eq!(answer, &expected, "{} tokens of prompt", asked.prompt.len());
@@ -271,9 +339,10 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    (1usize..6, 1usize..20, 1usize..30).prop_map(|(sequences, prefill_chunk, blocks)| Limits {
+    (1usize..6, 1usize..20, 1usize..30, 1usize..6).prop_map(|(sequences, prefill_chunk, blocks, layers)| Limits {
         sequences,
         prefill_chunk,
+        layers,
         target_latency: Duration::from_millis(50),
         blocks,
     })
@@ -331,7 +400,7 @@ proptest! {
 }
 
 fn plenty(sequences: usize, prefill_chunk: usize) -> Limits {
-    Limits { sequences, prefill_chunk, target_latency: Duration::from_millis(50), blocks: 1000 }
+    Limits { sequences, prefill_chunk, layers: 1, target_latency: Duration::from_millis(50), blocks: 1000 }
 }
 
 #[test]
@@ -383,7 +452,7 @@ fn running_answers_and_a_prompt_share_every_step() {
     for _ in 0..3 {
         machine.turn().unwrap();
     }
-    assert!(expected(&machine.asked[first].prompt, 60, 0).len() > 20, "the first answer is long enough");
+    assert!(expected(1, &machine.asked[first].prompt, 60, 0).len() > 20, "the first answer is long enough");
     machine.ask((30..70).collect(), 2, 1, Priority::Normal);
     for _ in 0..5 {
         let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
@@ -394,6 +463,89 @@ fn running_answers_and_a_prompt_share_every_step() {
         }
     }
     machine.settle().unwrap();
+}
+
+/// A machine of four layers that runs an answer and begins a prompt of 40 tokens, two layers a step.
+fn with_a_piece_on_its_way() -> (Machine, usize) {
+    let mut machine = Machine::new(Limits { layers: 4, ..plenty(4, 64) }, 4);
+    machine.scheduler.blocks().grow(200);
+    let long = (40..).find(|&token| expected(4, &[token, 42], 60, 0).len() > 20).unwrap();
+    machine.ask(vec![long, 42], 60, 1, Priority::Normal);
+    for _ in 0..3 {
+        machine.turn().unwrap();
+    }
+    for _ in 0..100 {
+        machine.scheduler.observe(0.01, true, Work::default());
+        let work = Work { layers: 2, ..Work::of_run(0, 40) };
+        machine.scheduler.observe(0.05, true, work);
+    }
+    let prompt = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
+    (machine, prompt)
+}
+
+/// Runs a step without a measurement: tokens, layers of prompts, and whether each run samples.
+fn step(machine: &mut Machine) -> (Vec<usize>, Range<usize>, Vec<bool>) {
+    let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+    machine.check_plan(&plan).unwrap();
+    let sampled = machine.run(&plan).unwrap();
+    for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
+        machine.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
+    }
+    let of = |run: &Run| (run.tokens(), run.samples);
+    let (tokens, samples) = plan.runs.iter().map(of).unzip();
+    (tokens, plan.layers, samples)
+}
+
+#[test]
+fn a_piece_is_shared_and_answered_when_it_has_passed_the_last_layer() {
+    let (mut machine, _) = with_a_piece_on_its_way();
+    let twin = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
+    let entries = machine.scheduler.blocks().entries();
+    let (tokens, layers, samples) = step(&mut machine);
+    assert_eq!((&tokens[1..], layers.clone(), &samples[1..]), (&[40][..], 0..2, &[false][..]));
+    assert_eq!(machine.scheduler.blocks().entries(), entries, "half a piece is shared");
+    // The twin would begin with the same tokens: it waits for them, and then needs its last one only.
+    assert_eq!(step(&mut machine), (tokens, 2..4, vec![true, true]));
+    assert!(machine.scheduler.blocks().entries() > entries);
+    let before = machine.computed;
+    step(&mut machine);
+    assert_eq!(machine.computed - before, 3, "one token each");
+    machine.settle().unwrap();
+    assert_eq!((twin, machine.scheduler.counters().prompt_tokens), (2, 2 + 40 + 1));
+}
+
+#[test]
+fn a_piece_whose_sequence_ends_is_forgotten() {
+    let (mut machine, prompt) = with_a_piece_on_its_way();
+    step(&mut machine);
+    machine.asked[prompt].cancelled = true;
+    machine.asked[prompt].state.cancel();
+    machine.scheduler.reap_cancelled();
+    assert_eq!(step(&mut machine).0, [1], "the answer is by itself");
+    assert_eq!(machine.scheduler.counters().prompt_tokens, 2, "half a piece was counted");
+    machine.settle().unwrap();
+}
+
+#[test]
+fn a_piece_passes_the_rest_at_once_when_nobody_waits() {
+    let (mut machine, _) = with_a_piece_on_its_way();
+    step(&mut machine);
+    machine.asked[0].cancelled = true;
+    machine.asked[0].state.cancel();
+    machine.scheduler.reap_cancelled();
+    assert_eq!(step(&mut machine), (vec![40], 2..4, vec![true]));
+    machine.settle().unwrap();
+}
+
+#[test]
+fn lost_hidden_states_are_noticed() {
+    let run = |forgets: bool| {
+        let (mut machine, _) = with_a_piece_on_its_way();
+        machine.forgets = forgets;
+        machine.settle().map(|()| assert!(machine.stops > 0))
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
 }
 
 #[test]

@@ -114,10 +114,12 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
     );
     end_before_exit();
     shared.set(Phase::Ready(info));
+    let layers = runner.stops();
     let pages = runner.pages();
     let limits = Limits {
         sequences: options.max_sequences,
         prefill_chunk: options.prefill_chunk,
+        layers,
         target_latency: options.target_latency,
         blocks: (options.cache_bytes / pages.block_bytes().max(1)).max(1),
     };
@@ -143,6 +145,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         metrics,
         in_flight: None,
         committed: started,
+        growth: Growth::default(),
         next_id: 0,
     };
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
@@ -198,7 +201,17 @@ struct Worker<'a> {
     in_flight: Option<(Launched, Instant)>,
     /// When the last step was read.
     committed: Instant,
+    growth: Growth,
     next_id: SequenceId,
+}
+
+/// What it costs to make the pools larger.
+#[derive(Debug, Default)]
+struct Growth {
+    /// How long it took in this turn.
+    turn: Duration,
+    /// Seconds for each block that there was, as of the last turn with any.
+    block: f64,
 }
 
 impl Worker<'_> {
@@ -278,21 +291,34 @@ impl Worker<'_> {
         true
     }
 
-    /// Makes the pools as large as the scheduler wants them, one layer a turn while steps are running; whether they grew.
+    /// Makes the pools as large as the scheduler wants them, a part a turn while steps are running; whether they grew.
     fn resize(&mut self) -> Result<bool> {
         let wanted = self.scheduler.wanted_blocks();
         let pages = self.runner.pages();
-        if !pages.is_resizing() && wanted > pages.capacity() {
+        self.growth.turn = Duration::ZERO;
+        let begins = !pages.is_resizing() && wanted > pages.capacity();
+        if begins {
             pages.resize(wanted);
         }
-        let outcome = loop {
-            match pages.resize_layer() {
-                Ok(true) if self.in_flight.is_none() => {}
-                Ok(_) => break Ok(()),
-                Err(error) => break Err(error),
+        let outcome = match &self.in_flight {
+            None => pages.resize_all(),
+            // The step before the first part is planned with the time that it takes.
+            Some(_) if begins => Ok(()),
+            Some((step, _)) if pages.is_resizing() => {
+                // A failure shows when it is read.
+                let _ = step.wait();
+                let started = Instant::now();
+                let outcome = pages.resize_part().map(drop);
+                self.growth.turn = started.elapsed();
+                self.growth.block = self.growth.turn.as_secs_f64() / pages.capacity().max(1) as f64;
+                outcome
             }
+            Some(_) => Ok(()),
         };
         let capacity = pages.capacity();
+        // The next part delays the token of the step that is about to be planned.
+        let next = if pages.is_resizing() { self.growth.block * capacity as f64 } else { 0.0 };
+        self.scheduler.reserve_time(Duration::from_secs_f64(next));
         if let Err(error) = outcome {
             tracing::warn!(model = self.options.id, %error, blocks = capacity, "the KV cache cannot grow");
             pages.resize(capacity);
@@ -313,7 +339,7 @@ impl Worker<'_> {
         if least < pages.capacity() * 3 / 4 {
             blocks.shrink(least);
             pages.resize(least);
-            while pages.resize_layer()? {}
+            pages.resize_all()?;
             mlx_rs::memory::clear_cache()?;
         }
         Ok(())
@@ -340,17 +366,18 @@ impl Worker<'_> {
     }
 
     fn commit(&mut self, step: Launched, launched: Instant) -> Result<()> {
-        let (decodes, prompt_tokens) = (step.decoding > 0, step.prompt_tokens);
+        let (decodes, work) = (step.decodes, step.work);
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
             Err(error) => return self.fail(error),
         };
         let now = Instant::now();
-        // It began when it was launched, or when the step before it had ended.
-        let seconds = (now - launched.max(self.committed)).as_secs_f64();
+        // It began when it was launched, or when the step before it had ended; the pools grew behind it.
+        let time = now - launched.max(self.committed);
+        let seconds = time.saturating_sub(self.growth.turn).as_secs_f64();
         self.committed = now;
-        self.scheduler.observe(seconds, decodes, prompt_tokens);
+        self.scheduler.observe(seconds, decodes, work);
         self.metrics.steps += 1;
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;

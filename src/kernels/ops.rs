@@ -119,7 +119,7 @@ pub struct Heads<'a> {
 }
 
 /// Where the rows of a step belong.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Placement {
     /// Blocks whose rows are copied before anything is written: from and to.
     pub copies: Vec<(u32, u32)>,

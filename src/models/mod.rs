@@ -6,6 +6,8 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
+use std::ops::Range;
+
 use mlx_rs::Array;
 
 use crate::cache::KvLayout;
@@ -19,8 +21,22 @@ pub trait Model {
     /// Keys and values that a token of a sequence stores.
     fn kv_layout(&self) -> &KvLayout;
 
-    /// Runs the step's `T` tokens: hidden states `[T, hidden]` before the final norm.
-    fn hidden(&self, step: &mut Step<'_>) -> Result<Array>;
+    /// Its layers.
+    fn depth(&self) -> usize {
+        self.kv_layout().layers.len()
+    }
+
+    /// What the first layer takes of `tokens [T]` (u32): hidden states `[T, hidden]`.
+    fn embed(&self, tokens: &Array) -> Result<Array>;
+
+    /// Runs some of the layers over the step's `T` tokens: from the hidden states `x [T, hidden]` before the first of them to
+    /// those behind the last.
+    fn pass(&self, x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array>;
+
+    /// Runs all layers over the step's `tokens [T]` (u32): hidden states `[T, hidden]` before the final norm.
+    fn hidden(&self, tokens: &Array, step: &mut Step<'_>) -> Result<Array> {
+        self.pass(self.embed(tokens)?, 0..self.depth(), step)
+    }
 
     /// Logits `[n, vocab]` of the rows `wanted [n]` (i32) of `hidden [T, hidden]`; of all of them without it.
     fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array>;
@@ -31,8 +47,12 @@ impl Model for Decoder {
         Decoder::kv_layout(self)
     }
 
-    fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
-        Decoder::hidden(self, step)
+    fn embed(&self, tokens: &Array) -> Result<Array> {
+        Decoder::embed(self, tokens)
+    }
+
+    fn pass(&self, x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {
+        Decoder::pass(self, x, layers, step)
     }
 
     fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array> {

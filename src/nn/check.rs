@@ -91,7 +91,7 @@ impl<'a> Case<'a> {
             let layout = KvLayout { groups: vec![GroupKind::Full], layers: vec![(kv_heads, head_dim)], dtype };
             let mut pages = Pages::new(Backend::Mlx, &layout, block_tokens)?;
             pages.resize(BLOCKS);
-            while pages.resize_layer()? {}
+            pages.resize_all()?;
             Ok(pages)
         };
         let (mut own, expected) = (pages(dtype)?, pages(Dtype::Float32)?);

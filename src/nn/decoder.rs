@@ -1,5 +1,6 @@
 //! The decoder-only transformer that dense models share: what differs between them is a [`DecoderSpec`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use mlx_rs::Array;
@@ -10,10 +11,8 @@ use crate::error::Result;
 use crate::kernels::Placement;
 use crate::weights::Weights;
 
-/// One forward pass: which tokens of which sequences, and the pools that they extend.
+/// Which tokens of which sequences pass layers together, and the pools that they extend.
 pub struct Step<'a> {
-    /// Token ids `[T]`, u32.
-    pub tokens: &'a Array,
     /// Positions in their sequences `[T]`, i32.
     pub positions: &'a Array,
     /// Keys and values so far; the step adds its own.
@@ -33,11 +32,11 @@ pub struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// A step of `tokens [T]` at `positions [T]`.
-    pub fn new(tokens: &'a Array, positions: &'a Array, pages: &'a mut Pages, placement: Arc<Placement>) -> Self {
+    /// Tokens at `positions [T]`.
+    pub fn new(positions: &'a Array, pages: &'a mut Pages, placement: Arc<Placement>) -> Self {
         let gathers = Gathers::new(&placement, pages.block_tokens());
         let paged = PagedIndex::new(&placement, pages.block_tokens());
-        Self { tokens, positions, pages, placement, gathers, paged, written: None, unread: Vec::new(), trace: None }
+        Self { positions, pages, placement, gathers, paged, written: None, unread: Vec::new(), trace: None }
     }
 }
 
@@ -131,10 +130,15 @@ impl Decoder {
         &self.layout
     }
 
-    /// Runs the layers over the step's tokens: `[T, hidden]` before the final norm.
-    pub fn hidden(&self, step: &mut Step<'_>) -> Result<Array> {
-        let mut x = self.embedding.forward(step.tokens)?;
-        for layer in &self.layers {
+    /// What the first layer takes of `tokens [T]` (u32): `[T, hidden]`.
+    pub fn embed(&self, tokens: &Array) -> Result<Array> {
+        self.embedding.forward(tokens)
+    }
+
+    /// Runs some of the layers over the step's tokens: `x [T, hidden]` before the first of them, the same shape behind the
+    /// last.
+    pub fn pass(&self, mut x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {
+        for layer in &self.layers[layers] {
             x = layer.attention.forward_onto(&x, &layer.attention_norm, step)?;
             x = layer.mlp.forward_onto(&x, &layer.mlp_norm)?;
             if let Some(trace) = step.trace.as_deref_mut() {

@@ -1,7 +1,6 @@
 //! Models and steps for the other checks.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use mlx_rs::{Array, Dtype};
 use omlx::cache::Pages;
@@ -92,14 +91,14 @@ impl Loaded {
         let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
         let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(blocks);
-        while pages.resize_layer()? {}
+        pages.resize_all()?;
         Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: way != Way::Plain })
     }
 
     /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be
     /// evaluated.
     pub fn step(&mut self, plan: &StepPlan) -> Result<(Array, Vec<usize>, Vec<Array>)> {
-        let packed = Packed::new(plan, BLOCK_TOKENS, self.in_buckets);
+        let packed = Packed::new(&plan.runs, &plan.copies, BLOCK_TOKENS, self.in_buckets);
         let mut ids = vec![0u32; packed.shape.rows];
         for (run, &first) in plan.runs.iter().zip(&packed.shape.first) {
             let StepInput::Known(tokens) = &run.input else { return Err(Error::internal("an unread token")) };
@@ -107,8 +106,8 @@ impl Loaded {
         }
         let (ids, positions) = (Array::from_slice(&ids, &[ids.len() as i32]), packed.positions()?);
         let Packed { shape, placement } = packed;
-        let mut step = Step::new(&ids, &positions, &mut self.pages, Arc::new(placement));
-        let hidden = self.model.hidden(&mut step)?;
+        let mut step = Step::new(&positions, &mut self.pages, placement);
+        let hidden = self.model.hidden(&ids, &mut step)?;
         Ok((hidden, shape.first, step.unread))
     }
 }

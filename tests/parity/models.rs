@@ -83,7 +83,7 @@ impl Run {
         let model = models::load(&config, context, weights)?.model;
         let mut pages = Pages::new(backend.clone(), model.kv_layout(), BLOCK_TOKENS)?;
         pages.resize(BLOCKS);
-        while pages.resize_layer()? {}
+        pages.resize_all()?;
         Ok(Self { model, pages, len: 0 })
     }
 
@@ -99,9 +99,9 @@ impl Run {
         let slots = (start..end).map(slot).collect();
         let segments = vec![Segment { rows: 0..tokens.len(), start, table: 0 }];
         let placement = Arc::new(Placement { tables, slots, segments, ..Placement::default() });
-        let mut step = Step::new(&ids, &positions, &mut self.pages, placement);
+        let mut step = Step::new(&positions, &mut self.pages, placement);
         step.trace = trace;
-        let hidden = self.model.hidden(&mut step).unwrap();
+        let hidden = self.model.hidden(&ids, &mut step).unwrap();
         self.len = end;
         host(&self.model.logits(&hidden, None).unwrap())
     }

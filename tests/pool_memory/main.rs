@@ -30,7 +30,7 @@ fn resizing_with(backend: &Backend) {
         let mut pages = Pages::new(backend.clone(), &layout, 16)?;
         let resize = |pages: &mut Pages, blocks: usize| {
             pages.resize(blocks);
-            while pages.resize_layer()? {}
+            pages.resize_all()?;
             Ok(())
         };
         resize(&mut pages, 31)?;

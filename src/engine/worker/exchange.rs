@@ -10,6 +10,7 @@ use super::super::tiers::{CROWDED, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
+use crate::kernels;
 
 /// Rows are saved for this long at most when an engine ends.
 const LAST_SAVES: Duration = Duration::from_secs(10);
@@ -64,7 +65,7 @@ impl Worker<'_> {
             CacheCommand::Find(tokens, answer) => {
                 let tokens = &tokens[..tokens.len().saturating_sub(1)];
                 let (pool, goes_on) = (blocks.peek(tokens), blocks.goes_on_after(tokens));
-                let token_seconds = self.scheduler.seconds_per_token();
+                let token_seconds = self.scheduler.seconds_per_token(tokens.len());
                 let found = self.tiers.as_ref().map(|tiers| tiers.whereabouts(tokens, pool, token_seconds));
                 let here = || Whereabouts::in_pools(tokens.len(), pool, token_seconds);
                 let mut found = found.unwrap_or_else(here);
@@ -109,7 +110,7 @@ impl Worker<'_> {
         let limit = tokens.len().saturating_sub(1);
         let pool = blocks.peek(&tokens[..limit]);
         let from = pool / blocks.block_tokens() * blocks.block_tokens();
-        let token_seconds = self.scheduler.seconds_per_token();
+        let token_seconds = self.scheduler.seconds_per_token(tokens.len());
         let fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], from, token_seconds));
         match fetches {
             Some(fetches) if !fetches.is_empty() || !self.restores.is_empty() => {
@@ -143,7 +144,7 @@ impl Worker<'_> {
             let Some(tiers) = &self.tiers else { return Ok(()) };
             self.restores.ask(tiers, &mut self.scheduler, self.myself);
             let waits = self.restores.waits_for(&mut self.scheduler);
-            self.scheduler.reserve(if let Wait::Blocks(blocks) = waits { blocks } else { 0 });
+            self.scheduler.reserve_blocks(if let Wait::Blocks(blocks) = waits { blocks } else { 0 });
             if waits != Wait::Nothing || !self.settle()? {
                 return Ok(());
             }
@@ -171,7 +172,8 @@ impl Worker<'_> {
 
     /// Waits for the step on its way, if there is one. Whether all is well: otherwise its sequences have ended.
     fn settle(&mut self) -> Result<bool> {
-        match self.in_flight.as_ref().map_or(Ok(()), |(step, _)| step.wait()) {
+        let waited = self.in_flight.as_ref().map_or(Ok(()), |(step, _)| step.wait());
+        match kernels::check().and(waited) {
             Ok(()) => Ok(true),
             Err(error) => self.fail(error).map(|()| false),
         }
@@ -191,7 +193,7 @@ impl Worker<'_> {
     fn save(&mut self, save: Save) {
         let Some(tiers) = &self.tiers else { return };
         let mut rows = tiers.buffer(&save);
-        let cost = rows.tokens() as f64 * self.scheduler.seconds_per_token().unwrap_or_default();
+        let cost = rows.tokens() as f64 * self.scheduler.seconds_per_token(save.tokens.len()).unwrap_or_default();
         let saved = self.runner.pages().read_rows(&save.blocks, &mut rows).map(|()| tiers.save(save, rows, cost));
         match saved {
             Ok(saved) => self.saving.lost |= !saved,
