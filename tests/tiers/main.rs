@@ -489,7 +489,14 @@ fn rows_that_were_evicted_come_back_from_files() {
     let stats = stats(&pool);
     let hits = stats["cold"]["hit_tokens"].as_u64().unwrap_or(0);
     assert!(cached > 6 * 219 && hits > 6 * 219, "{cached} tokens were cached: {stats}");
-    assert_eq!(stats["blocks_used"], 0, "{stats}");
+    // The last step is still being counted when its answer is here.
+    let gone = || {
+        (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            self::stats(&pool)["blocks_used"] == 0
+        })
+    };
+    assert!(gone(), "{stats}");
 }
 
 /// A template that drops the thinking of earlier turns: the next turn computes what follows the last common message, also
