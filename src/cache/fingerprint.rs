@@ -1,9 +1,9 @@
 //! What cached rows depend on, as one BLAKE3 key: files by their whole content, and everything else as bytes.
 //!
 //! Reading gigabytes of weights takes seconds, so that hashes of files are remembered: by device, inode, size and both
-//! times. The time of the last change of the inode is among them because no program can set it back.
+//! times. The time of the last change of the inode is among them because no call sets it: it is the clock's.
 
-use std::fs::{File, Metadata};
+use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use crate::error::{Error, Result, Status};
 /// Bytes that are read at once.
 const PIECE: usize = 1 << 20;
 
-/// A file that was changed more recently is not remembered: the next change may carry the same time, as the clocks of file
-/// systems tick slowly.
+/// A file that was changed this shortly before it is read is not remembered (git calls it racy): a change while it is read
+/// may carry the same time, as the clocks of file systems tick slowly.
 const RECENT: Duration = Duration::from_secs(2);
 
 /// How often a file that changes while it is read is read again.
@@ -62,20 +62,34 @@ pub fn fingerprint(identity: &Identity, memory: &dyn HashMemory, interrupted: &d
     Ok(*hasher.finalize().as_bytes())
 }
 
+/// What tells of each file whether it was changed since: its place, its size and both times.
+pub fn stamps(files: &[PathBuf]) -> Result<Vec<Vec<u8>>> {
+    let stamp = |path: &PathBuf| fs::metadata(path).map(|metadata| key(&metadata));
+    files.iter().map(|path| stamp(path).map_err(|e| Error::io(path.display(), &e))).collect()
+}
+
 /// The hash of a file's content, remembered or computed.
 fn file_hash(path: &Path, memory: &dyn HashMemory, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
     let io = |error: std::io::Error| Error::io(path.display(), &error);
     for _ in 0..ATTEMPTS {
-        let mut file = File::open(path).map_err(io)?;
-        let before = key(&file.metadata().map_err(io)?);
-        if let Some(hash) = memory.get(&before) {
+        // The time before reading: what is changed later, however long it takes, has a later time.
+        let now = SystemTime::now();
+        let before = fs::metadata(path).map_err(io)?;
+        if !before.is_file() {
+            // Opening a pipe would wait for its other end.
+            return Err(Error::new(Status::Io, format!("{}: not a file", path.display())));
+        }
+        let before_key = key(&before);
+        if let Some(hash) = memory.get(&before_key) {
             return Ok(hash);
         }
-        let hash = content_hash(&mut file, interrupted).map_err(|error| error.context(path.display()))?;
-        let metadata = file.metadata().map_err(io)?;
-        if key(&metadata) == before {
-            if !is_recent(&metadata) {
-                memory.set(&before, hash);
+        // No more than it had: one that grows would have no end.
+        let file = File::open(path).map_err(io)?.take(before.len());
+        let hash = content_hash(file, interrupted).map_err(|error| error.context(path.display()))?;
+        // By the path, which may lead to another file by now.
+        if key(&fs::metadata(path).map_err(io)?) == before_key {
+            if !is_recent(&before, now) {
+                memory.set(&before_key, hash);
             }
             return Ok(hash);
         }
@@ -83,7 +97,7 @@ fn file_hash(path: &Path, memory: &dyn HashMemory, interrupted: &dyn Fn() -> boo
     Err(Error::new(Status::Io, format!("{}: it changes while it is read", path.display())))
 }
 
-fn content_hash(file: &mut File, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
+fn content_hash(mut file: impl Read, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut piece = vec![0; PIECE];
     loop {
@@ -106,18 +120,18 @@ fn key(metadata: &Metadata) -> Vec<u8> {
     place.into_iter().chain(times.map(|time| time as u64)).flat_map(u64::to_le_bytes).collect()
 }
 
-fn is_recent(metadata: &Metadata) -> bool {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+/// Whether a file was changed shortly before `now`. The time of modification does not matter: anybody can set it.
+fn is_recent(metadata: &Metadata, now: SystemTime) -> bool {
+    let changed = Duration::new(metadata.ctime().max(0) as u64, metadata.ctime_nsec() as u32);
+    let age = SystemTime::UNIX_EPOCH.checked_add(changed).and_then(|changed| now.duration_since(changed).ok());
     // A time of the future is no time to rely on.
-    let age = |seconds: i64| now.checked_sub(Duration::from_secs(seconds.max(0) as u64));
-    [metadata.mtime(), metadata.ctime()].into_iter().any(|time| age(time).is_none_or(|age| age <= RECENT))
+    age.is_none_or(|age| age <= RECENT)
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::{Cell, RefCell};
     use std::collections::HashMap;
-    use std::fs;
 
     use super::*;
 
@@ -171,8 +185,10 @@ mod tests {
         assert_eq!(of(&memory, &files, &parts), first, "the same content again");
         fs::rename(path("b"), path("c")).unwrap();
         others.push(of(&memory, &[path("a"), path("c")], &parts));
-        write("x", b"second");
+        write("a", b"second");
         write("b", &[7; 3_000_000]);
+        others.push(of(&memory, &files, &parts));
+        write("x", b"second");
         others.push(of(&memory, &[path("x"), path("b")], &parts));
         others.push(first);
         let count = others.len();
@@ -189,7 +205,7 @@ mod tests {
         let memory = Memory::default();
         let first = of(&memory, &path, &[]);
         assert!(memory.hashes.borrow().is_empty(), "a file that was just written may change within the same tick");
-        std::thread::sleep(RECENT + Duration::from_millis(1100));
+        std::thread::sleep(RECENT + Duration::from_millis(100));
         assert_eq!((of(&memory, &path, &[]), memory.known.get()), (first, 0));
         assert_eq!((of(&memory, &path, &[]), memory.known.get()), (first, 1));
         // Another content of the same length with the old time of modification.
@@ -212,5 +228,100 @@ mod tests {
         assert_eq!((error.status(), asked.get()), (Status::Cancelled, 3));
         let missing = Identity { files: vec![file.path().join("missing")], parts: Vec::new() };
         assert!(fingerprint(&missing, &Memory::default(), &|| false).unwrap_err().message().contains("missing"));
+    }
+
+    /// What happens when the content is read: `change` gets how often it was asked before.
+    fn changed_by(path: &Path, memory: &Memory, change: impl Fn(usize)) -> Result<[u8; 32]> {
+        let asked = Cell::new(0);
+        let identity = Identity { files: vec![path.to_owned()], parts: Vec::new() };
+        fingerprint(&identity, memory, &|| {
+            change(asked.replace(asked.get() + 1));
+            false
+        })
+    }
+
+    #[test]
+    fn a_file_that_changes_while_it_is_read_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("weights"), folder.path().join("other"));
+        let written = |change: &dyn Fn(usize)| {
+            fs::write(&path, vec![1; 2 * PIECE]).unwrap();
+            changed_by(&path, &Memory::default(), change)
+        };
+        let is_now = || of(&Memory::default(), std::slice::from_ref(&path), &[]);
+        // Another length too, as the clock may not have gone on.
+        let once = |asked| {
+            if asked == 1 {
+                fs::write(&path, vec![2; 2 * PIECE - 1]).unwrap();
+            }
+        };
+        assert_eq!(written(&once).unwrap(), is_now());
+        // Another file in its place.
+        fs::write(&other, vec![3; 2 * PIECE]).unwrap();
+        let replaced = |asked| {
+            if asked == 1 {
+                fs::rename(&other, &path).unwrap();
+            }
+        };
+        assert_eq!(written(&replaced).unwrap(), is_now());
+        // Every time.
+        let always = |asked: usize| fs::write(&path, vec![0; PIECE - asked]).unwrap();
+        let error = written(&always).unwrap_err();
+        assert!(error.status() == Status::Io && error.message().contains("changes while"), "{error}");
+        let removed = |asked| {
+            if asked == 1 {
+                fs::remove_file(&path).unwrap();
+            }
+        };
+        assert_eq!(written(&removed).unwrap_err().status(), Status::NotFound);
+    }
+
+    #[test]
+    fn how_long_reading_takes_does_not_make_a_file_old() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), b"weights").unwrap();
+        let memory = Memory::default();
+        let pause = RECENT + Duration::from_millis(100);
+        let slow = |asked| {
+            if asked == 0 {
+                std::thread::sleep(pause);
+            }
+        };
+        changed_by(file.path(), &memory, slow).unwrap();
+        assert!(memory.hashes.borrow().is_empty(), "it was read in the moment of its change");
+        changed_by(file.path(), &memory, |_| {}).unwrap();
+        assert_eq!(memory.hashes.borrow().len(), 1, "by now it is old enough");
+    }
+
+    #[test]
+    fn ages_are_not_those_of_whole_seconds() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metadata = fs::metadata(file.path()).unwrap();
+        let changed = Duration::new(metadata.ctime() as u64, metadata.ctime_nsec() as u32);
+        let recent = |age: Duration| is_recent(&metadata, SystemTime::UNIX_EPOCH + changed + age);
+        assert!(recent(Duration::ZERO) && recent(RECENT));
+        assert!(!recent(RECENT + Duration::from_nanos(1)));
+        assert!(is_recent(&metadata, SystemTime::UNIX_EPOCH), "changed in the future");
+    }
+
+    #[test]
+    fn stamps_tell_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = [folder.path().join("a"), folder.path().join("b")];
+        files.iter().for_each(|path| fs::write(path, b"weights").unwrap());
+        let first = stamps(&files).unwrap();
+        assert_eq!(stamps(&files).unwrap(), first);
+        fs::write(&files[1], b"longer weights").unwrap();
+        let second = stamps(&files).unwrap();
+        assert!(second[0] == first[0] && second[1] != first[1]);
+        fs::remove_file(&files[0]).unwrap();
+        assert_eq!(stamps(&files).unwrap_err().status(), Status::NotFound);
+    }
+
+    #[test]
+    fn only_files_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = changed_by(folder.path(), &Memory::default(), |_| {}).unwrap_err();
+        assert!(error.message().contains("not a file"), "{error}");
     }
 }

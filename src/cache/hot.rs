@@ -2,13 +2,15 @@
 //!
 //! For machines whose pools lie in another memory than the host's. What has to go for others is what is worth least by its
 //! bytes, as in GreedyDual-Size (Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms, 1997): a span's credit is its cost
-//! per byte, above that of what went last when it was used last. A span that others go on from stays longer than they do.
+//! per byte, above that of what went last when it was used last. A span that others go on from stays longer than they do:
+//! spans are in one of two orders, of those that have followers and of those that have none.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
 
+use super::prefix::{BlockKey, chain_key};
 use super::rows::RowBuffer;
 use super::spans::{Piece, Span, SpanId, SpanIndex, root_key};
 use crate::sync::lock;
@@ -54,12 +56,23 @@ struct State {
     entries: HashMap<SpanId, Entry>,
     next: SpanId,
     /// By block size.
-    indices: HashMap<usize, SpanIndex>,
-    /// All entries, the least valuable first; credits are not negative, so that their bits are in their order.
-    order: BTreeSet<(u64, SpanId)>,
+    blocks: HashMap<usize, Blocks>,
+    /// Entries that may go, the least valuable first; credits are not negative, so that their bits are in their order.
+    leaves: BTreeSet<(u64, SpanId)>,
+    /// Those that others go on from, in the same order.
+    inner: BTreeSet<(u64, SpanId)>,
     /// Credit of what went last.
     clock: f64,
     stats: BTreeMap<Arc<str>, HotModelStats>,
+}
+
+/// The blocks of all entries that have blocks of one size.
+#[derive(Debug)]
+struct Blocks {
+    block_tokens: usize,
+    index: SpanIndex,
+    /// By the key of the tokens up to their end: the entry that the index has a whole block from.
+    owners: HashMap<BlockKey, SpanId>,
 }
 
 #[derive(Debug)]
@@ -71,6 +84,8 @@ struct Entry {
     cost: f64,
     dirty: bool,
     credit: f64,
+    /// No other entry goes on from it.
+    leaf: bool,
 }
 
 /// What the tier holds, and what it was good for.
@@ -119,22 +134,31 @@ impl HotTier {
         cost: f64,
         dirty: bool,
     ) -> Vec<Evicted> {
+        debug_assert_eq!(rows.tokens(), span.tokens.len(), "rows of all tokens");
         let mut state = lock(&self.state);
-        let index = state.indices.entry(model.block_tokens).or_insert_with(|| SpanIndex::new(model.block_tokens));
-        if index.held(&span) == span.tokens.len() {
+        let blocks = state.blocks.entry(model.block_tokens).or_insert_with(|| Blocks::new(model.block_tokens));
+        if blocks.index.held(&span) == span.tokens.len() {
             return Vec::new();
         }
-        let id = state.next;
-        state.next += 1;
-        state.add(id, Entry { model: model.clone(), group, span, rows, cost, dirty, credit: 0.0 });
-        state.shrink()
+        let model = model.clone();
+        let entry = Entry { model, group, span, rows, cost, dirty, credit: 0.0, leaf: true };
+        // Otherwise everything would have to go before it.
+        if entry.rows.bytes() as u64 > state.limit {
+            return vec![entry.evicted()];
+        }
+        let replaced = state.add(entry);
+        let evicted = state.shrink();
+        // Giving memory back takes time that others need not wait for.
+        drop(state);
+        drop(replaced);
+        evicted
     }
 
     /// What follows the first `from` of `tokens` (whole blocks) without a gap.
     pub fn find(&self, model: &HotModel, group: usize, tokens: &[u32], from: usize) -> Vec<Piece> {
         let state = lock(&self.state);
-        let index = state.indices.get(&model.block_tokens);
-        index.map_or_else(Vec::new, |index| index.find(&root_key(&model.fingerprint, group), tokens, from))
+        let Some(blocks) = state.blocks.get(&model.block_tokens) else { return Vec::new() };
+        blocks.index.find(&root_key(&model.fingerprint, group), tokens, from)
     }
 
     /// The rows of a span that was found, if it is still there.
@@ -145,27 +169,31 @@ impl HotTier {
     /// A request takes `tokens` of a span.
     pub fn used(&self, span: SpanId, tokens: usize) {
         let mut state = lock(&self.state);
-        let Some(entry) = state.remove_from_order(span) else { return };
-        let name = Arc::clone(&entry.model.name);
+        let Some(name) = state.entries.get(&span).map(|entry| Arc::clone(&entry.model.name)) else { return };
         state.stats.entry(name).or_default().hit_tokens += tokens as u64;
-        state.order_by_credit(span);
+        state.relist(span, State::renew);
     }
 
-    /// What is nowhere else, of one model; it counts as written from now on.
-    pub fn take_dirty(&self, model: &HotModel) -> Vec<Evicted> {
-        let mut state = lock(&self.state);
-        let own = state.entries.iter_mut().filter(|(_, entry)| entry.model.fingerprint == model.fingerprint);
-        let mut dirty: Vec<_> = own.filter(|(_, entry)| entry.dirty).collect();
-        // Beginnings first: what follows them is of no use alone.
-        dirty.sort_by_key(|(id, entry)| (entry.span.start, **id));
-        dirty
-            .into_iter()
-            .map(|(_, entry)| {
-                let evicted = entry.evicted();
-                entry.dirty = false;
-                evicted
-            })
-            .collect()
+    /// Which spans are nowhere else, of one model or of all: beginnings first, as what follows is of no use alone.
+    pub fn dirty(&self, model: Option<&HotModel>) -> Vec<SpanId> {
+        let state = lock(&self.state);
+        let own = |entry: &Entry| model.is_none_or(|model| entry.model.fingerprint == model.fingerprint);
+        let dirty = state.entries.iter().filter(|(_, entry)| entry.dirty && own(entry));
+        let mut dirty: Vec<_> = dirty.map(|(&id, entry)| (entry.span.start, id)).collect();
+        dirty.sort_unstable();
+        dirty.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// A span as it would leave, to be written while it stays.
+    pub fn stored(&self, span: SpanId) -> Option<Evicted> {
+        lock(&self.state).entries.get(&span).map(Entry::evicted)
+    }
+
+    /// A span is somewhere else too.
+    pub fn mark_clean(&self, span: SpanId) {
+        if let Some(entry) = lock(&self.state).entries.get_mut(&span) {
+            entry.dirty = false;
+        }
     }
 
     /// Forgets everything, or everything of the models of one name; returns how many bytes that were.
@@ -174,8 +202,11 @@ impl HotTier {
         let before = state.bytes;
         let named = |entry: &Entry| model.is_none_or(|name| *entry.model.name == *name);
         let gone: Vec<SpanId> = state.entries.iter().filter(|(_, entry)| named(entry)).map(|(&id, _)| id).collect();
-        gone.into_iter().for_each(|id| drop(state.remove(id)));
-        before - state.bytes
+        let gone: Vec<_> = gone.into_iter().filter_map(|id| state.remove(id)).collect();
+        let freed = before - state.bytes;
+        drop(state);
+        drop(gone);
+        freed
     }
 
     /// Sets another limit; returns what has to go.
@@ -193,37 +224,27 @@ impl HotTier {
 }
 
 impl State {
-    fn add(&mut self, id: SpanId, entry: Entry) {
+    /// Adds an entry, used now. Returns those whose rows it has too.
+    fn add(&mut self, entry: Entry) -> Vec<Entry> {
+        let id = self.next;
+        self.next += 1;
         let bytes = entry.rows.bytes() as u64;
         let stats = self.stats.entry(Arc::clone(&entry.model.name)).or_default();
         stats.entries += 1;
         stats.tokens += entry.span.tokens.len() as u64;
         stats.bytes += bytes;
         self.bytes += bytes;
-        let index = self.indices.get_mut(&entry.model.block_tokens);
-        let useless = index.map_or_else(Vec::new, |index| index.insert(id, &entry.span));
+        let (block_tokens, span) = (entry.model.block_tokens, entry.span.clone());
+        let useless = self.blocks.get_mut(&block_tokens).map_or_else(Vec::new, |blocks| blocks.insert(id, &span));
         self.entries.insert(id, entry);
-        self.order_by_credit(id);
-        // The longer block has their rows too.
-        useless.into_iter().for_each(|id| drop(self.remove(id)));
-    }
-
-    /// An entry was used now.
-    fn order_by_credit(&mut self, id: SpanId) {
-        let Some(entry) = self.entries.get_mut(&id) else { return };
-        entry.credit = self.clock + entry.cost.max(0.0) / entry.rows.bytes() as f64;
-        self.order.insert((entry.credit.to_bits(), id));
-    }
-
-    fn remove_from_order(&mut self, id: SpanId) -> Option<&Entry> {
-        let entry = self.entries.get(&id)?;
-        self.order.remove(&(entry.credit.to_bits(), id));
-        Some(entry)
+        self.relist(id, State::renew);
+        self.relist_before(block_tokens, &span);
+        useless.into_iter().filter_map(|id| self.remove(id)).collect()
     }
 
     fn remove(&mut self, id: SpanId) -> Option<Entry> {
-        self.remove_from_order(id)?;
         let entry = self.entries.remove(&id)?;
+        self.unlist(id, &entry);
         let bytes = entry.rows.bytes() as u64;
         self.bytes -= bytes;
         if let Some(stats) = self.stats.get_mut(&entry.model.name) {
@@ -231,28 +252,91 @@ impl State {
             stats.tokens -= entry.span.tokens.len() as u64;
             stats.bytes -= bytes;
         }
-        if let Some(index) = self.indices.get_mut(&entry.model.block_tokens) {
-            index.remove(id, &entry.span);
+        let block_tokens = entry.model.block_tokens;
+        if let Some(blocks) = self.blocks.get_mut(&block_tokens) {
+            blocks.remove(id, &entry.span);
         }
+        self.relist_before(block_tokens, &entry.span);
         Some(entry)
+    }
+
+    /// An entry is used now.
+    fn renew(clock: f64, entry: &mut Entry) {
+        // Whatever the costs are, credits are numbers that have an order.
+        let cost = if entry.cost.is_finite() { entry.cost.max(0.0) } else { 0.0 };
+        entry.credit = clock + cost / entry.rows.bytes() as f64;
+    }
+
+    /// Changes what an entry's place in the order depends on, and looks again whether others go on from it.
+    fn relist(&mut self, id: SpanId, change: impl FnOnce(f64, &mut Entry)) {
+        let Some(mut entry) = self.entries.remove(&id) else { return };
+        self.unlist(id, &entry);
+        change(self.clock, &mut entry);
+        let blocks = self.blocks.get(&entry.model.block_tokens);
+        entry.leaf = blocks.is_none_or(|blocks| blocks.index.is_leaf(id, &entry.span));
+        let order = if entry.leaf { &mut self.leaves } else { &mut self.inner };
+        order.insert((entry.credit.to_bits(), id));
+        self.entries.insert(id, entry);
+    }
+
+    fn unlist(&mut self, id: SpanId, entry: &Entry) {
+        let order = if entry.leaf { &mut self.leaves } else { &mut self.inner };
+        order.remove(&(entry.credit.to_bits(), id));
+    }
+
+    /// Blocks of `span` came or went: lists those anew that they go on from.
+    fn relist_before(&mut self, block_tokens: usize, span: &Span) {
+        let Some(blocks) = self.blocks.get(&block_tokens) else { return };
+        let parents = std::iter::once(span.parent).chain(ends(span, block_tokens));
+        let mut owners: Vec<SpanId> = parents.filter_map(|key| blocks.owners.get(&key).copied()).collect();
+        owners.dedup();
+        owners.into_iter().for_each(|id| self.relist(id, |_, _| {}));
     }
 
     /// Lets go what is beyond the limit.
     fn shrink(&mut self) -> Vec<Evicted> {
         let mut evicted = Vec::new();
         while self.bytes > self.limit {
-            let is_leaf = |id: &SpanId| {
-                let entry = &self.entries[id];
-                self.indices[&entry.model.block_tokens].is_leaf(*id, &entry.span)
-            };
-            let ids = || self.order.iter().map(|&(_, id)| id);
-            let Some(id) = ids().find(is_leaf).or_else(|| ids().next()) else { break };
+            // There may be none without followers: two spans can go on from each other's blocks.
+            let Some(&(_, id)) = self.leaves.first().or(self.inner.first()) else { break };
             let Some(entry) = self.remove(id) else { break };
             self.clock = self.clock.max(entry.credit);
             evicted.push(entry.evicted());
         }
         evicted
     }
+}
+
+impl Blocks {
+    fn new(block_tokens: usize) -> Self {
+        Self { block_tokens, index: SpanIndex::new(block_tokens), owners: HashMap::new() }
+    }
+
+    /// As [`SpanIndex::insert`], which leaves blocks that are there with their owners.
+    fn insert(&mut self, id: SpanId, span: &Span) -> Vec<SpanId> {
+        for key in ends(span, self.block_tokens) {
+            self.owners.entry(key).or_insert(id);
+        }
+        self.index.insert(id, span)
+    }
+
+    fn remove(&mut self, id: SpanId, span: &Span) {
+        for key in ends(span, self.block_tokens) {
+            if self.owners.get(&key) == Some(&id) {
+                self.owners.remove(&key);
+            }
+        }
+        self.index.remove(id, span);
+    }
+}
+
+/// The key behind each whole block of a span.
+fn ends(span: &Span, block_tokens: usize) -> impl Iterator<Item = BlockKey> {
+    let blocks = span.tokens.chunks_exact(block_tokens);
+    blocks.scan(span.parent, |key, tokens| {
+        *key = chain_key(key, tokens);
+        Some(*key)
+    })
 }
 
 impl Entry {
@@ -269,141 +353,5 @@ impl Entry {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::cache::prefix::chain_key;
-    use crate::cache::rows::{LayerRows, RowLayout, RowType};
-
-    const BLOCK: usize = 4;
-
-    fn model(name: &str) -> HotModel {
-        let fingerprint = *blake3::hash(name.as_bytes()).as_bytes();
-        HotModel { name: name.into(), fingerprint, block_tokens: BLOCK }
-    }
-
-    /// Rows that tell their tokens.
-    fn rows(tokens: &[u32]) -> Arc<RowBuffer> {
-        let layers = vec![LayerRows { layer: 0, keys: (1, 4), values: (1, 4) }];
-        let layout = Arc::new(RowLayout { dtype: RowType::F32, layers });
-        let mut rows = RowBuffer::new(layout, tokens.len(), 0);
-        for (at, token) in tokens.iter().enumerate() {
-            rows.rows_mut(0, at..at + 1).0.fill(*token as u8);
-        }
-        Arc::new(rows)
-    }
-
-    fn span(model: &HotModel, prefix: &[u32], tokens: &[u32]) -> Span {
-        let root = root_key(&model.fingerprint, 0);
-        let parent = prefix.chunks(BLOCK).fold(root, |key, tokens| chain_key(&key, tokens));
-        Span { parent, start: prefix.len(), tokens: tokens.into() }
-    }
-
-    fn put(tier: &HotTier, model: &HotModel, tokens: &[u32], start: usize, cost: f64) -> Vec<Vec<u32>> {
-        let (prefix, own) = tokens.split_at(start);
-        let evicted = tier.put(model, 0, span(model, prefix, own), rows(own), cost, true);
-        evicted.iter().map(|evicted| evicted.span.tokens.to_vec()).collect()
-    }
-
-    fn one() -> u64 {
-        rows(&[1]).bytes() as u64
-    }
-
-    #[test]
-    fn what_is_worth_least_goes_first_and_ends_before_beginnings() {
-        let (tier, model) = (HotTier::new(3 * one()), model("a"));
-        assert!(put(&tier, &model, &[1, 2, 3, 4], 0, 1.0).is_empty());
-        assert!(put(&tier, &model, &[1, 2, 3, 4, 5], 4, 5.0).is_empty());
-        assert!(put(&tier, &model, &[9, 9], 0, 2.0).is_empty());
-        // The first is worth least, but the second goes on from it.
-        assert_eq!(put(&tier, &model, &[8, 8], 0, 3.0), [[9, 9]]);
-        let second = tier.find(&model, 0, &[1, 2, 3, 4, 5], 0)[1].span;
-        tier.used(second, 1);
-        // What was there before the last eviction is worth less than the same cost now.
-        assert_eq!(put(&tier, &model, &[7, 7], 0, 2.5), [[8, 8]]);
-        assert_eq!(put(&tier, &model, &[6, 6], 0, 1e-9), [[6, 6]], "itself");
-        assert_eq!(put(&HotTier::new(10), &model, &[6, 6], 0, 1.0), [[6, 6]], "it does not fit at all");
-    }
-
-    #[test]
-    fn models_and_dirt_are_kept_apart() {
-        let (tier, first, second) = (HotTier::new(10 * one()), model("a"), model("b"));
-        put(&tier, &first, &[1, 2, 3, 4], 0, 1.0);
-        put(&tier, &second, &[1, 2, 3, 4], 0, 1.0);
-        assert!(put(&tier, &second, &[1, 2, 3], 0, 1.0).is_empty(), "it is there already");
-        assert_eq!(tier.take_dirty(&first).len(), 1);
-        assert_eq!((tier.take_dirty(&first).len(), tier.take_dirty(&second).len()), (0, 1));
-        tier.used(tier.find(&first, 0, &[1, 2], 0)[0].span, 2);
-        assert_eq!(tier.stats().models["a"], HotModelStats { entries: 1, tokens: 4, bytes: one(), hit_tokens: 2 });
-        assert_eq!(tier.clear(Some("a")), one());
-        assert!(tier.find(&first, 0, &[1, 2], 0).is_empty() && !tier.find(&second, 0, &[1, 2], 0).is_empty());
-        assert_eq!(tier.set_limit(0).len(), 1);
-        assert_eq!(tier.stats().bytes, 0);
-    }
-
-    /// A span of a family of tokens, used or put.
-    #[derive(Debug, Clone)]
-    enum Action {
-        Put { family: u32, start: usize, tokens: usize, cost: f64 },
-        Use { family: u32 },
-        Limit { spans: u64 },
-        Clear,
-    }
-
-    fn actions() -> impl Strategy<Value = Vec<Action>> {
-        let action = prop_oneof![
-            8 => (0u32..4, 0usize..5, 1usize..13, 0.0..9.0).prop_map(|(family, start, tokens, cost)| {
-                // Whole blocks, or less than one.
-                let tokens = if tokens > BLOCK { tokens / BLOCK * BLOCK } else { tokens };
-                Action::Put { family, start: start * BLOCK, tokens, cost }
-            }),
-            4 => (0u32..4).prop_map(|family| Action::Use { family }),
-            1 => (0u64..12).prop_map(|spans| Action::Limit { spans }),
-            1 => Just(Action::Clear),
-        ];
-        prop::collection::vec(action, 1..60)
-    }
-
-    fn family(family: u32) -> Vec<u32> {
-        (0..40).map(|at| at + 50 * family * u32::from(at > 5)).collect()
-    }
-
-    proptest! {
-        #[test]
-        fn the_limit_is_kept_and_rows_are_those_of_their_tokens(actions in actions()) {
-            let (tier, model) = (HotTier::new(6 * one()), model("m"));
-            for action in actions {
-                match action {
-                    Action::Put { family: of, start, tokens, cost } => {
-                        put(&tier, &model, &family(of)[..start + tokens], start, cost);
-                    }
-                    Action::Use { family: of } => {
-                        let tokens = family(of);
-                        let mut reached = 0;
-                        for piece in tier.find(&model, 0, &tokens, 0) {
-                            prop_assert_eq!(piece.position, reached);
-                            reached += piece.tokens;
-                            let rows = tier.get(piece.span).expect("it was found");
-                            for at in 0..piece.tokens {
-                                let found = rows.rows(0, piece.skip + at..piece.skip + at + 1).0[0];
-                                prop_assert_eq!(found, tokens[piece.position + at] as u8);
-                            }
-                            tier.used(piece.span, piece.tokens);
-                        }
-                    }
-                    Action::Limit { spans } => drop(tier.set_limit(spans * one())),
-                    Action::Clear => drop(tier.clear(None)),
-                }
-                let state = lock(&tier.state);
-                let bytes: usize = state.entries.values().map(|entry| entry.rows.bytes()).sum();
-                prop_assert!(state.bytes == bytes as u64 && state.bytes <= state.limit);
-                prop_assert_eq!(state.order.len(), state.entries.len());
-                let ids: BTreeSet<_> = state.order.iter().map(|&(_, id)| id).collect();
-                prop_assert!(ids.iter().all(|id| state.entries.contains_key(id)));
-            }
-            tier.clear(None);
-            prop_assert!(lock(&tier.state).indices.values().all(SpanIndex::is_empty), "blocks of nobody");
-        }
-    }
-}
+#[path = "hot_tests.rs"]
+mod tests;

@@ -10,13 +10,13 @@ use serde::Serialize;
 
 use super::{EngineOptions, ModelSource};
 use crate::cache::Save;
-use crate::cache::fingerprint::{HashMemory, Identity, fingerprint};
+use crate::cache::fingerprint::{HashMemory, Identity, fingerprint, stamps};
 use crate::cache::hot::{Evicted, HotModel, HotTier};
 use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
 use crate::cache::spans::{Span, SpanId, root_key};
 use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::kernels::NUMERICS;
 use crate::sync::lock;
 use crate::weights::weight_files;
@@ -33,8 +33,8 @@ const FILE_SECONDS: f64 = 0.5e-3;
 /// How often somebody who waits for the writer looks again.
 pub const CROWDED: Duration = Duration::from_millis(2);
 
-/// Files of a model, besides weights and `config.json`, that decide which tokens a text has.
-const TOKENIZER_FILES: &[&str] = &["tokenizer.json", "tokenizer_config.json", "tokenizer.model"];
+/// Files of a model, besides its weights, that decide what rows there are and which tokens a text has.
+const OTHER_FILES: &[&str] = &["config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"];
 
 /// Rows that a tier handed over; nobody writes to them any more.
 pub type Rows = Arc<RowBuffer>;
@@ -248,11 +248,16 @@ impl ModelTiers {
         let Some(cold) = &self.tiers.cold else { return false };
         let mut kept = true;
         let deadline = Instant::now() + time;
-        for dirty in self.tiers.hot.take_dirty(&self.hot) {
+        for span in self.tiers.hot.dirty(Some(&self.hot)) {
             while !cold.has_room() && Instant::now() < deadline {
                 std::thread::sleep(CROWDED);
             }
-            kept &= self.tiers.write_evicted(vec![dirty]);
+            let Some(dirty) = self.tiers.hot.stored(span) else { continue };
+            if self.tiers.write_evicted(vec![dirty]) {
+                self.tiers.hot.mark_clean(span);
+            } else {
+                kept = false;
+            }
         }
         cold.writer.flush(deadline.saturating_duration_since(Instant::now())) && kept
     }
@@ -390,30 +395,50 @@ fn span_of(model: &HotModel, group: usize, tokens: &[u32], start: usize) -> Span
     Span { parent, start, tokens: tokens[start..].into() }
 }
 
-/// What stands for the model of an engine in the tiers: reads all its files, unless their hashes are remembered.
-pub fn identify(options: &EngineOptions, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
-    let mut identity = Identity { files: Vec::new(), parts: Vec::new() };
-    let mut part = |name, bytes: &[u8]| identity.parts.push((name, bytes.to_vec()));
-    match &options.source {
-        ModelSource::Folder(folder) => {
-            let config = folder.join("config.json");
-            part("config", &std::fs::read(&config).map_err(|e| Error::io(config.display(), &e))?);
-            let tokenizer = TOKENIZER_FILES.iter().map(|name| folder.join(name)).filter(|path| path.exists());
-            identity.files.extend(tokenizer);
-            identity.files.extend(weight_files(folder)?.into_iter().map(|(path, _)| path));
+/// What rows of an engine's model depend on.
+#[derive(Debug)]
+pub struct ModelIdentity {
+    identity: Identity,
+    /// Of the files, when the model began to load.
+    stamps: Vec<Vec<u8>>,
+}
+
+impl ModelIdentity {
+    /// To be made before the model loads.
+    pub fn new(options: &EngineOptions) -> Result<Self> {
+        let mut identity = Identity { files: Vec::new(), parts: Vec::new() };
+        let mut part = |name, text: String| identity.parts.push((name, text.into_bytes()));
+        part("context", format!("{:?}", options.context));
+        part("dtype", format!("{:?}", options.dtype));
+        part("backend", options.backend.numerics());
+        part("numerics", NUMERICS.to_string());
+        part("block_tokens", options.block_tokens.to_string());
+        match &options.source {
+            ModelSource::Folder(folder) => {
+                let others = OTHER_FILES.iter().map(|name| folder.join(name)).filter(|path| path.exists());
+                identity.files.extend(others);
+                identity.files.extend(weight_files(folder)?.into_iter().map(|(path, _)| path));
+            }
+            ModelSource::Random(config) => part("random", config.raw().to_string()),
         }
-        ModelSource::Random(config) => part("random", config.raw().to_string().as_bytes()),
+        identity.parts.push(("namespace", options.tiers.namespace.clone()));
+        Ok(Self { stamps: stamps(&identity.files)?, identity })
     }
-    let mut part = |name, text: String| identity.parts.push((name, text.into_bytes()));
-    part("context", format!("{:?}", options.context));
-    part("dtype", format!("{:?}", options.dtype));
-    part("backend", options.backend.numerics());
-    part("numerics", NUMERICS.to_string());
-    part("block_tokens", options.block_tokens.to_string());
-    identity.parts.push(("namespace", options.tiers.namespace.clone()));
-    match &options.tiers.cold {
-        Some(cold) => fingerprint(&identity, &Remembered(&cold.tier), interrupted),
-        None => fingerprint(&identity, &Forgotten, interrupted),
+
+    /// What stands for the model in the tiers: reads all its files, unless their hashes are remembered.
+    pub fn fingerprint(&self, tiers: &Tiers, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
+        match &tiers.cold {
+            Some(cold) => fingerprint(&self.identity, &Remembered(&cold.tier), interrupted),
+            None => fingerprint(&self.identity, &Forgotten, interrupted),
+        }
+    }
+
+    /// An error if a file has changed since the model began to load: nobody knows then which one was read.
+    pub fn check(&self) -> Result<()> {
+        match stamps(&self.identity.files)? == self.stamps {
+            true => Ok(()),
+            false => Err(Error::new(Status::Io, "the model's files changed while it loaded")),
+        }
     }
 }
 
@@ -439,4 +464,21 @@ impl HashMemory for Forgotten {
     }
 
     fn set(&self, _key: &[u8], _hash: [u8; 32]) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_while_the_model_loads_is_noticed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"weights").unwrap();
+        let files = vec![file.path().to_owned()];
+        let stamps = stamps(&files).unwrap();
+        let identity = ModelIdentity { identity: Identity { files, parts: Vec::new() }, stamps };
+        identity.check().unwrap();
+        std::fs::write(file.path(), b"other weights").unwrap();
+        assert!(identity.check().unwrap_err().message().contains("changed"));
+    }
 }

@@ -14,7 +14,7 @@ use super::runner::{Launched, Runner};
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::threads::end_before_exit;
-use super::tiers::{self, CROWDED, ModelTiers, Rows, Whereabouts};
+use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, Whereabouts};
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared};
 use crate::cache::{BlockManager, Pages};
 use crate::config::ModelConfig;
@@ -38,7 +38,7 @@ pub enum Command {
     /// Something about the cache.
     Cache(CacheCommand),
     /// What stands for the model in other tiers is known, or will not be.
-    Identified(Result<[u8; 32]>),
+    Identified(Result<([u8; 32], ModelIdentity)>),
     /// Rows that a restore asked for: which restore, which of its fetches, and the rows if they came.
     Fetched(u64, usize, Option<Rows>),
     /// End all requests and return.
@@ -76,10 +76,14 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
     let outcome = panics::catch(|| {
         crate::mlx::init()?;
         std::thread::scope(|scope| {
-            if options.tiers.exist() {
+            let identity = options.tiers.exist().then(|| ModelIdentity::new(options));
+            if let Some(identity) = identity {
                 let identify = || {
                     let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
-                    let identified = panics::catch(|| tiers::identify(options, &interrupted));
+                    let identified = panics::catch(|| {
+                        let identity = identity?;
+                        identity.fingerprint(&options.tiers, &interrupted).map(|fingerprint| (fingerprint, identity))
+                    });
                     let _ = myself.send(Command::Identified(identified.and_then(|identified| identified)));
                 };
                 let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::super::restore::{Restored, Then, Wait};
-use super::super::tiers::{CROWDED, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
+use super::super::tiers::{CROWDED, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
@@ -81,11 +81,12 @@ impl Worker<'_> {
     }
 
     /// From now on rows come from other tiers and go there.
-    pub(super) fn identified(&mut self, fingerprint: Result<[u8; 32]>) {
+    pub(super) fn identified(&mut self, identified: Result<([u8; 32], ModelIdentity)>) {
         self.unidentified = false;
         let pages = self.runner.pages();
         let layouts: Option<Vec<_>> = (0..pages.layout().groups.len()).map(|group| pages.row_layout(group)).collect();
-        let known = fingerprint.and_then(|fingerprint| {
+        let known = identified.and_then(|(fingerprint, identity)| {
+            identity.check()?;
             let layouts = layouts.ok_or_else(|| Error::unsupported("rows of this number format stay in the pools"))?;
             self.options.tiers.model(&self.options.id, fingerprint, pages.block_tokens(), layouts)
         });
