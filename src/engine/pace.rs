@@ -9,7 +9,11 @@ use std::time::Duration;
 const KEEP: f64 = 0.97;
 
 /// Weight of a new measurement of a step without prompts.
-const NEW: f64 = 0.2;
+const NEW: f64 = 0.4;
+
+/// So many steps with prompts beside answers are followed by one without: what answers cost by themselves changes, and what
+/// is not known of it would count as the prompts' and starve them.
+const BESIDE: usize = 24;
 
 /// Tokens of a piece at least: to read a long context for fewer takes nearly as long.
 const LEAST: usize = 8;
@@ -70,6 +74,8 @@ pub struct Pace {
     cost: Line,
     /// Seconds of the next step that something else takes.
     reserved: f64,
+    /// Steps with prompts beside answers, since the last one without.
+    beside: usize,
 }
 
 impl Pace {
@@ -78,12 +84,17 @@ impl Pace {
     pub fn new(target: Duration, most: usize, layers: usize) -> Self {
         let (most, layers) = (most.max(1), layers.max(1));
         let target = target.as_secs_f64();
-        Self { target, most, layers, decode: None, cost: Line::default(), reserved: 0.0 }
+        Self { target, most, layers, decode: None, cost: Line::default(), reserved: 0.0, beside: 0 }
     }
 
     /// Something else takes so much of the next step.
     pub fn reserve(&mut self, time: Duration) {
         self.reserved = time.as_secs_f64();
+    }
+
+    /// Whether the next step beside answers should do without prompts, to see what those cost by themselves.
+    pub fn measures(&self) -> bool {
+        self.beside >= BESIDE
     }
 
     /// Tokens of a piece that begins behind `start` others, beside answers or not.
@@ -121,8 +132,10 @@ impl Pace {
     pub fn observe(&mut self, seconds: f64, decodes: bool, work: Work) {
         if work.tokens * work.layers == 0 {
             self.decode = Some(self.decode.map_or(seconds, |old| old + NEW * (seconds - old)));
+            self.beside = 0;
             return;
         }
+        self.beside += usize::from(decodes);
         let decode = if decodes { self.decode.unwrap_or(0.0) } else { 0.0 };
         // A step of a few tokens says little about one; and one that was interrupted, nothing.
         let each = |seconds: f64| seconds / (work.tokens * work.layers) as f64;
@@ -244,6 +257,25 @@ mod tests {
         let mut few = Pace::new(Duration::from_millis(50), 4, LAYERS);
         Machine { decode: 0.01, token: 1e-6, key: 0.0 }.prompt(&mut few, LAYERS, 0, 100);
         assert_eq!(few.piece(true, 0), 4);
+    }
+
+    #[test]
+    fn prompts_do_not_starve_when_answers_get_slower() {
+        let mut machine = Machine { decode: 0.020, token: 4e-5, key: 5e-8 };
+        let mut pace = Pace::new(Duration::from_millis(50), 128, LAYERS);
+        machine.prompt(&mut pace, LAYERS, 0, 2000);
+        let before = pace.piece(true, 1000);
+        machine.decode = 0.060;
+        let mut measured = 0;
+        for _ in 0..200 {
+            let piece = Work::of_run(1000, pace.piece(true, 1000));
+            let layers = if pace.measures() { 0 } else { pace.slice(true, piece, LAYERS) };
+            let work = if layers == 0 { Work::default() } else { Work { layers, ..piece } };
+            pace.observe(machine.seconds(work), true, work);
+            measured += usize::from(layers == 0);
+        }
+        assert_eq!(measured, 200 / (BESIDE + 1));
+        assert!(pace.piece(true, 1000) >= before, "{before} before, and now {}", pace.piece(true, 1000));
     }
 
     #[test]

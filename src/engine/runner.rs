@@ -148,11 +148,14 @@ impl Runner {
         // By themselves, and together: the copies are made in every layer, by whoever is there.
         let alone = (layers != (0..depth) && answers > 0).then(|| self.pack(&plan.runs[..answers], &plan.copies));
         let together = self.pack(&plan.runs, &plan.copies);
-        let held = self.piece.take();
         let mut x = if layers.start == 0 {
             self.model.embed(&self.tokens(&plan.runs, &together.shape)?)?
         } else {
-            let piece = held.ok_or_else(|| Error::internal("no piece of a prompt"))?.rows_of(&plan.runs[answers..])?;
+            let piece = self
+                .piece
+                .take()
+                .ok_or_else(|| Error::internal("no piece of a prompt"))?
+                .rows_of(&plan.runs[answers..])?;
             match &alone {
                 Some(alone) => {
                     let x = self.model.embed(&self.tokens(&plan.runs[..answers], &alone.shape)?)?;

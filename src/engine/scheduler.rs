@@ -243,6 +243,11 @@ impl Scheduler {
             at += if self.running[at].left() == 1 { self.try_schedule(at, share, &mut plan, ended) } else { 1 };
         }
         let answers = plan.runs.len();
+        plan.layers = 0..self.limits.layers;
+        if answers > 0 && self.pace.measures() {
+            plan.work.layers = plan.layers.len();
+            return plan;
+        }
         if self.piece.runs.is_empty() {
             // Nobody waits for a token, or there is no stop on the way.
             let whole = answers == 0 || self.limits.layers == 1;
@@ -251,7 +256,6 @@ impl Scheduler {
                 self.piece = Piece { runs: plan.runs.split_off(answers), passed: 0 };
             }
         }
-        plan.layers = 0..self.limits.layers;
         if !self.piece.runs.is_empty() {
             plan.layers = self.pass_layers(answers > 0);
             plan.runs.extend(self.piece.runs.iter().cloned());

@@ -190,7 +190,7 @@ impl Machine {
     /// Does what a plan says, and checks what every row sees.
     fn run(&mut self, plan: &StepPlan) -> Result<Vec<(SequenceId, u32)>, TestCaseError> {
         let answers = plan.runs.len() - plan.prompt_runs;
-        let held = std::mem::take(&mut self.held);
+        let held = if plan.prompt_runs > 0 { std::mem::take(&mut self.held) } else { HashMap::new() };
         let mut hidden = Vec::new();
         for (at, run) in plan.runs.iter().enumerate() {
             let tokens = match &run.input {
