@@ -120,7 +120,7 @@ impl Restores {
             first.skip_cached(scheduler, &mut self.ahead);
         }
         let mut beginnings: Vec<Arc<[u32]>> = Vec::new();
-        for restore in &mut self.queue {
+        for (place, restore) in self.queue.iter_mut().enumerate() {
             let begins = |other: &Arc<[u32]>| {
                 restore.tokens[..restore.tokens.len().min(BEGINNING)].starts_with(&other[..other.len().min(BEGINNING)])
             };
@@ -133,7 +133,10 @@ impl Restores {
                 if !matches!(restore.rows[at], Arrival::NotAsked) {
                     continue;
                 }
-                if self.ahead > 0 && self.ahead + fetch.bytes > READ_AHEAD {
+                // Those behind may have taken all of the memory before the first one came: it must get on all the same.
+                let asked = |rows: &Arrival| matches!(rows, Arrival::OnItsWay | Arrival::Here(_));
+                let stuck = place == 0 && !restore.rows.iter().any(asked);
+                if self.ahead + fetch.bytes > READ_AHEAD && !stuck {
                     return;
                 }
                 self.ahead += fetch.bytes;
