@@ -16,7 +16,9 @@ pub struct EngineMetrics {
     pub running_sequences: usize,
     /// Steps computed.
     pub steps: u64,
-    /// Seconds that they took.
+    /// Those in which prompts passed some of the layers only, so that answers beside them stay smooth.
+    pub partial_steps: u64,
+    /// Seconds that steps took.
     pub step_seconds: f64,
     /// Seconds in which the host planned steps, and turned tokens into text and events.
     pub host_seconds: f64,
@@ -62,6 +64,7 @@ impl EngineMetrics {
         self.prompt_tokens = counters.prompt_tokens;
         self.cached_tokens = counters.cached_tokens;
         self.completion_tokens = counters.completion_tokens;
+        self.partial_steps = counters.partial_steps;
         self.preemptions = counters.preemptions;
         self.blocks_used = blocks.used;
         self.blocks_cached = blocks.cached;

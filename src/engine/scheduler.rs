@@ -86,6 +86,8 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// Tokens sampled and read.
     pub completion_tokens: u64,
+    /// Steps in which prompt tokens passed some of the layers only.
+    pub partial_steps: u64,
     /// Sequences that had to give their blocks to others for a while.
     pub preemptions: u64,
 }
@@ -263,6 +265,7 @@ impl Scheduler {
                 self.piece = Piece::default();
             }
         }
+        self.counters.partial_steps += u64::from(plan.layers.len() < self.limits.layers);
         plan.prompt_runs = plan.runs.len() - answers;
         let work = plan.runs[answers..].iter().map(|run| Work::of_run(run.start, run.tokens()));
         plan.work = Work { layers: plan.layers.len(), ..work.fold(Work::default(), Work::and) };

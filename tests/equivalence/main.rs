@@ -196,6 +196,8 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
         // Sometimes so little that sequences are preempted.
         cache_bytes: (random.below(2) == 0).then(|| token_bytes * block_tokens * (least + random.below(least))),
         threads: Some(1 + random.below(2)),
+        // Sometimes so short that prompts pass a few layers a step.
+        target_latency: (random.below(2) == 0).then_some(Duration::from_nanos(1)),
         ..exact()
     }
 }
@@ -203,7 +205,7 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
 #[test]
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
-    let mut preemptions = 0;
+    let (mut preemptions, mut partial_steps) = (0, 0);
     let models = ["qwen3-4bit", "llama-f32", "mistral-sliding-window", "qwen2-8bit"];
     for _ in 0..schedules(12).div_ceil(4) {
         for name in models {
@@ -212,12 +214,15 @@ fn company_changes_nothing_on_tiny_models() {
             let expected = alone(&pool, &bodies);
             let company = open(&fixture(name), settings(&mut random, &metrics(&pool), 100));
             play(&company, &bodies, &expected, &mut random);
-            preemptions += metrics_at_rest(&company).preemptions;
+            let metrics = metrics_at_rest(&company);
+            preemptions += metrics.preemptions;
+            partial_steps += metrics.partial_steps;
             company.close();
             pool.close();
         }
     }
     assert!(preemptions > 0, "nothing was preempted: this test sees less than it should");
+    assert!(partial_steps > 0, "no prompt stopped between layers: this test sees less than it should");
 }
 
 #[test]
