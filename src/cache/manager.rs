@@ -1,8 +1,9 @@
 //! The blocks of all sequences of a model: tables, sharing, copy-on-write, and the index of what is cached. Pure.
 //!
-//! A table's whole blocks enter the index when the step that writes them is planned: steps run in order, and a layer writes a
-//! step's rows before it attends, so that even another sequence of the same step may share them. Shared blocks are never
-//! written. A sequence that would write to one copies it first; what it copies must come from an earlier step.
+//! A table's whole blocks enter the index when the step that writes them in the last layer is planned: steps run in order,
+//! and a layer writes a step's rows before it attends, so that even another sequence of the same step may share them.
+//! Shared blocks are never written. A sequence that would write to one copies it first; what it copies must come from an
+//! earlier step.
 
 use std::collections::HashMap;
 

@@ -3,8 +3,8 @@
 //! A sequence has known tokens and a count of computed ones that chases them; prompt chunks and single decode
 //! tokens are the same thing. A step takes tokens of many sequences: first one of each that decodes, then prompts within
 //! a budget, first come, first served. Beside decoding sequences the prompt tokens of a step are a *piece* that may pass a
-//! few layers only; the steps behind it take it through the others. A step may be planned on tokens that the step before is still computing; those are
-//! then read, and if one ends its sequence the extra step's token is dropped.
+//! few layers only; the steps behind it take it through the others. A step may be planned on tokens that the step before
+//! is still computing; those are then read, and if one ends its sequence the extra step's token is dropped.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};

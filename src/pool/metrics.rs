@@ -14,8 +14,9 @@ pub fn json(models: &[(String, EngineMetrics)]) -> String {
 /// The text format of Prometheus, version 0.0.4: one family for each metric, with the model as a label. Names end with
 /// `_total` where a number only ever grows.
 pub fn prometheus(models: &[(String, EngineMetrics)]) -> String {
-    const GROWING: [&str; 10] = [
+    const GROWING: [&str; 11] = [
         "steps",
+        "partial_steps",
         "step_seconds",
         "host_seconds",
         "build_seconds",
