@@ -242,24 +242,31 @@ impl ModelTiers {
         self.tiers.write_evicted(evicted)
     }
 
+    /// Hands what the hot tier alone has of this model to the writer, as far as that has room; whether nothing is left.
+    pub fn write_dirty(&self) -> bool {
+        let Some(cold) = &self.tiers.cold else { return true };
+        for span in self.tiers.hot.dirty(Some(&self.hot)) {
+            if !cold.has_room() {
+                return false;
+            }
+            let written = self.tiers.hot.stored(span).is_none_or(|dirty| self.tiers.write_evicted(vec![dirty]));
+            if !written {
+                return false;
+            }
+            self.tiers.hot.mark_clean(span);
+        }
+        true
+    }
+
     /// Writes everything that the hot tier alone has of this model, and waits until all that was given to the writer is
-    /// written, `time` at most; whether nothing was lost or left.
+    /// written, `time` at most; whether nothing is left.
     pub fn flush(&self, time: Duration) -> bool {
         let Some(cold) = &self.tiers.cold else { return false };
-        let mut kept = true;
         let deadline = Instant::now() + time;
-        for span in self.tiers.hot.dirty(Some(&self.hot)) {
-            while !cold.has_room() && Instant::now() < deadline {
-                std::thread::sleep(CROWDED);
-            }
-            let Some(dirty) = self.tiers.hot.stored(span) else { continue };
-            if self.tiers.write_evicted(vec![dirty]) {
-                self.tiers.hot.mark_clean(span);
-            } else {
-                kept = false;
-            }
+        while !self.write_dirty() && Instant::now() < deadline {
+            std::thread::sleep(CROWDED);
         }
-        cold.writer.flush(deadline.saturating_duration_since(Instant::now())) && kept
+        cold.writer.flush(deadline.saturating_duration_since(Instant::now())) && self.write_dirty()
     }
 
     /// Keeps a prefix in the cold tier, or no longer.

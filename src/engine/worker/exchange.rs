@@ -227,6 +227,7 @@ impl Worker<'_> {
             }
             match self.scheduler.blocks().next_save() {
                 Some(save) => self.save(save),
+                None if self.saving.all && !self.tiers.as_ref().is_none_or(ModelTiers::write_dirty) => return,
                 None => {
                     let kept = !self.saving.lost;
                     return self.saving.answer(kept);
