@@ -409,6 +409,9 @@ typedef struct omlx_event {
     omlx_usage usage;
 } omlx_event;
 
+/// Initialiser of `omlx_event`: all defaults.
+#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, 0 }
+
 // Requests --------------------------------------------------------------------------------------------------
 
 /// Receives the events of a request, one call at a time, the done event last. Return 0 to go on; anything else
@@ -623,6 +626,9 @@ typedef struct omlx_cache_limits {
     /// As `omlx_pool_options.cold_bytes_per_model`.
     uint64_t cold_bytes_per_model;
 } omlx_cache_limits;
+
+/// Initialiser of `omlx_cache_limits`: all defaults.
+#define OMLX_CACHE_LIMITS_INIT { sizeof(omlx_cache_limits), 0, 0, 0, 0 }
 
 /// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.
 omlx_status omlx_cache_set_limits(omlx_pool *pool, const omlx_cache_limits *limits, omlx_error **error);

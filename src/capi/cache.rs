@@ -3,7 +3,7 @@
 use std::ffi::c_char;
 use std::time::Duration;
 
-use super::{SizedOptions, borrow, boundary, omlx_error, omlx_pool, omlx_string, optional_string};
+use super::{SizedOptions, borrow, boundary, omlx_error, omlx_pool, omlx_string, optional_string, output};
 use crate::engine::Request;
 use crate::error::{Error, Status};
 use crate::pool::{TierLimits, TierSet};
@@ -89,6 +89,7 @@ pub unsafe extern "C" fn omlx_cache_find(
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, json) =
             unsafe { (borrow(pool, "pool")?, super::bytes(request_json.cast(), request_len, "request_json")?) };
+        let text = output(text, "text")?;
         omlx_string::write(pool.pool.cache_find(&Request::from_json(json, false)?)?, text)
     })
 }
@@ -181,7 +182,12 @@ pub unsafe extern "C" fn omlx_cache_set_limits(
 ) -> Status {
     boundary(error, || {
         // SAFETY: NULL or valid, by the header's contract.
-        let (pool, limits) = unsafe { (borrow(pool, "pool")?, super::options(limits, "limits")?) };
+        let pool = unsafe { borrow(pool, "pool") }?;
+        if limits.is_null() {
+            return Err(Error::invalid_argument("limits is NULL"));
+        }
+        // SAFETY: valid, by the header's contract.
+        let limits = unsafe { super::options(limits, "limits") }?;
         let nonzero = |n: u64| (n > 0).then_some(n);
         pool.pool.set_cache_limits(TierLimits {
             hot: nonzero(limits.hot_bytes),

@@ -370,7 +370,7 @@ impl Worker<'_> {
     }
 
     fn commit(&mut self, step: Launched, launched: Instant) -> Result<()> {
-        let (decodes, work) = (step.decodes, step.work);
+        let mut cost = (step.decodes, step.work);
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
@@ -381,7 +381,13 @@ impl Worker<'_> {
         let time = now - launched.max(self.committed);
         let seconds = time.saturating_sub(self.growth.turn).as_secs_f64();
         self.committed = now;
-        self.scheduler.observe(seconds, decodes, work);
+        // On the CPU MLX takes a step over only as fast as it computes it, but for the last few nodes: what has passed is then
+        // the time of the step that was launched meanwhile.
+        let next = self.in_flight.as_ref().filter(|(next, _)| next.encode.as_secs_f64() > seconds / 2.0);
+        if let Some((next, _)) = next {
+            cost = (next.decodes, next.work);
+        }
+        self.scheduler.observe(seconds, cost.0, cost.1);
         self.metrics.steps += 1;
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;

@@ -201,7 +201,7 @@ fn structure(code: &[&str]) -> String {
         false => (*line).to_owned(),
     });
     let definition = fields.collect::<Vec<_>>().join("\n");
-    if !name.ends_with("_options") {
+    if !definition.contains(" struct_size;") {
         return definition;
     }
     let fields = code.iter().filter(|line| line.starts_with("    ") && line.ends_with(';') && !line.contains("///"));
