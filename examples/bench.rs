@@ -184,8 +184,8 @@ fn decode(pool: &EnginePool, options: &Options, batch: usize) -> Result<(usize, 
     Ok((counted, end - start))
 }
 
-/// Milliseconds between the tokens of a running answer: the median of a quiet one, and the 99th percentile while a prompt
-/// of `len` tokens is computed beside it; and the prompt's rate as a share of its quiet one.
+/// Milliseconds between the tokens of a running answer while a prompt of `len` tokens is computed beside it, and between the
+/// same tokens of the same answer when it is alone; and the prompt's rate as a share of its quiet one.
 fn latency(pool: &EnginePool, len: usize) -> Result<()> {
     let gaps = |times: &[Instant]| {
         let mut gaps: Vec<f64> = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
@@ -193,7 +193,6 @@ fn latency(pool: &EnginePool, len: usize) -> Result<()> {
         gaps
     };
     let quiet_prompt = prefill(pool, len)?;
-    let quiet = gaps(&arrivals(&*pool.generate(request(64, 5000, 100, 0.0)?)?)?);
     // Long enough to outlast the prompt.
     let running = pool.generate(request(64, 5001, 20_000, 0.0)?)?;
     let reader = {
@@ -215,12 +214,15 @@ fn latency(pool: &EnginePool, len: usize) -> Result<()> {
         .ok_or_else(|| Error::internal("no token came"))?;
     running.cancel();
     let times = reader.join().map_err(|_| Error::internal("a reader failed"))?;
-    let beside: Vec<Instant> = times.into_iter().filter(|time| (sent..=first).contains(time)).collect();
-    let beside = gaps(&beside);
+    let (from, to) = (times.partition_point(|time| *time < sent), times.partition_point(|time| *time <= first));
+    let beside = gaps(&times[from..to]);
+    // A longer answer has more keys to read: the quiet one is compared where it is as long.
+    let alone = arrivals(&*pool.generate(request(64, 5001, to, 0.0)?)?)?;
+    let quiet = gaps(&alone[from.min(alone.len())..]);
     let at = |gaps: &[f64], part: f64| gaps.get(((gaps.len() - 1) as f64 * part) as usize).copied().unwrap_or(f64::NAN);
     line(json!({
         "engine": "omlx", "device": pool.device().name(), "name": format!("latency{len}"),
-        "quiet_median_ms": at(&quiet, 0.5), "median_ms": at(&beside, 0.5), "p99_ms": at(&beside, 0.99),
+        "quiet_median_ms": at(&quiet, 0.5), "quiet_p99_ms": at(&quiet, 0.99), "median_ms": at(&beside, 0.5), "p99_ms": at(&beside, 0.99),
         "tokens_beside": beside.len(), "prompt_rate": quiet_prompt.as_secs_f64() / (first - sent).as_secs_f64(),
     }));
     Ok(())

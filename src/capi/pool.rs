@@ -203,6 +203,7 @@ impl omlx_pool_options {
             dtype,
             context: nonzero(self.context_length),
             prefill_chunk: nonzero(self.prefill_chunk),
+            overlap: None,
             keep_environment: self.keep_environment != 0,
             threads: nonzero(self.threads),
             precision,

@@ -86,6 +86,8 @@ pub struct EngineOptions {
     pub queue_length: usize,
     /// What a step should take while answers are running.
     pub target_latency: Duration,
+    /// Whether a step is launched before the tokens of the one before it have been read.
+    pub overlap: bool,
     /// Tokenizer, templates and defaults.
     pub text: Arc<LazyText>,
     /// Where rows are outside the pools.

@@ -16,7 +16,8 @@ fn fixture(name: &str) -> PathBuf {
 
 /// A pool with one tiny model under an id that no other test uses, so that armed faults hit this test only.
 fn pool(id: &str) -> EnginePool {
-    let pool = EnginePool::open(PoolOptions { device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    let pool =
+        EnginePool::open(PoolOptions { device: Some(Device::Cpu), overlap: Some(true), ..Default::default() }).unwrap();
     pool.add_model(&fixture("qwen3-f32"), Some(id)).unwrap();
     pool
 }
@@ -51,7 +52,8 @@ fn finish(state: &RequestState) -> (Vec<u32>, Done) {
 
 #[test]
 fn the_pipelined_engine_gives_the_reference_tokens() {
-    let pool = EnginePool::open(PoolOptions { device: Some(Device::Cpu), ..Default::default() }).unwrap();
+    let pool =
+        EnginePool::open(PoolOptions { device: Some(Device::Cpu), overlap: Some(true), ..Default::default() }).unwrap();
     for name in ["qwen3-4bit", "llama-f32", "mistral-sliding-window"] {
         pool.add_model(&fixture(name), None).unwrap();
         let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();

@@ -148,6 +148,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         saving: Saving::default(),
         metrics,
         in_flight: None,
+        stepping: false,
         committed: started,
         growth: Growth::default(),
         next_id: 0,
@@ -203,6 +204,8 @@ struct Worker<'a> {
     metrics: EngineMetrics,
     /// The step before the one that is being planned, and when it was launched.
     in_flight: Option<(Launched, Instant)>,
+    /// The last turn had a step, so someone may wait for the next one.
+    stepping: bool,
     /// When the last step was read.
     committed: Instant,
     growth: Growth,
@@ -219,7 +222,7 @@ struct Growth {
 }
 
 impl Worker<'_> {
-    /// The engine loop: each turn plans and launches step n, then reads and commits step n-1.
+    /// The engine loop: each turn plans and launches step n, then reads and commits step n-1, or n where steps do not overlap.
     ///
     /// Returns when told to stop; errors only for defects, after which the engine must not go on.
     fn run(&mut self, inbox: &Receiver<Command>) -> Result<()> {
@@ -236,9 +239,11 @@ impl Worker<'_> {
             }
             self.resize()?;
             let launched = self.launch()?;
-            let before = std::mem::replace(&mut self.in_flight, launched.map(|launched| (launched, turn)));
-            let idle = self.in_flight.is_none() && before.is_none();
-            if let Some((step, launched)) = before {
+            self.stepping = launched.is_some();
+            let launched = launched.map(|launched| (launched, turn));
+            let ending = if self.options.overlap { std::mem::replace(&mut self.in_flight, launched) } else { launched };
+            let idle = self.in_flight.is_none() && ending.is_none();
+            if let Some((step, launched)) = ending {
                 self.commit(step, launched)?;
             }
             self.save_ahead(idle);
@@ -304,20 +309,19 @@ impl Worker<'_> {
         if begins {
             pages.resize(wanted);
         }
-        let outcome = match &self.in_flight {
-            None => pages.resize_all(),
+        let outcome = if !self.stepping {
+            pages.resize_all()
+        } else if pages.is_resizing() && !begins {
+            // A failure shows when it is read.
+            let _ = self.in_flight.as_ref().map(|(step, _)| step.wait());
+            let started = Instant::now();
+            let outcome = pages.resize_part().map(drop);
+            self.growth.turn = started.elapsed();
+            self.growth.block = self.growth.turn.as_secs_f64() / pages.capacity().max(1) as f64;
+            outcome
+        } else {
             // The step before the first part is planned with the time that it takes.
-            Some(_) if begins => Ok(()),
-            Some((step, _)) if pages.is_resizing() => {
-                // A failure shows when it is read.
-                let _ = step.wait();
-                let started = Instant::now();
-                let outcome = pages.resize_part().map(drop);
-                self.growth.turn = started.elapsed();
-                self.growth.block = self.growth.turn.as_secs_f64() / pages.capacity().max(1) as f64;
-                outcome
-            }
-            Some(_) => Ok(()),
+            Ok(())
         };
         let capacity = pages.capacity();
         // The next part delays the token of the step that is about to be planned.
@@ -370,7 +374,7 @@ impl Worker<'_> {
     }
 
     fn commit(&mut self, step: Launched, launched: Instant) -> Result<()> {
-        let mut cost = (step.decodes, step.work);
+        let (decodes, work) = (step.decodes, step.work);
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
@@ -381,13 +385,7 @@ impl Worker<'_> {
         let time = now - launched.max(self.committed);
         let seconds = time.saturating_sub(self.growth.turn).as_secs_f64();
         self.committed = now;
-        // On the CPU MLX takes a step over only as fast as it computes it, but for the last few nodes: what has passed is then
-        // the time of the step that was launched meanwhile.
-        let next = self.in_flight.as_ref().filter(|(next, _)| next.encode.as_secs_f64() > seconds / 2.0);
-        if let Some((next, _)) = next {
-            cost = (next.decodes, next.work);
-        }
-        self.scheduler.observe(seconds, cost.0, cost.1);
+        self.scheduler.observe(seconds, decodes, work);
         self.metrics.steps += 1;
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;

@@ -54,6 +54,9 @@ pub struct PoolOptions {
     pub queue_length: Option<usize>,
     /// What a step should take while answers are running; `None` is [`DEFAULT_LATENCY`].
     pub target_latency: Option<Duration>,
+    /// Whether a step is launched before the tokens of the one before it have been read; `None` does so on a GPU. On the CPU
+    /// MLX takes over the nodes of a step only about as fast as it computes them: tokens would come late, and nothing sooner.
+    pub overlap: Option<bool>,
     /// Do not set the environment variables that MLX reads.
     pub keep_environment: bool,
     /// What is cached outside the pools.
@@ -97,6 +100,7 @@ pub struct EnginePool {
     max_sequences: usize,
     queue_length: usize,
     target_latency: Duration,
+    overlap: bool,
     tiers: Tiers,
     default_model: Option<String>,
     state: Mutex<State>,
@@ -162,6 +166,7 @@ impl EnginePool {
             max_sequences: options.max_sequences.unwrap_or(DEFAULT_SEQUENCES),
             queue_length: options.queue_length.unwrap_or(DEFAULT_QUEUE),
             target_latency: options.target_latency.unwrap_or(DEFAULT_LATENCY),
+            overlap: options.overlap.unwrap_or(device == Device::Gpu),
             tiers: options.tiers.open(device)?,
             default_model: options.default_model,
             state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
@@ -408,6 +413,7 @@ impl EnginePool {
             max_sequences: self.max_sequences,
             queue_length: self.queue_length,
             target_latency: self.target_latency,
+            overlap: self.overlap,
             text: Arc::clone(&slot.text),
             tiers: self.tiers.clone(),
         })?);

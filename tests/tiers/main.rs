@@ -133,6 +133,7 @@ fn a_restart_changes_no_answer() {
             let options = || {
                 let mut options = PoolOptions { block_tokens: Some(block_tokens), ..tiered(folder.path()) };
                 options.tiers.write_through = write_through;
+                options.overlap = Some(write_through);
                 options
             };
             let pool = open(model, options());

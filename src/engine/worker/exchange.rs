@@ -153,11 +153,11 @@ impl Worker<'_> {
             if !self.save_evicted()? {
                 return Ok(());
             }
-            let most = if self.in_flight.is_some() { 1 } else { usize::MAX };
+            let most = if self.stepping { 1 } else { usize::MAX };
             if let Some(restored) = self.restores.place(&mut self.runner, &mut self.scheduler, most)? {
                 self.restored(restored);
             }
-            if self.in_flight.is_some() {
+            if self.stepping {
                 return Ok(());
             }
         }
