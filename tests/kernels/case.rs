@@ -215,8 +215,9 @@ fn swiglu(gate: Expected, up: Expected) -> Expected {
 fn sums((weights, bias): &(Weights, Option<Numbers>), expert: usize, x: &[f32], precision: Precision) -> Vec<Expected> {
     let columns = weights.columns;
     let fast = weights.format.is_packed() && precision == Precision::Fast;
-    let x: Vec<f64> =
-        if fast { quantised(x, weights.format.group()) } else { x.iter().map(|&x| f64::from(x)).collect() };
+    // Activations share a scale over 64 columns at most.
+    let group = weights.format.group().min(64);
+    let x: Vec<f64> = if fast { quantised(x, group) } else { x.iter().map(|&x| f64::from(x)).collect() };
     let one = |row: usize| {
         let at = (expert * weights.rows + row) * columns;
         let (values, parts) = (&weights.values[at..at + columns], &weights.parts[at..at + columns]);

@@ -78,14 +78,24 @@ impl<'a> Integer<'a> {
         self.panels[0].packed
     }
 
+    /// Columns whose activations share a scale: a group of codes, or a part of one.
+    fn group(&self) -> usize {
+        Order::of(self.packed()).group
+    }
+
     fn groups(&self) -> usize {
-        self.columns / self.packed().group
+        self.columns / self.group()
+    }
+
+    /// How many groups of activations meet a group of codes.
+    fn repeats(&self) -> usize {
+        self.packed().group / self.group()
     }
 
     #[inline(always)]
     fn all_panels<S: Simd, const N: usize>(&self, simd: S, acc: &mut [f32]) {
         assert_eq!(self.panels.len(), N);
-        let group = self.packed().group;
+        let group = self.group();
         let steps = group / 4;
         let chunk = (CHUNK / group).max(1);
         let m = self.x_rows.len();
@@ -143,10 +153,11 @@ impl<'a> Integer<'a> {
         first..first + rows
     }
 
-    /// Scales and biases of the panel's rows, `[group][scale, bias]`.
+    /// Scales and biases of the panel's rows for each group of activations, `[group][scale, bias]`.
     #[inline(always)]
     fn load_scales<S: Simd>(&self, simd: S, panel: usize, out: &mut [Line]) {
-        let (rows, groups) = (self.panel_rows(panel), self.groups());
+        let (rows, repeats) = (self.panel_rows(panel), self.repeats());
+        let groups = self.groups() / repeats;
         let whole = rows.len() == PANEL && groups >= SPAN;
         let packed = self.panels[panel].packed;
         match &packed.scales {
@@ -162,10 +173,12 @@ impl<'a> Integer<'a> {
                     for (lane, row) in rows.clone().enumerate() {
                         (scales[lane], biases[lane]) = packed.scale_and_bias(row * groups + group);
                     }
-                    // SAFETY: arrays of sixteen; a line has room for sixteen f32.
-                    unsafe {
-                        simd.store(out[2 * group].0.as_mut_ptr().cast(), simd.load(scales.as_ptr()));
-                        simd.store(out[2 * group + 1].0.as_mut_ptr().cast(), simd.load(biases.as_ptr()));
+                    for lines in out[2 * group * repeats..2 * (group + 1) * repeats].chunks_exact_mut(2) {
+                        // SAFETY: arrays of sixteen; a line has room for sixteen f32.
+                        unsafe {
+                            simd.store(lines[0].0.as_mut_ptr().cast(), simd.load(scales.as_ptr()));
+                            simd.store(lines[1].0.as_mut_ptr().cast(), simd.load(biases.as_ptr()));
+                        }
                     }
                 }
             }
@@ -177,7 +190,8 @@ impl<'a> Integer<'a> {
     fn load_halves<S: Simd, const BF16: bool>(&self, simd: S, numbers: [&[u16]; 2], panel: usize, out: &mut [Line]) {
         let WeightRows { first, next, .. } = self.panels[panel];
         let (low, high) = (simd.splat_i(0xffff), simd.splat_i(0xffff_0000u32 as i32));
-        let groups = self.groups();
+        let repeats = self.repeats();
+        let groups = self.groups() / repeats;
         for (which, numbers) in numbers.into_iter().enumerate() {
             let ahead = numbers.as_ptr().wrapping_add((first + next) * groups).cast::<u8>();
             let mut line = 0;
@@ -198,9 +212,13 @@ impl<'a> Integer<'a> {
                         [simd.float_of_f16(simd.and(halves, low)), simd.float_of_f16(simd.shr::<16>(halves))]
                     };
                     for (half, numbers) in numbers.into_iter().enumerate() {
-                        let line = &mut out[2 * (start + 2 * word + half) + which];
-                        // SAFETY: a line has room for sixteen f32.
-                        unsafe { simd.store(line.0.as_mut_ptr().cast(), numbers) };
+                        let group = start + 2 * word + half;
+                        for line in
+                            out[2 * group * repeats..2 * (group + 1) * repeats].iter_mut().skip(which).step_by(2)
+                        {
+                            // SAFETY: a line has room for sixteen f32.
+                            unsafe { simd.store(line.0.as_mut_ptr().cast(), numbers) };
+                        }
                     }
                 }
             }
@@ -249,7 +267,7 @@ impl<'a> Integer<'a> {
         for panel in 0..N {
             let scales = &scales[panel * self.groups() * 2..][..self.groups() * 2];
             let acc = &mut acc[panel * PANEL..][..PANEL];
-            match (self.packed().coding, self.packed().group % BLOCK) {
+            match (self.packed().coding, self.group() % BLOCK) {
                 (Coding::Affine(4), 0) => simd.call(OneRow::<4, false> { of: self, panel, scales, acc }),
                 (Coding::Affine(8), 0) => simd.call(OneRow::<8, false> { of: self, panel, scales, acc }),
                 (Coding::Fp4, 0) => simd.call(OneRow::<4, true> { of: self, panel, scales, acc }),
@@ -320,7 +338,7 @@ impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
         let x_scales = &of.x.scales[of.x_rows.start * groups..][..groups];
         let x_sums = &of.x.sums[of.x_rows.start * groups..][..groups];
         assert!(acc.len() == PANEL && scales.len() == 2 * groups);
-        let words_per_group = of.packed().group * BITS / 32;
+        let words_per_group = of.group() * BITS / 32;
         let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
         let mut total = simd.splat(0.0);
         // Two chains, since a sum takes several cycles.
@@ -458,7 +476,7 @@ impl<const N: usize> Tile<'_, N> {
     fn rows<S: Simd, const M: usize>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
         let Integer { columns, x, x_rows, .. } = self.of;
         let (columns, packed) = (*columns, self.of.packed());
-        let group = packed.group;
+        let group = self.of.group();
         let (steps, all_groups) = (group / 4, columns / group);
         let x_row = x_rows.start + row;
         let bytes = &x.bytes[x_row * columns..(x_row + M) * columns];

@@ -3,10 +3,13 @@
 use super::matrix::{Coding, Packed};
 use super::simd::{LANES, Simd, Work};
 
+/// More activations do not share a scale, unless a group of codes is wider and no multiple of this.
+const WIDEST: usize = 64;
+
 /// How the codes of a packed matrix lie in 32-bit words, and so in which order activations meet them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
-    /// Codes that share a scale.
+    /// Activations that share a scale.
     pub group: usize,
     /// Bits of a code in a word: 2, 4 or 8. Codes of other widths are unpacked to bytes first.
     pub bits: usize,
@@ -20,7 +23,9 @@ impl Order {
             Coding::Affine(_) => 8,
             Coding::Fp4 => 4,
         };
-        Self { group: packed.group, bits }
+        // With groups of 128 the error of a product reaches a hundredth.
+        let group = if packed.group.is_multiple_of(WIDEST) { WIDEST } else { packed.group };
+        Self { group, bits }
     }
 
     /// Which of the 32 / bits codes of a word is byte `byte` of its `step`-th four codes: masking a word that was
