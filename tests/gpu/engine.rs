@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mlx_rs::Dtype;
 use omlx::config::ModelConfig;
-use omlx::engine::{Event, Request, RequestState};
+use omlx::engine::{Event, Request, RequestState, Usage};
 use omlx::error::{Error, Result, Status};
 use omlx::mlx::Device;
 use omlx::pool::{EnginePool, PoolOptions, TierSet};
@@ -97,12 +97,17 @@ fn bodies(random: &mut Random) -> Vec<Value> {
         .collect()
 }
 
-fn request(body: &Value) -> Result<Request> {
+pub fn request(body: &Value) -> Result<Request> {
     Request::from_json(body.to_string().as_bytes(), false)
 }
 
 /// The tokens, or nothing if the request was cancelled.
 fn answer(state: &Arc<RequestState>) -> Result<Option<Vec<u32>>> {
+    Ok(answer_with_usage(state)?.map(|(tokens, _)| tokens))
+}
+
+/// The tokens and what they took, or nothing if the request was cancelled.
+pub fn answer_with_usage(state: &Arc<RequestState>) -> Result<Option<(Vec<u32>, Usage)>> {
     let mut tokens = Vec::new();
     loop {
         match state.next(PATIENCE) {
@@ -110,7 +115,7 @@ fn answer(state: &Arc<RequestState>) -> Result<Option<Vec<u32>>> {
             Ok(Event::ChoiceDone(..)) => {}
             Ok(Event::Done(done)) => {
                 return match done.error {
-                    None => Ok(Some(tokens)),
+                    None => Ok(Some((tokens, done.usage))),
                     Some(error) if error.status() == Status::Cancelled => Ok(None),
                     Some(error) => Err(error),
                 };
@@ -120,6 +125,6 @@ fn answer(state: &Arc<RequestState>) -> Result<Option<Vec<u32>>> {
     }
 }
 
-fn metrics(pool: &EnginePool) -> Result<omlx::engine::EngineMetrics> {
+pub fn metrics(pool: &EnginePool) -> Result<omlx::engine::EngineMetrics> {
     pool.metrics().into_iter().next().map(|(_, metrics)| metrics).ok_or_else(|| Error::internal("no model is loaded"))
 }

@@ -7,7 +7,8 @@
 //! cargo test --release --test gpu -- shapes          what has "shapes" in its name
 //! ```
 //!
-//! Without a GPU it says so and does only what a CPU can: how steps are packed for a GPU, by MLX's operations.
+//! Without a GPU it says so and does only what a CPU can: how steps are packed for a GPU, by MLX's operations, and rows that leave
+//! the pools and come back.
 
 mod company;
 mod engine;
@@ -15,6 +16,7 @@ mod kernels;
 mod pools;
 mod shapes;
 mod steps;
+mod tiers;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -25,7 +27,7 @@ use omlx::mlx::{self, Device};
 type Check = fn() -> Result<()>;
 
 /// Name, check, and whether it needs a GPU.
-const CHECKS: [(&str, Check, bool); 8] = [
+const CHECKS: [(&str, Check, bool); 9] = [
     ("company changes no logits in buckets, MLX's operations", company::changes_nothing_in_buckets, false),
     ("kernels compute what MLX's operations do", kernels::agree, true),
     ("company changes no logits in half", company::changes_nothing_in_half, true),
@@ -33,6 +35,7 @@ const CHECKS: [(&str, Check, bool); 8] = [
     ("wrong tables are noticed", company::wrong_tables_are_noticed, true),
     ("answers are those alone", engine::answers_are_those_alone, true),
     ("pools are written in place", pools::written_in_place, true),
+    ("rows come back from files and the host's memory", tiers::restored_rows_are_those_that_left, false),
     ("5000 shapes run", shapes::run, true),
 ];
 
