@@ -117,7 +117,6 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         "loaded"
     );
     end_before_exit();
-    shared.set(Phase::Ready(info));
     let layers = runner.stops();
     let pages = runner.pages();
     let limits = Limits {
@@ -153,6 +152,9 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         growth: Growth::default(),
         next_id: 0,
     };
+    // Whoever asks a loaded engine learns the size of its blocks.
+    worker.publish();
+    shared.set(Phase::Ready(info));
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
     worker.end_restores();
     if outcome.is_ok() {
