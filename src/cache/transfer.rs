@@ -31,26 +31,37 @@ impl Pages {
     /// Copies the rows of consecutive blocks of a group to `to`, which has as many tokens as the blocks, or fewer.
     pub fn read_rows(&self, blocks: &[BlockId], to: &mut RowBuffer) -> Result<()> {
         let layout = Arc::clone(to.layout());
+        let Backend::Cpu(cpu) = self.backend() else { return self.gather_rows(blocks, to) };
         for (at, rows) in layout.layers.iter().enumerate() {
             let (keys, values) = to.rows_mut(at, 0..to.tokens());
             self.wait(rows.layer)?;
             let pool = self.layer(rows.layer)?;
-            match self.backend() {
-                Backend::Cpu(cpu) => {
-                    let block = layout.row_bytes(at);
-                    let (block_keys, block_values) = (block.0 * self.block_tokens(), block.1 * self.block_tokens());
-                    let keys = keys.chunks_mut(block_keys).zip(blocks);
-                    let keys = keys.map(|(to, &block)| (pool.0, place(block) as usize * block_keys, to));
-                    let values = values.chunks_mut(block_values).zip(blocks);
-                    let values = values.map(|(to, &block)| (pool.1, place(block) as usize * block_values, to));
-                    cpu.read_parts(keys.chain(values).collect())?;
-                }
-                Backend::Mlx | Backend::Gpu(_) => {
-                    let places = places(blocks)?;
-                    read_array(&pool.0.take_axis(&places, 0)?, keys)?;
-                    read_array(&pool.1.take_axis(&places, 0)?, values)?;
-                }
-            }
+            let block = layout.row_bytes(at);
+            let (block_keys, block_values) = (block.0 * self.block_tokens(), block.1 * self.block_tokens());
+            let keys = keys.chunks_mut(block_keys).zip(blocks);
+            let keys = keys.map(|(to, &block)| (pool.0, place(block) as usize * block_keys, to));
+            let values = values.chunks_mut(block_values).zip(blocks);
+            let values = values.map(|(to, &block)| (pool.1, place(block) as usize * block_values, to));
+            cpu.read_parts(keys.chain(values).collect())?;
+        }
+        Ok(())
+    }
+
+    /// The same by MLX's operations, all layers in one graph: to wait for each would take longer than to copy it.
+    fn gather_rows(&self, blocks: &[BlockId], to: &mut RowBuffer) -> Result<()> {
+        let layout = Arc::clone(to.layout());
+        let places = places(blocks)?;
+        let mut gathered = Vec::with_capacity(2 * layout.layers.len());
+        for rows in &layout.layers {
+            self.wait(rows.layer)?;
+            let (keys, values) = self.layer(rows.layer)?;
+            gathered.extend([keys.take_axis(&places, 0)?, values.take_axis(&places, 0)?]);
+        }
+        mlx_rs::transforms::eval(&gathered)?;
+        for (at, pair) in gathered.chunks_exact(2).enumerate() {
+            let (keys, values) = to.rows_mut(at, 0..to.tokens());
+            read_array(&pair[0], keys)?;
+            read_array(&pair[1], values)?;
         }
         Ok(())
     }
@@ -63,20 +74,27 @@ impl Pages {
         if blocks.len() != tokens.len().div_ceil(block_tokens) {
             return Err(Error::internal(format!("{} blocks for {} rows", blocks.len(), tokens.len())));
         }
+        let Backend::Cpu(cpu) = self.backend() else { return self.scatter_rows(blocks, from, tokens) };
         for (at, rows) in layout.layers.iter().enumerate() {
             let (keys, values) = from.rows(at, tokens.clone());
-            if let Backend::Cpu(cpu) = self.backend() {
-                let pool = self.layer(rows.layer)?;
-                let block = layout.row_bytes(at);
-                let (block_keys, block_values) = (block.0 * block_tokens, block.1 * block_tokens);
-                let keys = keys.chunks(block_keys).zip(blocks);
-                let keys = keys.map(|(from, &block)| (pool.0, place(block) as usize * block_keys, from));
-                let values = values.chunks(block_values).zip(blocks);
-                let values = values.map(|(from, &block)| (pool.1, place(block) as usize * block_values, from));
-                cpu.write_parts(keys.chain(values).collect())?;
-                continue;
-            }
-            let places = places(blocks)?;
+            let pool = self.layer(rows.layer)?;
+            let block = layout.row_bytes(at);
+            let (block_keys, block_values) = (block.0 * block_tokens, block.1 * block_tokens);
+            let keys = keys.chunks(block_keys).zip(blocks);
+            let keys = keys.map(|(from, &block)| (pool.0, place(block) as usize * block_keys, from));
+            let values = values.chunks(block_values).zip(blocks);
+            let values = values.map(|(from, &block)| (pool.1, place(block) as usize * block_values, from));
+            cpu.write_parts(keys.chain(values).collect())?;
+        }
+        Ok(())
+    }
+
+    /// The same by MLX's operations, all layers in one graph, in which the pools have no other user.
+    fn scatter_rows(&mut self, blocks: &[BlockId], from: &RowBuffer, tokens: Range<usize>) -> Result<()> {
+        let layout = Arc::clone(from.layout());
+        let places = places(blocks)?;
+        for (at, rows) in layout.layers.iter().enumerate() {
+            let (keys, values) = from.rows(at, tokens.clone());
             let scattered = |pool: Array, rows: &[u8]| -> Result<Array> {
                 let mut shape = pool.shape().to_vec();
                 shape[0] = blocks.len() as i32;
@@ -84,15 +102,14 @@ impl Pages {
                 let mut filled = HostBuffer::new(bytes)?;
                 filled.as_mut_slice()[..rows.len()].copy_from_slice(rows);
                 let rows = filled.into_array(&shape, pool.dtype())?;
-                let pool = mlx::scatter(pool, &[&places], &rows.expand_dims(1)?)?;
-                pool.eval()?;
-                Ok(pool)
+                mlx::scatter(pool, &[&places], &rows.expand_dims(1)?)
             };
             self.replace(rows.layer, |key_pool, value_pool| {
                 Ok((scattered(key_pool, keys)?, scattered(value_pool, values)?))
             })?;
         }
-        Ok(())
+        let pools = layout.layers.iter().map(|rows| self.layer(rows.layer)).collect::<Result<Vec<_>>>()?;
+        Ok(mlx_rs::transforms::eval(pools.into_iter().flat_map(|(keys, values)| [keys, values]))?)
     }
 }
 

@@ -40,7 +40,8 @@ pub fn restored_rows_are_those_that_left() -> Result<()> {
     let from_host = ask_all(&pool, &stayed)?;
     pool.close();
     // Negative control: without tiers hardly anything of them comes back.
-    let pool = open(&stayed.config, PoolOptions { cache_bytes: few, ..PoolOptions::default() })?;
+    let none = TierOptions { hot_bytes: Some(0), ..TierOptions::default() };
+    let pool = open(&stayed.config, PoolOptions { tiers: none, cache_bytes: few, ..PoolOptions::default() })?;
     ask(&pool, &stayed.bodies)?;
     let lost = ask(&pool, &stayed.bodies)?.iter().map(|(_, cached)| cached).sum::<usize>();
     let known: usize = stayed.bodies.iter().map(|body| tokens(body) - 1).sum();
@@ -105,5 +106,14 @@ fn open(config: &ModelConfig, options: PoolOptions) -> Result<EnginePool> {
     let device = if omlx::mlx::gpu_available() { Device::Gpu } else { Device::Cpu };
     let pool = EnginePool::open(PoolOptions { device: Some(device), dtype: Some(Dtype::Float32), ..options })?;
     pool.add_random_model("model", config.clone())?;
+    pool.load("model")?;
+    // Requests before the model is identified do without tiers.
+    let prompt = request(&json!({ "model": "model", "prompt": [1, 2] }))?;
+    for _ in 0..2000 {
+        if !pool.cache_find(&prompt)?.contains("not_identified") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
     Ok(pool)
 }
