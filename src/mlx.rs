@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use mlx_rs::{Array, Dtype, Stream};
 
@@ -111,6 +112,24 @@ pub fn at_exit(hook: extern "C" fn()) {
         tracing::warn!("no room for an exit hook: close pools before the process exits");
     }
 }
+
+/// Ends what CUDA streams keep, once nobody uses them any more, in the last moments of a process.
+///
+/// The destructor of MLX's streams leaves a thread behind that destroys CUDA handles; where that is while CUDA ends itself, it
+/// throws, and the process aborts. Nothing tells when the thread has ended: it needs microseconds.
+pub fn end_streams() {
+    if cuda_available() {
+        // SAFETY: without arguments; it clears the streams of this thread, and if it is the main one, the shared ones.
+        let code = unsafe { mlx_sys::mlx_clear_streams() };
+        if let Err(error) = checked(code) {
+            tracing::debug!(%error, "MLX's streams");
+        }
+        std::thread::sleep(STREAMS_END);
+    }
+}
+
+/// See [`end_streams`].
+const STREAMS_END: Duration = Duration::from_millis(20);
 
 /// Bytes of memory that the machine has.
 pub fn physical_memory() -> usize {

@@ -87,8 +87,10 @@ extern "C" fn end_all() {
         while live.iter().any(|threads| !threads.are_gone()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
-        for threads in live.iter().filter(|threads| threads.are_gone()) {
-            threads.join();
+        let (gone, left): (Vec<_>, Vec<_>) = live.iter().partition(|threads| threads.are_gone());
+        gone.into_iter().for_each(|threads| threads.join());
+        if left.is_empty() {
+            mlx::end_streams();
         }
     });
 }

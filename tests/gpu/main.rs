@@ -12,6 +12,7 @@
 
 mod company;
 mod engine;
+mod exit;
 mod kernels;
 mod pools;
 mod shapes;
@@ -27,7 +28,7 @@ use omlx::mlx::{self, Device};
 type Check = fn() -> Result<()>;
 
 /// Name, check, and whether it needs a GPU.
-const CHECKS: [(&str, Check, bool); 9] = [
+const CHECKS: [(&str, Check, bool); 10] = [
     ("company changes no logits in buckets, MLX's operations", company::changes_nothing_in_buckets, false),
     ("kernels compute what MLX's operations do", kernels::agree, true),
     ("company changes no logits in half", company::changes_nothing_in_half, true),
@@ -36,6 +37,7 @@ const CHECKS: [(&str, Check, bool); 9] = [
     ("answers are those alone", engine::answers_are_those_alone, true),
     ("pools are written in place", pools::written_in_place, true),
     ("rows come back from files and the host's memory", tiers::restored_rows_are_those_that_left, false),
+    ("hosts may exit at any time", exit::hosts_end_normally, false),
     ("5000 shapes run", shapes::run, true),
 ];
 
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
     mlx::init().expect("MLX");
     mlx::set_environment();
     let gpu = mlx::gpu_available();
+    if let Some(events) = std::env::var(exit::HOST).ok().and_then(|events| events.parse().ok()) {
+        println!("a host ends too soon: {:?}", exit::host(events));
+        return ExitCode::FAILURE;
+    }
     let required = std::env::var("OMLX_GPU").is_ok_and(|value| value == "required");
     if !gpu && required {
         println!("FAILED: the loaded MLX has no GPU");
