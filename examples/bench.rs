@@ -258,7 +258,8 @@ fn run() -> Result<()> {
         dtype,
         precision,
         threads,
-        max_sequences: options.batches.iter().max().copied(),
+        // Two of them for an answer beside a prompt.
+        max_sequences: options.batches.iter().copied().chain(options.latency.map(|_| 2)).max(),
         ..Default::default()
     })?;
     match (&options.random, &options.folder) {
