@@ -6,12 +6,13 @@
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::MaybeUninit;
-use std::sync::Mutex;
+use std::sync::{Mutex, Once};
 use std::time::Duration;
 
 use mlx_rs::{Array, Dtype, Stream};
 
 use crate::error::{Error, Result, Status};
+use crate::panics;
 use crate::sync::lock;
 
 /// The only MLX version whose binary interface this library was built against.
@@ -118,14 +119,23 @@ pub fn at_exit(hook: extern "C" fn()) {
 /// The destructor of MLX's streams leaves a thread behind that destroys CUDA handles; where that is while CUDA ends itself, it
 /// throws, and the process aborts. Nothing tells when the thread has ended: it needs microseconds.
 pub fn end_streams() {
-    if cuda_available() {
-        // SAFETY: without arguments; it clears the streams of this thread, and if it is the main one, the shared ones.
-        let code = unsafe { mlx_sys::mlx_clear_streams() };
-        if let Err(error) = checked(code) {
-            tracing::debug!(%error, "MLX's streams");
+    static ENDED: Once = Once::new();
+    ENDED.call_once(|| {
+        if cuda_available() {
+            // SAFETY: without arguments; it clears the streams of this thread and those made for any thread.
+            let code = unsafe { mlx_sys::mlx_clear_streams() };
+            if let Err(error) = checked(code) {
+                tracing::debug!(%error, "MLX's streams");
+            }
+            std::thread::sleep(STREAMS_END);
         }
-        std::thread::sleep(STREAMS_END);
-    }
+    });
+}
+
+/// See [`end_streams`]. For processes in which no engine has ever computed: the hook of engines comes before this one.
+extern "C" fn end_streams_at_exit() {
+    // A panic may not leave an exit hook.
+    let _ = panics::catch(end_streams);
 }
 
 /// See [`end_streams`].
@@ -260,6 +270,10 @@ impl RawStream {
         };
         if stream.ctx.is_null() {
             return Err(checked(1).err().unwrap_or_else(|| Error::backend("MLX made no stream")));
+        }
+        static HOOK: Once = Once::new();
+        if device == Device::Gpu {
+            HOOK.call_once(|| at_exit(end_streams_at_exit));
         }
         Ok(Self(stream))
     }

@@ -8,7 +8,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("sync", &[]),
     ("panics", &["error"]),
-    ("mlx", &["error", "sync"]),
+    ("mlx", &["error", "panics", "sync"]),
     ("kernels", &["error", "mlx", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
     ("config", &["error", "mlx"]),
