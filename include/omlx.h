@@ -105,6 +105,16 @@ OMLX_ENUM(omlx_status, int32_t) {
     OMLX_E_BACKEND = 14,
     /// A defect of this library (a panic was caught). The engine concerned is discarded.
     OMLX_E_INTERNAL = 15,
+    /// The hub asks for an access token, or for its terms to be accepted.
+    OMLX_E_UNAUTHORIZED = 16,
+    /// A server cannot be reached, or does not answer as it should.
+    OMLX_E_NETWORK = 17,
+    /// The network would be needed, and offline mode forbids it.
+    OMLX_E_OFFLINE = 18,
+    /// The disk has too little room.
+    OMLX_E_NO_SPACE = 19,
+    /// What was downloaded is not what was announced: another checksum, length or version.
+    OMLX_E_CHECKSUM = 20,
 };
 
 /// Name of a status, such as "OMLX_E_NOT_FOUND"; "OMLX_E_UNKNOWN" for a number that is none; static memory.

@@ -44,11 +44,21 @@ pub enum Status {
     Backend = 14,
     /// A defect of this library (a panic was caught). The engine concerned is discarded.
     Internal = 15,
+    /// The hub asks for an access token, or for its terms to be accepted.
+    Unauthorized = 16,
+    /// A server cannot be reached, or does not answer as it should.
+    Network = 17,
+    /// The network would be needed, and offline mode forbids it.
+    Offline = 18,
+    /// The disk has too little room.
+    NoSpace = 19,
+    /// What was downloaded is not what was announced: another checksum, length or version.
+    Checksum = 20,
 }
 
 impl Status {
     /// All of them, in the order of their numbers, which have no gaps.
-    pub const ALL: [Status; 16] = {
+    pub const ALL: [Status; 21] = {
         use Status::*;
         [
             Ok,
@@ -67,6 +77,11 @@ impl Status {
             Template,
             Backend,
             Internal,
+            Unauthorized,
+            Network,
+            Offline,
+            NoSpace,
+            Checksum,
         ]
     };
 
@@ -89,6 +104,11 @@ impl Status {
             Status::Template => c"OMLX_E_TEMPLATE",
             Status::Backend => c"OMLX_E_BACKEND",
             Status::Internal => c"OMLX_E_INTERNAL",
+            Status::Unauthorized => c"OMLX_E_UNAUTHORIZED",
+            Status::Network => c"OMLX_E_NETWORK",
+            Status::Offline => c"OMLX_E_OFFLINE",
+            Status::NoSpace => c"OMLX_E_NO_SPACE",
+            Status::Checksum => c"OMLX_E_CHECKSUM",
         }
     }
 }
@@ -172,4 +192,6 @@ constructors! {
     template => Template,
     backend => Backend,
     internal => Internal,
+    network => Network,
+    checksum => Checksum,
 }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 mod fault;
+pub mod hub;
 pub mod kernels;
 pub mod mlx;
 pub mod models;

@@ -8,6 +8,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("sync", &[]),
     ("panics", &["error"]),
+    ("hub", &["error", "panics", "sync"]),
     ("mlx", &["error", "panics", "sync"]),
     ("kernels", &["error", "mlx", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
@@ -25,14 +26,15 @@ const LAYERS: &[(&str, &[&str])] = &[
             "text", "weights",
         ],
     ),
-    ("pool", &["cache", "config", "engine", "error", "kernels", "mlx", "models", "sync"]),
-    ("capi", &["engine", "error", "fault", "kernels", "mlx", "panics", "pool", "sync"]),
+    ("pool", &["cache", "config", "engine", "error", "hub", "kernels", "mlx", "models", "sync"]),
+    ("capi", &["engine", "error", "fault", "hub", "kernels", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];
 
 /// Files and folders that never touch MLX: they run in milliseconds and under any checker.
 const PURE: &[&str] = &[
     "error.rs",
+    "hub",
     "panics.rs",
     "sync.rs",
     "text",

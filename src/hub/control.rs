@@ -1,0 +1,180 @@
+//! What the threads of a download share: how far it is, and whether it shall stop.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result, Status};
+use crate::panics;
+use crate::sync::lock;
+
+/// What a download is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Asking the hub which files there are.
+    Listing,
+    /// Fetching and checking files.
+    Fetching,
+    /// Writing through and moving into place.
+    Installing,
+    /// The model is there.
+    Done,
+    /// It ended with an error.
+    Failed,
+    /// It was cancelled.
+    Cancelled,
+}
+
+impl State {
+    /// Whether nothing more will happen.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// How far a download is. Rates are the host's to compute, from the growth of `bytes_done`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// What it is doing.
+    pub state: State,
+    /// Bytes that are there, those of `bytes_kept` included. Falls when a file has to be fetched anew.
+    pub bytes_done: u64,
+    /// Bytes of all files; 0 until they are listed.
+    pub bytes_total: u64,
+    /// Bytes that an earlier attempt or version had left.
+    pub bytes_kept: u64,
+    /// Files that are complete and checked.
+    pub files_done: u64,
+    /// All files; 0 until they are listed.
+    pub files_total: u64,
+    /// Requests that were repeated after a failure.
+    pub retries: u64,
+}
+
+/// Counters and the wish to stop, of one download.
+pub struct Control {
+    stop: Mutex<Stop>,
+    stopped: Condvar,
+    pub bytes_done: AtomicU64,
+    pub bytes_total: AtomicU64,
+    pub bytes_kept: AtomicU64,
+    pub files_done: AtomicU64,
+    pub files_total: AtomicU64,
+    pub retries: AtomicU64,
+}
+
+#[derive(Default)]
+struct Stop {
+    reason: Option<Error>,
+    /// Ends connections that are being read.
+    hooks: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+impl Control {
+    pub fn new() -> Self {
+        let zero = AtomicU64::default;
+        Self {
+            stop: Mutex::default(),
+            stopped: Condvar::new(),
+            bytes_done: zero(),
+            bytes_total: zero(),
+            bytes_kept: zero(),
+            files_done: zero(),
+            files_total: zero(),
+            retries: zero(),
+        }
+    }
+
+    /// Ends the download; the first reason stays.
+    pub fn stop(&self, reason: Error) {
+        let mut stop = lock(&self.stop);
+        stop.reason.get_or_insert(reason);
+        let hooks = std::mem::take(&mut stop.hooks);
+        self.stopped.notify_all();
+        drop(stop);
+        for hook in hooks {
+            hook();
+        }
+    }
+
+    /// Ends the download for the host.
+    pub fn cancel(&self) {
+        self.stop(Error::new(Status::Cancelled, "the download was cancelled"));
+    }
+
+    /// Has `hook` called when the download stops; at once if it has.
+    pub fn on_stop(&self, hook: impl FnOnce() + Send + 'static) {
+        let mut stop = lock(&self.stop);
+        if stop.reason.is_none() {
+            return stop.hooks.push(Box::new(hook));
+        }
+        drop(stop);
+        hook();
+    }
+
+    /// The reason to stop, if there is one.
+    pub fn check(&self) -> Result<()> {
+        lock(&self.stop).reason.clone().map_or(Ok(()), Err)
+    }
+
+    /// Waits, or ends early with the reason to stop.
+    pub fn sleep(&self, time: Duration) -> Result<()> {
+        let deadline = Instant::now() + time;
+        let mut stop = lock(&self.stop);
+        loop {
+            if let Some(reason) = &stop.reason {
+                return Err(reason.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            stop = self.stopped.wait_timeout(stop, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        }
+    }
+
+    /// Runs `body`, which may hang (a name server, a host that does not answer), on a thread of its own, and does not
+    /// wait for it longer than the download lasts. `body` must change nothing outside itself.
+    pub fn apart<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("omlx-connect".into())
+            .spawn(move || drop(sender.send(panics::catch(body))))
+            .map_err(|e| Error::io("starting a thread", &e))?;
+        loop {
+            self.check()?;
+            match receiver.recv_timeout(Duration::from_millis(50)) {
+                Ok(outcome) => return outcome,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(Error::internal("a connecting thread is gone"));
+                }
+            }
+        }
+    }
+
+    /// The counters, with `state`.
+    pub fn progress(&self, state: State) -> Progress {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Progress {
+            state,
+            // Two connections may have fetched the same block, where a server changed its mind about ranges.
+            bytes_done: get(&self.bytes_done).min(get(&self.bytes_total)),
+            bytes_total: get(&self.bytes_total),
+            bytes_kept: get(&self.bytes_kept),
+            files_done: get(&self.files_done),
+            files_total: get(&self.files_total),
+            retries: get(&self.retries),
+        }
+    }
+}
+
+/// Adds to a counter.
+pub fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// Takes from a counter what was added to it before.
+pub fn take(counter: &AtomicU64, n: u64) {
+    let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(old.saturating_sub(n)));
+}
