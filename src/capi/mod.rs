@@ -10,6 +10,7 @@
 mod bundled;
 mod cache;
 mod callback;
+mod download;
 mod error;
 mod event;
 mod library;
@@ -21,6 +22,7 @@ mod text;
 
 pub use cache::*;
 pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
+pub use download::*;
 pub use error::*;
 pub use event::*;
 pub use library::*;

@@ -314,11 +314,11 @@ pub unsafe extern "C" fn omlx_pool_metrics(
     })
 }
 
-/// Ends all requests (their done events have `OMLX_E_CLOSED`), unloads all models, and waits until the engines' threads
-/// are gone and all callbacks have returned. Call it before the process exits: otherwise an exit hook ends the engines,
-/// and the process waits for that, ten seconds at most. The handle stays valid, refuses further
-/// work with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same,
-/// and does not wait for callbacks then.
+/// Ends all requests (their done events have `OMLX_E_CLOSED`) and downloads, unloads all models, and waits until the
+/// engines' threads are gone and all callbacks have returned. Call it before the process exits: otherwise an exit hook
+/// ends the engines, and the process waits for that, ten seconds at most. The handle stays valid, refuses further work
+/// with `OMLX_E_CLOSED`, and must still be released. Blocking; in an event callback it may be called all the same, and
+/// does not wait for callbacks then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_pool_close(pool: *mut omlx_pool, error: *mut *mut omlx_error) -> Status {
     boundary(error, || {

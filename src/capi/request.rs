@@ -208,7 +208,7 @@ pub unsafe extern "C" fn omlx_request_next(
 }
 
 /// Longest finite wait, about a century: deadlines stay computable.
-const MAX_WAIT_MS: u64 = 100 * 366 * 24 * 3600 * 1000;
+pub(super) const MAX_WAIT_MS: u64 = 100 * 366 * 24 * 3600 * 1000;
 
 /// Sets a function that is called when an event becomes available, before this returns if one is waiting already: for
 /// run loops that must not block. NULL removes it; the old one may still be running then, so its data is freed in its

@@ -48,6 +48,12 @@ impl ModelEntry {
         Self::new(id, Some(folder.to_owned()), ModelConfig::load(folder)).usable()
     }
 
+    /// The model in `folder`, usable or not.
+    pub(super) fn listed(id: String, folder: PathBuf) -> Self {
+        let config = ModelConfig::load(&folder);
+        Self::new(id, Some(folder), config)
+    }
+
     /// A model of random weights.
     pub fn random(id: &str, config: ModelConfig) -> Result<Self> {
         Self::new(id.to_owned(), None, Ok(config)).usable()
@@ -123,12 +129,14 @@ impl Catalogue {
     /// Lists a folder that was found, usable or not; without a usable name it is left out.
     fn list(&mut self, id: Result<String>, folder: PathBuf) {
         match id {
-            Ok(id) => {
-                let config = ModelConfig::load(&folder);
-                self.entries.insert(id.clone(), ModelEntry::new(id, Some(folder), config));
-            }
+            Ok(id) => self.put(ModelEntry::listed(id, folder)),
             Err(error) => tracing::warn!(%error, "a model folder is left out"),
         }
+    }
+
+    /// Adds a model, in the place of another one with its id.
+    pub(super) fn put(&mut self, entry: ModelEntry) {
+        self.entries.insert(entry.id.clone(), entry);
     }
 
     /// Adds a model under an id that is not in use; returns the id.

@@ -1,6 +1,7 @@
 //! The engine pool: which models there are, which are loaded, and where a request goes.
 
 mod catalogue;
+mod download;
 mod metrics;
 mod tiers;
 
@@ -103,7 +104,9 @@ pub struct EnginePool {
     overlap: bool,
     tiers: Tiers,
     default_model: Option<String>,
-    state: Mutex<State>,
+    downloads: download::Downloads,
+    /// Downloads hold it weakly, to add what arrives.
+    state: Arc<Mutex<State>>,
 }
 
 #[derive(Debug)]
@@ -169,7 +172,13 @@ impl EnginePool {
             overlap: options.overlap.unwrap_or(device == Device::Gpu),
             tiers: options.tiers.open(device)?,
             default_model: options.default_model,
-            state: Mutex::new(State { catalogue, engines: HashMap::new(), retiring: Vec::new(), closed: false }),
+            downloads: download::Downloads::new(options.models_dir),
+            state: Arc::new(Mutex::new(State {
+                catalogue,
+                engines: HashMap::new(),
+                retiring: Vec::new(),
+                closed: false,
+            })),
         })
     }
 
@@ -372,6 +381,7 @@ impl EnginePool {
     fn begin_close(&self) -> Vec<Arc<Engine>> {
         let mut state = lock(&self.state);
         state.closed = true;
+        self.downloads.cancel();
         let engines: Vec<_> = state.engines.drain().filter_map(|(_, slot)| slot.engine).collect();
         state.retiring.extend(engines);
         for engine in &state.retiring {
@@ -380,11 +390,12 @@ impl EnginePool {
         state.retiring.clone()
     }
 
-    /// Ends all requests and blocks until every engine is gone.
+    /// Ends all requests and downloads, and blocks until every engine is gone.
     pub fn close(&self) {
         for engine in self.begin_close() {
             engine.join();
         }
+        self.downloads.wait();
     }
 
     /// The running engine of a model, started if need be; a failed one is replaced.

@@ -54,6 +54,20 @@ const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("Models", &["omlx_pool_models", "omlx_pool_add_model", "omlx_model_load", "omlx_model_unload"]),
+    (
+        "Downloads",
+        &[
+            "omlx_download_state",
+            "omlx_download_progress",
+            "omlx_download",
+            "omlx_download_start",
+            "omlx_download_status",
+            "omlx_download_wait",
+            "omlx_download_cancel",
+            "omlx_download_retain",
+            "omlx_download_release",
+        ],
+    ),
     ("Events", &["omlx_event_kind", "omlx_finish_reason", "omlx_token_logprob", "omlx_usage", "omlx_event"]),
     (
         "Requests",

@@ -11,6 +11,7 @@ use crate::prototypes::{self, Parameter, Prototype};
 const OPTIONAL: &[(&str, &str)] = &[
     ("omlx_pool_open", "options"),
     ("omlx_pool_add_model", "id"),
+    ("omlx_download_wait", "result_json"),
     ("omlx_generate", "options"),
     ("omlx_request_set_wake", "wake"),
     ("omlx_request_set_wake", "user_data"),
@@ -51,17 +52,22 @@ int main(void) {
     omlx_pool_options pool_options = OMLX_POOL_OPTIONS_INIT;
     omlx_generate_options generate_options = OMLX_GENERATE_OPTIONS_INIT;
     omlx_cache_limits cache_limits = OMLX_CACHE_LIMITS_INIT;
+    omlx_download_progress progress = OMLX_DOWNLOAD_PROGRESS_INIT;
+    const char *missing = "{\"repo\":\"org/missing\",\"folder\":\"/dev/null\",\"offline\":true}";
     const char *json = "{\"prompt\":[5,6],\"max_tokens\":1}";
     const uint32_t tokens[1] = {5};
     uint64_t number = 0;
     omlx_pool *pool = open_pool("models");
     omlx_request *request = NULL;
+    omlx_download *download = NULL;
     omlx_error *error = NULL;
-    (void)pool_options, (void)cache_limits, (void)tokens, (void)number; /* Not every selection of functions needs them. */
+    (void)pool_options, (void)cache_limits, (void)progress, (void)tokens, (void)number; /* Not every selection of functions needs them. */
     CHECK_STATUS(OMLX_OK, omlx_generate(pool, json, strlen(json), &generate_options, &request, &error));
+    CHECK_STATUS(OMLX_OK, omlx_download_start(pool, missing, strlen(missing), &download, &error));
 "#;
 
 const END: &str = r#"
+    omlx_download_release(download);
     omlx_request_release(request);
     end_pool(pool);
     return finish("null");
@@ -89,6 +95,8 @@ fn something(parameter: &Parameter) -> String {
         "const omlx_pool_options *" => "&pool_options",
         "const omlx_generate_options *" => "&generate_options",
         "const omlx_cache_limits *" => "&cache_limits",
+        "omlx_download *" => "download",
+        "omlx_download_progress *" => "&progress",
         "const uint32_t *" => "tokens",
         "const char *" => "\"tiny-chat\"",
         "omlx_error **" => "&error",

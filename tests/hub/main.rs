@@ -1,7 +1,8 @@
 //! Downloads against a hub on this machine: what arrives and how, what an interruption leaves, what broken servers
-//! cannot do.
+//! cannot do, and the C functions.
 
 mod arrive;
+mod capi;
 mod faults;
 mod refuse;
 mod resume;
