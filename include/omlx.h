@@ -386,7 +386,7 @@ typedef struct omlx_download omlx_download;
 ///   "files"        exactly these files; or
 ///   "patterns"     files that any of these describes: `*` is any text within one folder, `**` any text, `?` one
 ///                  character; else what a model needs, as safetensors
-///   "folder"       the folder of models, else the pool's; the model goes to org/name in it
+///   "folder"       the folder of models, else the pool's `models_dir`; the model goes to org/name in it
 ///   "endpoint"     URL of the hub, else HF_ENDPOINT of the environment, else https://huggingface.co
 ///   "token"        access token, else HF_TOKEN, else what the hub's login command left (unless the endpoint is neither
 ///                  encrypted nor this machine). Sent to the endpoint alone; never part of a message

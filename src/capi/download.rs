@@ -89,7 +89,7 @@ impl Drop for omlx_download {
 ///   "files"        exactly these files; or
 ///   "patterns"     files that any of these describes: `*` is any text within one folder, `**` any text, `?` one
 ///                  character; else what a model needs, as safetensors
-///   "folder"       the folder of models, else the pool's; the model goes to org/name in it
+///   "folder"       the folder of models, else the pool's `models_dir`; the model goes to org/name in it
 ///   "endpoint"     URL of the hub, else HF_ENDPOINT of the environment, else https://huggingface.co
 ///   "token"        access token, else HF_TOKEN, else what the hub's login command left (unless the endpoint is neither
 ///                  encrypted nor this machine). Sent to the endpoint alone; never part of a message
@@ -117,7 +117,11 @@ pub unsafe extern "C" fn omlx_download_start(
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, json) =
             unsafe { (borrow(pool, "pool")?, bytes(download_json.cast(), download_len, "download_json")?) };
-        let started = pool.pool.download(DownloadRequest::from_json(json)?)?;
+        let request = DownloadRequest::from_json(json)?;
+        if pool.bundled && request.folder.is_none() {
+            return Err(Error::invalid_request("\"folder\" is missing, and the pool was opened without models_dir"));
+        }
+        let started = pool.pool.download(request)?;
         // SAFETY: checked above not to be NULL.
         unsafe { download.write(Arc::into_raw(Arc::new(omlx_download { download: started })).cast_mut()) };
         Ok(())

@@ -229,6 +229,8 @@ impl omlx_pool_options {
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 pub struct omlx_pool {
     pub(super) pool: EnginePool,
+    /// The host named no folder of models: what is in the library's own is not ours to change.
+    pub(super) bundled: bool,
     pub(super) dispatchers: Arc<Dispatchers>,
 }
 
@@ -276,8 +278,11 @@ pub unsafe extern "C" fn omlx_pool_open(
     boundary(error, || {
         let pool = output(pool, "pool")?;
         // SAFETY: NULL or sized options with live strings, by the header's contract.
-        let options = unsafe { super::options(options, "options")?.to_pool_options() }?;
-        let opened = omlx_pool { pool: EnginePool::open(options)?, dispatchers: Arc::default() };
+        let (options, bundled) = unsafe {
+            let options = super::options(options, "options")?;
+            (options.to_pool_options()?, options.models_dir.is_null())
+        };
+        let opened = omlx_pool { pool: EnginePool::open(options)?, bundled, dispatchers: Arc::default() };
         // SAFETY: checked above not to be NULL.
         unsafe { pool.write(Arc::into_raw(Arc::new(opened)).cast_mut()) };
         Ok(())

@@ -20,6 +20,9 @@ use crate::error::{Error, Result, Status};
 /// A hub sends us on once, to its cache or to a content delivery network; mirrors perhaps twice.
 const MAX_REDIRECTS: usize = 6;
 
+/// Text of a redirect that is read.
+const MAX_REDIRECT_BYTES: u64 = 16 << 10;
+
 /// Longest wait between two attempts, and for a server that says when to come again.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
@@ -226,6 +229,8 @@ impl Client {
                 let location = response.headers().get("location").and_then(|l| l.to_str().ok());
                 let location = location.ok_or_else(|| Error::network(format!("{url}: a redirect to nowhere")))?;
                 url = url.redirected(location)?;
+                // Only what was read to its end leaves its connection to the next request.
+                let _ = response.into_body().into_with_config().limit(MAX_REDIRECT_BYTES).read_to_vec();
             } else if redirect || status == 200 || status == 206 {
                 return answer(response, hub, url).map_err(Failure::last);
             } else {

@@ -15,6 +15,7 @@ int probe(uint32_t kind, omlx_status status);
 int probe(uint32_t kind, omlx_status status) {
     omlx_pool_options pool = OMLX_POOL_OPTIONS_INIT;
     omlx_generate_options generate = OMLX_GENERATE_OPTIONS_INIT;
+    omlx_download_progress progress = OMLX_DOWNLOAD_PROGRESS_INIT;
     omlx_event_kind text = OMLX_EVENT_KIND_TEXT;
     pool.device = OMLX_DEVICE_CPU;
     pool.dtype = OMLX_DTYPE_F32;
@@ -22,7 +23,8 @@ int probe(uint32_t kind, omlx_status status) {
     case OMLX_EVENT_KIND_TEXT: return OMLX_FINISH_REASON_STOP;
     case OMLX_EVENT_KIND_DONE: return OMLX_LOG_LEVEL_WARN;
     default: return status == OMLX_OK && sizeof(text) == 4 && sizeof(status) == 4
-        && pool.struct_size == sizeof pool && generate.struct_size == sizeof generate && OMLX_ABI_VERSION == 0;
+        && pool.struct_size == sizeof pool && generate.struct_size == sizeof generate
+        && progress.struct_size == sizeof progress && progress.state == OMLX_DOWNLOAD_STATE_LISTING && OMLX_ABI_VERSION == 0;
     }
 }
 "#;

@@ -1,6 +1,6 @@
 //! The C functions: a model that arrives in a pool and answers.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::time::{Duration, Instant};
@@ -28,7 +28,12 @@ struct Pool(*mut omlx_pool);
 impl Pool {
     fn open(folder: &Path) -> Self {
         let folder = CString::new(folder.to_str().unwrap()).unwrap();
-        let options = omlx_pool_options { models_dir: folder.as_ptr(), device: 1, ..Default::default() };
+        Self::with(folder.as_ptr())
+    }
+
+    /// `folder` is NULL or a string that lives for the call.
+    fn with(folder: *const c_char) -> Self {
+        let options = omlx_pool_options { models_dir: folder, device: 1, ..Default::default() };
         let mut pool = null_mut();
         // SAFETY: options, string and output live for the call.
         assert_eq!(unsafe { omlx_pool_open(&options, &mut pool, null_mut()) }, Status::Ok);
@@ -215,4 +220,7 @@ fn bad_requests_and_structs_are_refused() {
     // A pool over one model has no folder of models.
     let single = Pool::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama-f32"));
     assert_eq!(single.start(&json!({ "repo": "org/model" })).0, Status::InvalidRequest);
+    // Nor are the bundled models a place for others.
+    let bundled = Pool::with(null());
+    assert_eq!(bundled.start(&json!({ "repo": "org/model", "offline": true })).0, Status::InvalidRequest);
 }

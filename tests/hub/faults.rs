@@ -99,22 +99,23 @@ fn a_silent_connection_is_replaced() {
         let (outcome, progress) = case.tuned(json!({}), Tuning { stall: Duration::from_millis(300), ..tuning() });
         outcome.unwrap();
         assert_eq!(content(&case.model()), expected(&model()));
-        assert_eq!(progress.retries, 3);
+        assert!(progress.retries >= 3, "{progress:?}");
     }
 }
 
 #[test]
 fn a_dripping_connection_is_replaced() {
-    let drip = |least: u64| {
+    let drip = |stall: u64| {
         let case = Case::new(&[large("model.safetensors", noise(1, 200))]);
         case.hub.fault(1, Fault::Drip(Duration::from_millis(10)), |seen| seen.network);
-        let (outcome, progress) =
-            case.tuned(json!({}), Tuning { stall: Duration::from_millis(300), least, ..tuning() });
+        let tuning = Tuning { stall: Duration::from_millis(stall), least: 100, ..tuning() };
+        let (outcome, progress) = case.tuned(json!({}), tuning);
         outcome.unwrap();
         assert_eq!(content(&case.model())["model.safetensors"], noise(1, 200));
         progress.retries
     };
-    assert_eq!((drip(100), drip(1)), (1, 0), "slow is only what is slower than the limit");
+    assert!(drip(300) >= 1, "30 bytes in that time are too few");
+    assert_eq!(drip(20_000), 0, "200 bytes in that time are enough");
 }
 
 #[test]

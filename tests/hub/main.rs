@@ -3,10 +3,12 @@
 
 mod arrive;
 mod capi;
+mod child;
 mod faults;
 mod refuse;
 mod resume;
 mod server;
+mod tls;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -46,19 +48,24 @@ struct Case {
 impl Case {
     /// With `files` as the main branch of [`REPO`].
     fn new(files: &[File]) -> Self {
-        let case = Self { hub: Hub::new(), folder: tempfile::tempdir().unwrap() };
+        Self::of(Hub::new(), files)
+    }
+
+    fn of(hub: Hub, files: &[File]) -> Self {
+        let case = Self { hub, folder: tempfile::tempdir().unwrap() };
         case.hub.commit(REPO, &["main"], files);
         case
     }
 
-    fn request(&self, more: Value) -> DownloadRequest {
+    fn request(&self, more: Value) -> Value {
         let mut request = json!({ "repo": REPO, "endpoint": self.hub.endpoint(), "offline": false });
         request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        DownloadRequest::from_json(request.to_string().as_bytes()).unwrap()
+        request
     }
 
     fn start(&self, more: Value, tuning: Tuning) -> Download {
-        Download::start(self.request(more), self.folder.path(), tuning, |_| ()).unwrap()
+        let request = DownloadRequest::from_json(self.request(more).to_string().as_bytes()).unwrap();
+        Download::start(request, self.folder.path(), tuning, |_| ()).unwrap()
     }
 
     fn tuned(&self, more: Value, tuning: Tuning) -> (Result<Arrival>, Progress) {

@@ -1,15 +1,13 @@
 //! What an interruption leaves, and what the next attempt makes of it.
 
 use std::fs;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use omlx::error::Status;
-use omlx::hub::{Download, DownloadRequest};
 use serde_json::json;
 
 use crate::server::{Fault, large, noise, small};
-use crate::{BLOCK, Case, REPO, content, expected, model, tuning, until};
+use crate::{BLOCK, Case, REPO, child, content, expected, model, tuning, until};
 
 /// Lets a download come some way: each of its connections stops in the middle of its piece.
 fn interrupt(case: &Case) {
@@ -76,30 +74,11 @@ fn leftovers_of_another_selection_do_not_arrive() {
     assert_eq!(content(&case.model()), expected(&model()));
 }
 
-const CHILD: &str = "OMLX_TEST_DOWNLOAD";
-
-/// The other process of the next test; by itself it does nothing.
-#[test]
-fn downloading_process() {
-    let Ok(told) = std::env::var(CHILD) else { return };
-    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
-    let request = DownloadRequest::from_json(told["request"].to_string().as_bytes()).unwrap();
-    let models = std::path::Path::new(told["models"].as_str().unwrap());
-    let download = Download::start(request, models, tuning(), |_| ()).unwrap();
-    let _ = download.wait(None);
-}
-
 #[test]
 fn a_killed_process_leaves_what_another_goes_on_with() {
     let case = Case::new(&model());
     case.hub.fault(usize::MAX, Fault::Hang(Some(2 * BLOCK + 100)), |seen| seen.network);
-    let request = json!({ "repo": REPO, "endpoint": case.hub.endpoint(), "offline": false, "connections": 3 });
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "resume::downloading_process"])
-        .env(CHILD, json!({ "request": request, "models": case.folder.path() }).to_string())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child = child::start(&case, &[json!({ "connections": 3 })], &[]);
     let journal = case.staging().join("journals/model.safetensors.journal");
     let lines = || fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
     until("six blocks are noted", || lines() == 7);
@@ -114,6 +93,38 @@ fn a_killed_process_leaves_what_another_goes_on_with() {
     assert_eq!(content(&case.model()), expected(&model()));
     assert_eq!(progress.bytes_kept as usize, 6 * BLOCK + 2);
     assert_eq!(case.hub.network_bytes(), 44 * BLOCK + 123);
+}
+
+/// At any time there is one version or the other, and the next download goes well.
+#[test]
+fn kills_leave_a_whole_model() {
+    let versions = [1, 2].map(|n| {
+        let config = small("config.json", format!("{{\"version\":{n}}}"));
+        vec![config, small("same.json", "{}"), large("model.safetensors", noise(n, 30 * BLOCK))]
+    });
+    let case = Case::new(&versions[0]);
+    let commits = versions.each_ref().map(|files| case.hub.commit(REPO, &[], files));
+    let requests: Vec<_> = (0..200).map(|n| json!({ "revision": commits[n % 2] })).collect();
+    case.arrive(requests[1].clone());
+    let mut interrupted = 0;
+    for round in 0..20 {
+        let mut child = child::start(&case, &requests, &[]);
+        // Each round at another moment, the later ones after some replacements.
+        until("a download begins", || case.staging().exists());
+        std::thread::sleep(Duration::from_millis(11 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let found = content(&case.model());
+        let version = versions.iter().position(|files| expected(files) == found).expect("a whole version");
+        interrupted += usize::from(case.staging().exists());
+        let marker = fs::read_to_string(case.model().join(".omlx-download.json")).unwrap();
+        assert!(marker.contains(&commits[version]));
+        let other = 1 - version;
+        case.arrive(json!({ "revision": commits[other] }));
+        assert_eq!(content(&case.model()), expected(&versions[other]));
+        assert!(!case.staging().exists());
+    }
+    assert!(interrupted > 0, "none was killed in the middle");
 }
 
 /// Between the two halves of a replacement, where folders cannot be exchanged at once.

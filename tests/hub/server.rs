@@ -3,13 +3,16 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 
 /// A file of a commit. Large ones (LFS) come from the delivery network.
@@ -122,30 +125,55 @@ struct Inner {
 pub struct Hub {
     inner: Arc<Mutex<Inner>>,
     address: SocketAddr,
+    encrypted: bool,
 }
 
 impl Hub {
     pub fn new() -> Self {
+        Self::start(None)
+    }
+
+    /// A hub that encrypts, with the certificate in `tls/`, and a delivery network that does not.
+    pub fn encrypted() -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hub/tls");
+        let chain = CertificateDer::pem_file_iter(folder.join("server.pem")).unwrap().map(Result::unwrap).collect();
+        let key = PrivateKeyDer::from_pem_file(folder.join("server-key.pem")).unwrap();
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        let config = config.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
+        Self::start(Some(Arc::new(config.with_single_cert(chain, key).unwrap())))
+    }
+
+    fn start(tls: Option<Arc<rustls::ServerConfig>>) -> Self {
         let inner = Arc::new(Mutex::new(Inner::default()));
-        let serve = |network: bool| {
+        let serve = |network: bool, tls: Option<Arc<rustls::ServerConfig>>| {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             let inner = Arc::clone(&inner);
             std::thread::spawn(move || {
                 for stream in listener.incoming().flatten() {
-                    let inner = Arc::clone(&inner);
-                    std::thread::spawn(move || connection(stream, &inner, network));
+                    let (inner, tls) = (Arc::clone(&inner), tls.clone());
+                    std::thread::spawn(move || match tls {
+                        None => connection(stream, &inner, network),
+                        Some(tls) => {
+                            let session = rustls::ServerConnection::new(tls).unwrap();
+                            connection(rustls::StreamOwned::new(session, stream), &inner, network);
+                        }
+                    });
                 }
             });
             address
         };
-        let (address, network) = (serve(false), serve(true));
+        let encrypted = tls.is_some();
+        let (address, network) = (serve(false, tls), serve(true, None));
         inner.lock().unwrap().network = Some(network);
-        Self { inner, address }
+        Self { inner, address, encrypted }
     }
 
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        match self.encrypted {
+            true => format!("https://localhost:{}", self.address.port()),
+            false => format!("http://{}", self.address),
+        }
     }
 
     /// Adds a commit, to which the revisions lead; returns it.
@@ -196,9 +224,8 @@ impl Hub {
     }
 }
 
-fn connection(stream: TcpStream, inner: &Mutex<Inner>, network: bool) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
-    let mut stream = stream;
+fn connection(stream: impl Read + Write, inner: &Mutex<Inner>, network: bool) {
+    let mut reader = BufReader::new(stream);
     while let Some(seen) = read_request(&mut reader, network) {
         let (index, fault) = {
             let mut inner = inner.lock().unwrap();
@@ -211,7 +238,7 @@ fn connection(stream: TcpStream, inner: &Mutex<Inner>, network: bool) {
             (inner.seen.len() - 1, fault)
         };
         let answer = if network { blob(inner, &seen) } else { hub(inner, &seen) };
-        let Some(sent) = send(&mut stream, &seen, answer, fault) else { return };
+        let Some(sent) = send(reader.get_mut(), &seen, answer, fault) else { return };
         // The list may have been forgotten meanwhile.
         if let Some(entry) = inner.lock().unwrap().seen.get_mut(index) {
             entry.sent = sent;
@@ -342,7 +369,7 @@ fn part(file: &File, seen: &Seen, headers: &[(&str, String)]) -> Answer {
 }
 
 /// Sends an answer, or what a fault makes of it; `None` ends the connection.
-fn send(stream: &mut TcpStream, seen: &Seen, mut answer: Answer, fault: Option<Fault>) -> Option<usize> {
+fn send(stream: &mut (impl Read + Write), seen: &Seen, mut answer: Answer, fault: Option<Fault>) -> Option<usize> {
     let whole = answer.headers.iter().position(|(name, _)| name == "whole").map(|at| answer.headers.remove(at).1);
     let mut announced = answer.content.len() as i64;
     let mut chunked = false;
