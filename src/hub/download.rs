@@ -291,15 +291,17 @@ impl Run<'_> {
             control.check()?;
             let known = file.checksum != Checksum::Unknown;
             let unchanged = known && installed.is_some_and(|installed| installed.content.contains(file));
-            if !unchanged || !is_there(staging.target(), file) || Partial::is_checked(file, &files, &journals, block) {
+            if !unchanged || !is_there(staging.target(), file) {
                 continue;
             }
             let path = staging.target().join(&file.path);
             let mut content = std::fs::File::open(&path).map_err(|e| Error::io(path.display(), &e))?;
-            // Somebody may have edited it.
+            // Somebody may have edited it; then what an earlier attempt linked is the same file.
             if file.checksum.fits(&mut content, file.size, path.display(), || control.check())? {
                 staging.link(&file.path)?;
                 Partial::adopt(file, &journals, block)?;
+            } else {
+                Partial::forget(file, &journals)?;
             }
         }
         let needed = wanted.iter().map(|file| Partial::missing(file, &files, &journals, block));

@@ -109,9 +109,13 @@ impl Partial {
         fs::write(&journal_path, text).map_err(|e| Error::io(journal_path.display(), &e))
     }
 
-    /// Whether all of `file` is there and has been checked.
-    pub fn is_checked(file: &RemoteFile, files: &Path, journals: &Path, block: u64) -> bool {
-        matches!(find(file, files, journals, block), Some((Found::Checked, _)))
+    /// Forgets what there is of `file`.
+    pub fn forget(file: &RemoteFile, journals: &Path) -> Result<()> {
+        let (_, journal) = paths(file, journals, journals);
+        match fs::remove_file(&journal) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(journal.display(), &e)),
+            _ => Ok(()),
+        }
     }
 
     /// Bytes of `file` that are still to come.

@@ -143,10 +143,15 @@ impl Staging {
         let files = self.files();
         at(&files, fs::create_dir_all(&files))?;
         let keep = |path: &Path| wanted.iter().any(|file| Path::new(&file.path) == path);
-        for path in walk(&files)?.0 {
+        let (found, folders) = walk(&files)?;
+        for path in found {
             if !path.strip_prefix(&files).is_ok_and(keep) {
                 at(&path, fs::remove_file(&path))?;
             }
+        }
+        // From the inside out; only empty ones go.
+        for folder in folders[1..].iter().rev() {
+            let _ = fs::remove_dir(folder);
         }
         Ok(())
     }
@@ -162,9 +167,17 @@ impl Staging {
         fs::hard_link(&from, &to).or_else(|_| at(&to, fs::copy(&from, &to).and_then(|_| File::open(&to)?.sync_all())))
     }
 
-    /// Puts the files, all complete and checked, into the model's place at once, an older version out of it, and
-    /// removes the staging folder.
+    /// Puts the files, all complete and checked, into the model's place at once, an older version out of it, and removes
+    /// the staging folder.
     pub fn install(self, marker: &Marker) -> Result<()> {
+        self.publish(marker)?;
+        if let Err(error) = remove_all(&self.root) {
+            tracing::warn!(%error, "a download's folder could not be removed");
+        }
+        Ok(())
+    }
+
+    fn publish(&self, marker: &Marker) -> Result<()> {
         let files = self.files();
         let path = files.join(MARKER);
         let text = serde_json::to_vec_pretty(marker).map_err(|e| Error::internal(format!("marker: {e}")))?;
@@ -172,16 +185,11 @@ impl Staging {
         for folder in walk(&files)?.1 {
             sync_folder(&folder)?;
         }
-        // Before the exchange: from then on `files` is the old version, which journals of the new one must not vouch
-        // for.
+        // Before the exchange: from then on `files` is the old version, which journals of the new one must not vouch for.
         remove_all(&self.journals())?;
         sync_folder(&self.root)?;
         self.exchange(&files)?;
-        sync_folder(self.target.parent().unwrap_or(&self.target))?;
-        if let Err(error) = remove_all(&self.root) {
-            tracing::warn!(%error, "a download's folder could not be removed");
-        }
-        Ok(())
+        sync_folder(self.target.parent().unwrap_or(&self.target))
     }
 
     fn exchange(&self, files: &Path) -> Result<()> {
@@ -232,4 +240,51 @@ fn walk(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
         next += 1;
     }
     Ok((files, folders))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_version_left_by_a_crash_does_not_pass_for_the_new_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let request = DownloadRequest::new("org/model").unwrap();
+        let install = |content: &str| {
+            let staging = Staging::open(folder.path(), &request).unwrap();
+            for path in [staging.files(), staging.journals()] {
+                fs::create_dir_all(&path).unwrap();
+                fs::write(path.join("file"), content).unwrap();
+            }
+            let repo = request.repo.clone();
+            let marker = Marker { repo, commit: content.into(), files: None, patterns: None, content: Vec::new() };
+            // The crash comes before anything is removed.
+            staging.publish(&marker).unwrap();
+            staging
+        };
+        drop(install("one"));
+        let staging = install("two");
+        assert_eq!(fs::read(staging.target().join("file")).unwrap(), b"two");
+        assert_eq!(Marker::read(staging.target(), "org/model").unwrap().commit, "two");
+        assert_eq!(fs::read(staging.files().join("file")).unwrap(), b"one");
+        assert!(!staging.journals().exists());
+        staging.prune(&[]).unwrap();
+        assert!(walk(&staging.files()).unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_folder_is_locked_while_it_is_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let request = DownloadRequest::new("org/model").unwrap();
+        let open = || Staging::open(folder.path(), &request);
+        let staging = open().unwrap();
+        assert_eq!(open().err().map(|error| error.status()), Some(Status::Busy));
+        staging.discard_if_empty();
+        assert!(!folder.path().join("org").exists());
+        // The lock was on a file that is gone.
+        let next = open().unwrap();
+        assert_eq!(open().err().map(|error| error.status()), Some(Status::Busy));
+        drop((staging, next));
+        assert!(open().is_ok());
+    }
 }

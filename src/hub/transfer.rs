@@ -44,6 +44,8 @@ struct JobState {
     left: usize,
     checking: bool,
     done: bool,
+    /// Connections that may be writing to it: it is checked when there are none.
+    writers: usize,
     /// One connection fetches all of it, since the server ignores ranges.
     whole: bool,
     restarts: u32,
@@ -54,6 +56,7 @@ pub struct Transfer<'a> {
     client: &'a Client,
     control: &'a Control,
     tuning: &'a Tuning,
+    commit: &'a str,
     jobs: Vec<Job>,
     /// Guards the choice of what to do next.
     turn: Mutex<()>,
@@ -74,7 +77,7 @@ impl<'a> Transfer<'a> {
         client: &'a Client,
         control: &'a Control,
         tuning: &'a Tuning,
-        (repo, commit): (&str, &str),
+        (repo, commit): (&str, &'a str),
         files: Vec<(RemoteFile, Partial, Found)>,
     ) -> Self {
         let mut jobs = Vec::new();
@@ -84,12 +87,12 @@ impl<'a> Transfer<'a> {
                 found.into_iter().map(|there| if there { Block::Written } else { Block::Missing }).collect();
             let left = blocks.iter().filter(|block| **block != Block::Written).count();
             let url = client.url(&file_path(repo, commit, &file.path));
-            let state = JobState { blocks, left, checking: false, done: false, whole: false, restarts: 0 };
+            let state = JobState { blocks, left, writers: 0, checking: false, done: false, whole: false, restarts: 0 };
             jobs.push(Job { file, partial, url, state: Mutex::new(state) });
         }
         // Small ones first: what is wrong with a repository shows before gigabytes have come.
         jobs.sort_by_key(|job| job.file.size);
-        Self { client, control, tuning, jobs, turn: Mutex::new(()), changed: Condvar::new() }
+        Self { client, control, tuning, commit, jobs, turn: Mutex::new(()), changed: Condvar::new() }
     }
 
     /// Bytes that are still to come.
@@ -132,6 +135,7 @@ impl<'a> Transfer<'a> {
                 Work::Fetch(job, blocks) => {
                     drop(turn);
                     self.fetch(job, blocks)?;
+                    lock(&job.state).writers -= 1;
                     self.notify();
                 }
                 Work::Check(job) => {
@@ -161,7 +165,7 @@ impl<'a> Transfer<'a> {
             if state.done {
                 continue;
             }
-            if state.left == 0 && !state.checking {
+            if state.left == 0 && state.writers == 0 && !state.checking {
                 state.checking = true;
                 return Work::Check(job);
             }
@@ -173,6 +177,7 @@ impl<'a> Transfer<'a> {
             let most = (self.tuning.piece / self.tuning.block).max(1) as usize;
             let run = state.blocks[first..].iter().take(most).take_while(|block| **block == Block::Missing).count();
             state.blocks[first..first + run].fill(Block::Taken);
+            state.writers += 1;
             return Work::Fetch(job, first..first + run);
         }
         if waiting { Work::Wait } else { Work::Nothing }
@@ -185,12 +190,13 @@ impl<'a> Transfer<'a> {
         let mut patience = Patience::new(self.control, self.tuning);
         let mut whole = false;
         loop {
+            let left = lock(&job.state).left;
             let before = at;
             let failure = match self.attempt(job, &mut at, end, &mut whole) {
                 Ok(()) => return Ok(()),
                 Err(failure) => failure,
             };
-            if at > before {
+            if at > before || lock(&job.state).left < left {
                 patience.progressed();
             }
             patience.after(failure)?;
@@ -239,6 +245,10 @@ impl<'a> Transfer<'a> {
     /// What the hub says of the file must be what it listed.
     fn check_headers(&self, job: &Job, answer: &Answer) -> Result<(), Failure> {
         let file = &job.file;
+        if let Some(commit) = answer.hub.commit.as_ref().filter(|commit| **commit != self.commit) {
+            let what = format!("{}: the hub answers with another commit, {commit}", job.url);
+            return Err(Failure::last(Error::checksum(what)));
+        }
         if answer.hub.size.is_some_and(|size| size != file.size) {
             let what =
                 format!("{}: {:?} bytes instead of the {} that were listed", job.url, answer.hub.size, file.size);
@@ -269,6 +279,9 @@ impl<'a> Transfer<'a> {
         let mut chunk = vec![0; CHUNK];
         while *at < end {
             self.control.check()?;
+            if lock(&job.state).whole {
+                return Ok(());
+            }
             // Never across the end of a block: it is noted as soon as it is complete.
             let block = (*at / self.tuning.block) as usize;
             let block_end = job.partial.range(block).end.min(end);

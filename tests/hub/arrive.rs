@@ -169,6 +169,27 @@ fn a_failed_replacement_leaves_the_old_version() {
     assert_eq!(content(&case.model()), expected(&files));
 }
 
+/// An attempt that was cancelled has linked a file, which then is edited where it lies.
+#[test]
+fn an_edited_file_does_not_arrive_through_a_link() {
+    let mut files = model();
+    let case = Case::new(&files);
+    case.arrive(json!({}));
+    files.push(large("second.safetensors", noise(7, 9 * BLOCK)));
+    case.hub.commit(REPO, &["main"], &files);
+    case.hub.fault(usize::MAX, Fault::Hang(Some(10)), |seen| seen.network);
+    let download = case.start(json!({ "revision": "main" }), crate::tuning());
+    until("the rest is fetched", || download.progress().state == State::Fetching && download.progress().bytes_kept > 0);
+    download.cancel();
+    let _ = download.wait(Some(Duration::from_secs(5)));
+    assert!(case.staging().join("files/model.safetensors").exists());
+    let mut file = fs::OpenOptions::new().write(true).open(case.model().join("model.safetensors")).unwrap();
+    std::io::Write::write_all(&mut file, b"edited").unwrap();
+    case.hub.repair();
+    case.arrive(json!({ "revision": "main" }));
+    assert_eq!(content(&case.model()), expected(&files));
+}
+
 #[test]
 fn a_folder_of_the_user_is_not_touched() {
     let case = Case::new(&model());

@@ -8,7 +8,7 @@ use omlx::error::Status;
 use omlx::hub::{State, Tuning};
 use serde_json::json;
 
-use crate::server::{Fault, large, noise, small};
+use crate::server::{Fault, Seen, large, noise, small};
 use crate::{BLOCK, Case, content, expected, model, tuning, until};
 
 #[test]
@@ -133,6 +133,19 @@ fn a_server_without_ranges_sends_the_whole_once() {
     case.hub.fault(1, Fault::Close, |seen| seen.network);
     case.hub.fault(usize::MAX, Fault::IgnoreRange, |seen| seen.network);
     let (_, progress) = case.arrive(json!({ "connections": 4 }));
+    assert_eq!(content(&case.model()), expected(&model()));
+    assert_eq!(progress.bytes_done, progress.bytes_total);
+}
+
+/// One connection gets a range, late and wrong, while another gets the whole file: what the first one would write after
+/// the file was checked must not arrive.
+#[test]
+fn a_server_that_changes_its_mind_about_ranges() {
+    let case = Case::new(&model());
+    let first = |seen: &Seen| seen.network && seen.range.as_ref().is_some_and(|range| range.start == 0);
+    case.hub.fault(1, Fault::Late(Duration::from_millis(500)), first);
+    case.hub.fault(usize::MAX, Fault::IgnoreRange, |seen| seen.network);
+    let (_, progress) = case.arrive(json!({ "connections": 2 }));
     assert_eq!(content(&case.model()), expected(&model()));
     assert_eq!(progress.bytes_done, progress.bytes_total);
 }

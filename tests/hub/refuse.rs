@@ -56,6 +56,7 @@ fn lengths_and_content_must_be_those_announced() {
         (Fault::Chunked(1), true),
         (Fault::OtherRange, true),
         (Fault::Status(416, &[]), true),
+        (Fault::Header("X-Repo-Commit", "a".repeat(40)), false),
         (Fault::Header("X-Linked-Size", "5".into()), false),
         (Fault::Header("X-Linked-ETag", format!("\"{}\"", "a".repeat(64))), false),
     ] {

@@ -62,16 +62,17 @@ fn what_a_loss_of_power_spoils_is_found() {
 
 #[test]
 fn leftovers_of_another_selection_do_not_arrive() {
-    let case = Case::new(&[model(), vec![small("extra.bin", "x")]].concat());
+    let case = Case::new(&[model(), vec![small("extra.bin", "x"), small("more/extra.bin", "x")]].concat());
     case.hub.fault(usize::MAX, Fault::Hang(Some(10)), |seen| seen.network);
-    let download = case.start(json!({ "patterns": ["*"] }), tuning());
-    until("the small files are there", || download.progress().files_done == 2);
+    let download = case.start(json!({ "patterns": ["**"] }), tuning());
+    until("the small files are there", || download.progress().files_done == 3);
     download.cancel();
     let _ = download.wait(Some(Duration::from_secs(5)));
     assert!(case.staging().join("files/extra.bin").exists());
     case.hub.repair();
     case.arrive(json!({}));
     assert_eq!(content(&case.model()), expected(&model()));
+    assert!(!case.model().join("more").exists());
 }
 
 #[test]

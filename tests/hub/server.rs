@@ -81,6 +81,8 @@ pub enum Fault {
     Drip(Duration),
     /// Changes the content.
     Wrong,
+    /// Sends the second half of the content so much later, and wrong.
+    Late(Duration),
     /// Announces and sends so many bytes more (or fewer).
     Longer(i64),
     /// Sends the content without announcing its length, and so many bytes more.
@@ -385,6 +387,10 @@ fn send(stream: &mut (impl Read + Write), seen: &Seen, mut answer: Answer, fault
             answer = self::answer(*status, &headers, b"no");
             (announced, end) = (2, 2);
         }
+        Some(Fault::Late(_)) => {
+            let half = answer.content.len() / 2;
+            answer.content[half..].iter_mut().for_each(|byte| *byte ^= 1);
+        }
         Some(Fault::Wrong) if !answer.content.is_empty() => *answer.content.last_mut().unwrap() ^= 1,
         Some(Fault::Longer(more)) => {
             announced += more;
@@ -438,6 +444,12 @@ fn send(stream: &mut (impl Read + Write), seen: &Seen, mut answer: Answer, fault
                 stream.write_all(&[*byte]).ok()?;
                 sleep(*every);
             }
+        }
+        Some(Fault::Late(pause)) => {
+            let (now, later) = content.split_at(content.len() / 2);
+            stream.write_all(now).ok()?;
+            sleep(*pause);
+            stream.write_all(later).ok()?;
         }
         _ if chunked => {
             stream.write_all(format!("{:x}\r\n", content.len()).as_bytes()).ok()?;
