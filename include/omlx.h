@@ -267,10 +267,21 @@ typedef struct omlx_pool_options {
     uint32_t cache_write_through;
     /// An `omlx_cache_codec`.
     uint32_t cache_codec;
+    /// Bytes that weights, caches and work of all models may take together. What does not fit makes the least recently used
+    /// models go, waits for those that are in use, or is refused with `OMLX_E_OUT_OF_MEMORY`. 0 is what the system (or its
+    /// container) can spare: all but 8 GiB, at least half, and never more than is available; on a GPU with memory of its
+    /// own, what MLX would use of that.
+    uint64_t memory_limit;
+    /// The same as a part of the memory, in percent; 0 is none. Not together with `memory_limit`.
+    uint32_t memory_percent;
+    /// Seconds after which a model without requests is unloaded; 0: when its memory is needed.
+    uint32_t ttl_seconds;
+    /// A file that keeps what `omlx_model_configure` settles. It need not exist. NULL forgets it when the pool is closed.
+    const char *settings_file;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0 }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;
@@ -299,6 +310,24 @@ OMLX_ENUM(omlx_metrics_format, uint32_t) {
 /// Counters and state of all loaded models: queue, steps, tokens, cache. `format` is an `omlx_metrics_format`.
 omlx_status omlx_pool_metrics(omlx_pool *pool, uint32_t format, omlx_string **text, omlx_error **error);
 
+/// The pool's memory and its models that are loaded, or about to be, as a JSON object:
+///
+///   "device"   "cpu" or "gpu"
+///   "memory"   bytes: "limit", "used", "peak" (the most that was ever used), "waiting" (what models wait for), "owners"
+///              (by model: "weights", "cache", "workspace", "hot"), "footprint" (of the process), "unaccounted" (what it has
+///              beyond "used" and what it had when the pool was opened), "system_total" and "system_available"; and
+///              "pressure", of the whole system: 0, 1 (caches shrink) or 2 (idle models go)
+///   "models"   by id: "state" ("loading", "loaded" or "failed"; then "error"), "loaded_bytes" of "weight_bytes",
+///              "requests" that have not ended, "idle_seconds", "pinned" and "ttl_seconds"
+///   "leaving"  engines that end their last requests, or give their memory back
+///
+/// More keys may come.
+omlx_status omlx_pool_status(omlx_pool *pool, omlx_string **status_json, omlx_error **error);
+
+/// Changes `memory_limit` or `memory_percent` of the pool's options while it is open; both 0 is automatic. What is beyond
+/// the new limit goes as soon as no request uses it.
+omlx_status omlx_pool_set_memory_limit(omlx_pool *pool, uint64_t bytes, uint32_t percent, omlx_error **error);
+
 /// Adds a reference; NULL is ignored.
 void omlx_pool_retain(omlx_pool *pool);
 
@@ -326,9 +355,41 @@ omlx_status omlx_pool_add_model(omlx_pool *pool, const char *folder, const char 
 /// `OMLX_E_UNSUPPORTED`, `OMLX_E_CLOSED`.
 omlx_status omlx_model_load(omlx_pool *pool, const char *id, omlx_error **error);
 
-/// Cancels the model's requests, frees its memory and waits for that. A model that is not loaded is no error; the next
-/// request loads it again. Blocking.
-omlx_status omlx_model_unload(omlx_pool *pool, const char *id, omlx_error **error);
+/// Unloads a model and waits until its memory is free. `drain` 0 cancels its requests, otherwise they end first (later ones
+/// load the model again at once, beside it). `freed`, which may be NULL, receives the bytes that became free. A model that is
+/// not loaded is no error; the next request loads it again. Blocking.
+omlx_status omlx_model_unload(
+    omlx_pool *pool,
+    const char *id,
+    uint32_t drain,
+    uint64_t *freed,
+    omlx_error **error);
+
+/// Changes what is settled about a model, by a JSON object of `settings_len` bytes; null takes a key back (RFC 7396). It
+/// holds at once, and is in the pool's `settings_file` when this returns:
+///
+///   "alias"           another name for it in requests
+///   "pinned"          true: it is not unloaded to make room, nor when its time is up
+///   "preload"         true: it is loaded when the pool is opened
+///   "ttl_seconds"     it is unloaded after so many seconds without a request; below 0: only when its memory is needed
+///   "context_length"  tokens of a prompt and its answer at most, where that is less than the model can
+///   "defaults"        for requests that do not say: "max_tokens", "temperature", "top_p", "top_k", "min_p",
+///                     "repetition_penalty", "presence_penalty", "frequency_penalty" and "chat_template_kwargs"
+///
+/// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_ARGUMENT`, `OMLX_E_IO` (the file cannot be written: nothing has changed).
+omlx_status omlx_model_configure(
+    omlx_pool *pool,
+    const char *id,
+    const char *settings_json,
+    size_t settings_len,
+    omlx_error **error);
+
+/// What is settled about a model, as the JSON object that `omlx_model_configure` takes; nothing is "{}".
+omlx_status omlx_model_settings(
+    omlx_pool *pool,
+    const char *id,
+    omlx_string **settings_json,
+    omlx_error **error);
 
 // Downloads -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ pub mod error;
 mod fault;
 pub mod hub;
 pub mod kernels;
+pub mod ledger;
 pub mod mlx;
 pub mod models;
 pub mod nn;

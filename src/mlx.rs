@@ -141,6 +141,77 @@ extern "C" fn end_streams_at_exit() {
 /// See [`end_streams`].
 const STREAMS_END: Duration = Duration::from_millis(20);
 
+/// Bytes that MLX would use of its device's memory at most.
+pub fn memory_limit() -> u64 {
+    mlx_rs::memory::memory_limit().map_or(u64::MAX, |bytes| bytes as u64)
+}
+
+/// Bytes that MLX has of its device's memory.
+pub fn used_memory() -> u64 {
+    let active = mlx_rs::memory::active_memory().unwrap_or(0);
+    (active + mlx_rs::memory::cache_memory().unwrap_or(0)) as u64
+}
+
+/// MLX keeps so many bytes of freed buffers for reuse.
+pub fn set_cache_limit(bytes: u64) {
+    if let Err(error) = mlx_rs::memory::set_cache_limit(usize::try_from(bytes).unwrap_or(usize::MAX)) {
+        tracing::warn!(%error, "the limit of MLX's buffers could not be set");
+    }
+}
+
+/// Has the C library take blocks of this size and more from the system, and give them back when they are freed. By itself glibc
+/// stops doing so for blocks of up to 32 MiB as soon as one has been freed, and weights are such blocks.
+const OWN_MAPPING: i32 = 4 << 20;
+
+/// See [`OWN_MAPPING`]; for the whole process.
+pub fn map_large_blocks() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: may be called at any time from any thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_MAPPING);
+    }
+}
+
+/// Keeps so many bytes of a Mac's GPU memory from being moved out; elsewhere nothing happens.
+pub fn set_wired_limit(bytes: u64) {
+    if cfg!(target_os = "macos") && gpu_available() {
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        if let Err(error) = mlx_rs::memory::set_wired_limit(bytes) {
+            tracing::warn!(%error, "the wired limit could not be set");
+        }
+    }
+}
+
+/// What macOS says of its memory: 1 is normal, 2 a warning, 4 critical. 0 elsewhere.
+pub fn memory_pressure_level() -> i32 {
+    #[cfg(target_os = "macos")]
+    {
+        let (mut level, mut size) = (0i32, size_of::<i32>());
+        // SAFETY: a NUL-terminated name, and room for the number whose size is passed.
+        let code = unsafe {
+            let name = c"kern.memorystatus_vm_pressure_level".as_ptr();
+            libc::sysctlbyname(name, (&raw mut level).cast(), &mut size, std::ptr::null_mut(), 0)
+        };
+        if code == 0 { level } else { 0 }
+    }
+    #[cfg(not(target_os = "macos"))]
+    0
+}
+
+/// Gives memory that is free back to the system: what MLX keeps for reuse, and what the C library does.
+///
+/// glibc keeps large blocks, too, once a few have been freed, and MLX allocates on the CPU with it.
+pub fn return_free_memory() {
+    if let Err(error) = mlx_rs::memory::clear_cache() {
+        tracing::warn!(%error, "MLX's buffer cache could not be cleared");
+    }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: may be called at any time from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Bytes of memory that the machine has.
 pub fn physical_memory() -> usize {
     // SAFETY: plain numbers in and out.
@@ -200,14 +271,15 @@ pub fn set_environment() {
 /// MLX gives every stream of the CPU a thread of its own, which it never ends, and makes default streams for every
 /// thread that evaluates. So this lends the thread streams of the process for both devices, and takes them back.
 pub fn on_device<T>(device: Device, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let _cpu = LentStream::default_for(Device::Cpu)?;
-    let _gpu = if gpu_available() { Some(LentStream::default_for(Device::Gpu)?) } else { None };
+    let lent = (
+        LentStream::default_for(Device::Cpu)?,
+        if gpu_available() { Some(LentStream::default_for(Device::Gpu)?) } else { None },
+    );
     let stream = Stream::try_default_on_device(&device.mlx())?;
     let result = mlx_rs::with_stream(&stream, body);
-    // MLX keeps freed buffers for reuse; here they have no user any more.
-    if let Err(error) = mlx_rs::memory::clear_cache() {
-        tracing::warn!(%error, "MLX's buffer cache could not be cleared");
-    }
+    // Waits for what is left on them: only then are the last arrays gone, and their memory can be returned.
+    drop(lent);
+    return_free_memory();
     result
 }
 
@@ -530,19 +602,20 @@ pub fn random_words(shape: &[i32], key: &Array) -> Result<Array> {
     })
 }
 
-/// A host buffer on a page boundary, so that a GPU that shares memory can use it without a copy.
+/// A host buffer on a page boundary, so that a GPU that shares memory can use it without a copy. A mapping of its own: its
+/// memory goes back to the system when it is dropped, not to an allocator that keeps it.
 #[derive(Debug)]
 pub struct HostBuffer {
     pointer: std::ptr::NonNull<u8>,
-    layout: std::alloc::Layout,
+    /// Of the mapping.
+    size: usize,
     len: usize,
 }
 
 /// Page size of Apple's GPUs; a multiple of Linux's.
 const PAGE: usize = 16 * 1024;
 
-/// Size of a huge page on x86-64 and arm64 Linux, and of buffers that get them.
-const HUGE_PAGE: usize = 2 << 20;
+/// Size of buffers that get huge pages.
 const WORTH_HUGE_PAGES: usize = 8 << 20;
 
 /// Asks for huge pages where they are worth it, before the memory is touched: a tenth more bandwidth where the system
@@ -562,16 +635,18 @@ impl HostBuffer {
     /// `len` zeroed bytes.
     pub fn new(len: usize) -> Result<Self> {
         let too_large = || Error::new(Status::OutOfMemory, format!("cannot allocate {len} bytes for a tensor"));
-        let align = if len >= WORTH_HUGE_PAGES { HUGE_PAGE } else { PAGE };
         let size = len.max(1).checked_next_multiple_of(PAGE).ok_or_else(too_large)?;
-        let layout = std::alloc::Layout::from_size_align(size, align).map_err(|_| too_large())?;
-        // SAFETY: the layout's size is not zero.
-        let pointer = std::ptr::NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or_else(too_large)?;
-        // SAFETY: fresh memory of this size.
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, of nothing that exists already.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), size, access, libc::MAP_PRIVATE | libc::MAP_ANON, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(too_large());
+        }
+        let pointer = std::ptr::NonNull::new(start.cast::<u8>()).ok_or_else(too_large)?;
+        // SAFETY: fresh memory of this size, which the system fills with zeros.
         prefer_huge_pages(unsafe { std::slice::from_raw_parts(pointer.as_ptr().cast::<MaybeUninit<u8>>(), size) });
-        // SAFETY: `size` bytes were allocated.
-        unsafe { pointer.as_ptr().write_bytes(0, size) };
-        Ok(Self { pointer, layout, len })
+        Ok(Self { pointer, size, len })
     }
 
     /// The bytes.
@@ -614,8 +689,8 @@ extern "C" fn drop_host_buffer(owner: *mut c_void) {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`.
-        unsafe { std::alloc::dealloc(self.pointer.as_ptr(), self.layout) };
+        // SAFETY: mapped with this size in `new`, and nobody refers to it any more.
+        unsafe { libc::munmap(self.pointer.as_ptr().cast(), self.size) };
     }
 }
 

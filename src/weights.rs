@@ -44,6 +44,17 @@ struct WeightFile {
     data_start: u64,
 }
 
+/// What weights will take, see [`Weights::planned`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Planned {
+    /// All tensors.
+    pub bytes: usize,
+    /// The largest one.
+    pub largest: usize,
+    /// A floating-point number; 0 if that is not known.
+    pub float_bytes: usize,
+}
+
 /// Hands out the tensors of one model, converted to its compute type.
 pub struct Weights {
     source: Source,
@@ -53,8 +64,8 @@ pub struct Weights {
     backend: Backend,
     /// Type of the first floating-point tensor that was taken.
     float_type: Option<Dtype>,
-    /// Asked before every tensor: an error ends the loading.
-    interrupt: Box<dyn Fn() -> Option<Error>>,
+    /// Told before every tensor how many bytes are there: an error ends the loading.
+    watch: Box<dyn Fn(usize) -> Option<Error>>,
 }
 
 impl Weights {
@@ -95,13 +106,14 @@ impl Weights {
             bytes: 0,
             backend: Backend::Mlx,
             float_type: None,
-            interrupt: Box::new(|| None),
+            watch: Box::new(|_| None),
         }
     }
 
-    /// The same, but a tensor is refused with the error that `interrupt` returns, if it returns one.
-    pub fn interrupted_by(mut self, interrupt: impl Fn() -> Option<Error> + 'static) -> Self {
-        self.interrupt = Box::new(interrupt);
+    /// The same, but `watch` is told before every tensor how many bytes there are so far; an error that it returns ends the
+    /// loading.
+    pub fn watched_by(mut self, watch: impl Fn(usize) -> Option<Error> + 'static) -> Self {
+        self.watch = Box::new(watch);
         self
     }
 
@@ -119,6 +131,25 @@ impl Weights {
     /// Bytes of all tensors taken so far.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes that the tensors that are left will take, those of the largest one, and the size of a floating-point number;
+    /// known before anything is read. Nothing for random weights.
+    pub fn planned(&self) -> Planned {
+        let Source::Files(tensors) = &self.source else { return Planned::default() };
+        let size = |tensor: &FileTensor| {
+            let (start, end) = tensor.info.data_offsets;
+            let converted = self.dtype.filter(|_| is_float(tensor.info.dtype));
+            let numbers: usize = tensor.info.shape.iter().product();
+            converted.map_or(end - start, |dtype| numbers * item_size(dtype))
+        };
+        let floats = tensors.values().find(|tensor| is_float(tensor.info.dtype));
+        let stored = floats.and_then(|tensor| mlx_dtype(tensor.info.dtype));
+        Planned {
+            bytes: tensors.values().map(size).sum(),
+            largest: tensors.values().map(size).max().unwrap_or(0),
+            float_bytes: self.dtype.or(stored).map_or(0, item_size),
+        }
     }
 
     /// The type that floating-point tensors are converted to, if any.
@@ -215,7 +246,7 @@ impl Weights {
 
     /// Evaluates at once: the load is then one tensor above the final size, and errors name their tensor.
     fn keep(&mut self, array: Array) -> Result<Array> {
-        if let Some(error) = (self.interrupt)() {
+        if let Some(error) = (self.watch)(self.bytes) {
             return Err(error);
         }
         array.eval()?;
@@ -316,6 +347,14 @@ fn take(tensors: &mut BTreeMap<String, FileTensor>, name: &str, shape: &[usize],
         .read_exact_at(buffer.as_mut_slice(), file.data_start + start as u64)
         .map_err(|e| Error::io(format!("tensor {name:?} in {}", file.path.display()), &e))?;
     buffer.into_array(&dims(shape), dtype)
+}
+
+fn is_float(dtype: FileDtype) -> bool {
+    matches!(dtype, FileDtype::F32 | FileDtype::F16 | FileDtype::BF16)
+}
+
+fn item_size(dtype: Dtype) -> usize {
+    if dtype == Dtype::Float32 { 4 } else { 2 }
 }
 
 fn mlx_dtype(dtype: FileDtype) -> Option<Dtype> {

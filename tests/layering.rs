@@ -9,6 +9,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sync", &[]),
     ("panics", &["error"]),
     ("hub", &["error", "panics", "sync"]),
+    ("ledger", &["error", "sync"]),
     ("mlx", &["error", "panics", "sync"]),
     ("kernels", &["error", "mlx", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
@@ -22,11 +23,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "engine",
         &[
-            "cache", "config", "error", "fault", "kernels", "mlx", "models", "nn", "panics", "sampling", "sync",
-            "text", "weights",
+            "cache", "config", "error", "fault", "kernels", "ledger", "mlx", "models", "nn", "panics", "sampling",
+            "sync", "text", "weights",
         ],
     ),
-    ("pool", &["cache", "config", "engine", "error", "hub", "kernels", "mlx", "models", "sync"]),
+    ("pool", &["cache", "config", "engine", "error", "hub", "kernels", "ledger", "mlx", "models", "panics", "sync"]),
     ("capi", &["engine", "error", "fault", "hub", "kernels", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];
@@ -35,6 +36,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const PURE: &[&str] = &[
     "error.rs",
     "hub",
+    "ledger.rs",
     "panics.rs",
     "sync.rs",
     "text",
@@ -55,6 +57,8 @@ const PURE: &[&str] = &[
     "engine/sequence.rs",
     "engine/shape.rs",
     "kernels/cpu",
+    "pool/policy.rs",
+    "pool/settings.rs",
     "sampling/params.rs",
 ];
 

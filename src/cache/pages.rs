@@ -101,6 +101,18 @@ impl Pages {
         self.layers.iter().flatten().map(|pool| pool.keys.nbytes() + pool.values.nbytes()).sum()
     }
 
+    /// Bytes of all arrays while they become as large as `capacity` blocks need.
+    pub fn bytes_to_hold(&self, capacity: usize) -> usize {
+        let bytes = (capacity + SPARE) * self.block_bytes();
+        // The old one of what is replaced at a time.
+        bytes + bytes.min(self.bytes()) / (2 * self.layers.len()).max(1) * self.at_a_time()
+    }
+
+    /// Arrays that are resized together.
+    fn at_a_time(&self) -> usize {
+        if matches!(self.backend, Backend::Cpu(_)) { 1 } else { 2 }
+    }
+
     /// Begins to change the number of blocks; [`resize_part`](Self::resize_part) does it. What is behind a smaller number is
     /// lost.
     pub fn resize(&mut self, capacity: usize) {
@@ -119,7 +131,7 @@ impl Pages {
     /// Resizes keys or values of a layer, on the CPU, or both: old and new arrays exist side by side of these, and of no
     /// others. Returns whether more are to follow. New blocks may be used when none is left.
     pub fn resize_part(&mut self) -> Result<bool> {
-        let arrays = if matches!(self.backend, Backend::Cpu(_)) { 1 } else { 2 };
+        let arrays = self.at_a_time();
         let Some((capacity, left)) = &mut self.resize else { return Ok(false) };
         let capacity = *capacity;
         let part: Vec<usize> = left.take(arrays).collect();

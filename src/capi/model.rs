@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{borrow, boundary, omlx_error, omlx_pool, omlx_string, optional_string, output, string};
+use super::{borrow, boundary, bytes, omlx_error, omlx_pool, omlx_string, optional_string, output, string};
 use crate::engine::LoadedInfo;
-use crate::error::Status;
+use crate::error::{Error, Status};
 use crate::mlx::Device;
 use crate::pool::ModelEntry;
 
@@ -87,17 +87,71 @@ pub unsafe extern "C" fn omlx_model_load(
     })
 }
 
-/// Cancels the model's requests, frees its memory and waits for that. A model that is not loaded is no error; the next
-/// request loads it again. Blocking.
+/// Unloads a model and waits until its memory is free. `drain` 0 cancels its requests, otherwise they end first (later ones
+/// load the model again at once, beside it). `freed`, which may be NULL, receives the bytes that became free. A model that is
+/// not loaded is no error; the next request loads it again. Blocking.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_model_unload(
     pool: *mut omlx_pool,
     id: *const c_char,
+    drain: u32,
+    freed: *mut u64,
     error: *mut *mut omlx_error,
 ) -> Status {
     boundary(error, || {
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, id) = unsafe { (borrow(pool, "pool")?, string(id, "id")?) };
-        pool.pool.unload(id)
+        let bytes = pool.pool.unload(id, drain != 0)?;
+        if !freed.is_null() {
+            // SAFETY: not NULL, so room for a number by the header's contract.
+            unsafe { freed.write(bytes) };
+        }
+        Ok(())
+    })
+}
+
+/// Changes what is settled about a model, by a JSON object of `settings_len` bytes; null takes a key back (RFC 7396). It
+/// holds at once, and is in the pool's `settings_file` when this returns:
+///
+///   "alias"           another name for it in requests
+///   "pinned"          true: it is not unloaded to make room, nor when its time is up
+///   "preload"         true: it is loaded when the pool is opened
+///   "ttl_seconds"     it is unloaded after so many seconds without a request; below 0: only when its memory is needed
+///   "context_length"  tokens of a prompt and its answer at most, where that is less than the model can
+///   "defaults"        for requests that do not say: "max_tokens", "temperature", "top_p", "top_k", "min_p",
+///                     "repetition_penalty", "presence_penalty", "frequency_penalty" and "chat_template_kwargs"
+///
+/// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_ARGUMENT`, `OMLX_E_IO` (the file cannot be written: nothing has changed).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_model_configure(
+    pool: *mut omlx_pool,
+    id: *const c_char,
+    settings_json: *const c_char,
+    settings_len: usize,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, id, json) = unsafe {
+            (borrow(pool, "pool")?, string(id, "id")?, bytes(settings_json.cast(), settings_len, "settings_json")?)
+        };
+        let patch = serde_json::from_slice(json).map_err(|e| Error::invalid_argument(format!("settings: {e}")))?;
+        pool.pool.configure(id, &patch)
+    })
+}
+
+/// What is settled about a model, as the JSON object that `omlx_model_configure` takes; nothing is "{}".
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_model_settings(
+    pool: *mut omlx_pool,
+    id: *const c_char,
+    settings_json: *mut *mut omlx_string,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        output(settings_json, "settings_json")?;
+        // SAFETY: NULL or valid, by the header's contract.
+        let (pool, id) = unsafe { (borrow(pool, "pool")?, string(id, "id")?) };
+        omlx_string::write(pool.pool.settings(id)?.to_json()?.to_string(), settings_json)
     })
 }

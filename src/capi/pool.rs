@@ -11,7 +11,7 @@ use super::{SizedOptions, borrow, boundary, bundled, callback, omlx_error, omlx_
 use crate::error::{Error, Result, Status};
 use crate::kernels::Precision;
 use crate::mlx::Device;
-use crate::pool::{Codec, EnginePool, PoolOptions, TierOptions};
+use crate::pool::{Codec, EnginePool, MemoryLimit, PoolOptions, TierOptions};
 use crate::sync::lock;
 
 /// Where to compute.
@@ -122,6 +122,17 @@ pub struct omlx_pool_options {
     pub cache_write_through: u32,
     /// An `omlx_cache_codec`.
     pub cache_codec: u32,
+    /// Bytes that weights, caches and work of all models may take together. What does not fit makes the least recently used
+    /// models go, waits for those that are in use, or is refused with `OMLX_E_OUT_OF_MEMORY`. 0 is what the system (or its
+    /// container) can spare: all but 8 GiB, at least half, and never more than is available; on a GPU with memory of its
+    /// own, what MLX would use of that.
+    pub memory_limit: u64,
+    /// The same as a part of the memory, in percent; 0 is none. Not together with `memory_limit`.
+    pub memory_percent: u32,
+    /// Seconds after which a model without requests is unloaded; 0: when its memory is needed.
+    pub ttl_seconds: u32,
+    /// A file that keeps what `omlx_model_configure` settles. It need not exist. NULL forgets it when the pool is closed.
+    pub settings_file: *const c_char,
 }
 
 impl Default for omlx_pool_options {
@@ -149,6 +160,10 @@ impl Default for omlx_pool_options {
             cache_namespace: std::ptr::null(),
             cache_write_through: 0,
             cache_codec: 0,
+            memory_limit: 0,
+            memory_percent: 0,
+            ttl_seconds: 0,
+            settings_file: std::ptr::null(),
         }
     }
 }
@@ -188,12 +203,13 @@ impl omlx_pool_options {
         let nonzero = |n: u32| (n > 0).then_some(n as usize);
         let bytes = |n: u64| (n > 0).then_some(n);
         // SAFETY: passed on to the caller.
-        let (models_dir, default_model, cache_dir, namespace) = unsafe {
+        let (models_dir, default_model, cache_dir, namespace, settings_file) = unsafe {
             (
                 optional_string(self.models_dir, "models_dir")?,
                 optional_string(self.default_model, "default_model")?,
                 optional_string(self.cache_dir, "cache_dir")?,
                 optional_string(self.cache_namespace, "cache_namespace")?,
+                optional_string(self.settings_file, "settings_file")?,
             )
         };
         Ok(PoolOptions {
@@ -221,8 +237,20 @@ impl omlx_pool_options {
                 hot_bytes: bytes(self.hot_bytes),
                 always_restore: false,
             },
+            memory: memory_limit(self.memory_limit, self.memory_percent)?,
+            ttl: (self.ttl_seconds > 0).then(|| Duration::from_secs(self.ttl_seconds.into())),
+            settings_file: settings_file.map(PathBuf::from),
             target_latency: (self.target_latency_ms > 0).then(|| Duration::from_millis(self.target_latency_ms.into())),
         })
+    }
+}
+
+fn memory_limit(bytes: u64, percent: u32) -> Result<MemoryLimit> {
+    match (bytes, percent) {
+        (0, 0) => Ok(MemoryLimit::Auto),
+        (bytes, 0) => Ok(MemoryLimit::Bytes(bytes)),
+        (0, percent) => Ok(MemoryLimit::Percent(percent.into())),
+        _ => Err(Error::invalid_argument("a memory limit in bytes and in percent")),
     }
 }
 
@@ -316,6 +344,48 @@ pub unsafe extern "C" fn omlx_pool_metrics(
             other => return Err(Error::invalid_argument(format!("metrics format {other} does not exist"))),
         };
         omlx_string::write(metrics, text)
+    })
+}
+
+/// The pool's memory and its models that are loaded, or about to be, as a JSON object:
+///
+///   "device"   "cpu" or "gpu"
+///   "memory"   bytes: "limit", "used", "peak" (the most that was ever used), "waiting" (what models wait for), "owners"
+///              (by model: "weights", "cache", "workspace", "hot"), "footprint" (of the process), "unaccounted" (what it has
+///              beyond "used" and what it had when the pool was opened), "system_total" and "system_available"; and
+///              "pressure", of the whole system: 0, 1 (caches shrink) or 2 (idle models go)
+///   "models"   by id: "state" ("loading", "loaded" or "failed"; then "error"), "loaded_bytes" of "weight_bytes",
+///              "requests" that have not ended, "idle_seconds", "pinned" and "ttl_seconds"
+///   "leaving"  engines that end their last requests, or give their memory back
+///
+/// More keys may come.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_status(
+    pool: *mut omlx_pool,
+    status_json: *mut *mut omlx_string,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        output(status_json, "status_json")?;
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let pool = unsafe { borrow(pool, "pool") }?;
+        omlx_string::write(pool.pool.status().to_string(), status_json)
+    })
+}
+
+/// Changes `memory_limit` or `memory_percent` of the pool's options while it is open; both 0 is automatic. What is beyond
+/// the new limit goes as soon as no request uses it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_pool_set_memory_limit(
+    pool: *mut omlx_pool,
+    bytes: u64,
+    percent: u32,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let pool = unsafe { borrow(pool, "pool") }?;
+        pool.pool.set_memory_limit(memory_limit(bytes, percent)?)
     })
 }
 

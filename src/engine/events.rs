@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::Failure;
+use super::activity::InUse;
 use crate::error::{Error, Status};
 use crate::sync::lock;
 
@@ -135,8 +136,8 @@ impl std::fmt::Debug for RequestState {
 }
 
 impl RequestState {
-    /// A new request and its only writer; `failure` is the engine's reason cell.
-    pub fn new(failure: Failure) -> (Arc<Self>, EventSink) {
+    /// A new request and its only writer; `failure` is the engine's reason cell, and `in_use` ends with the request.
+    pub fn new(failure: Failure, in_use: InUse) -> (Arc<Self>, EventSink) {
         let state = Arc::new(Self {
             accepted: Instant::now(),
             queue: Mutex::default(),
@@ -145,7 +146,7 @@ impl RequestState {
             cancelled: AtomicBool::new(false),
             worker: Mutex::default(),
         });
-        (Arc::clone(&state), EventSink { state, failure, ended: false })
+        (Arc::clone(&state), EventSink { state, failure, in_use: Some(in_use) })
     }
 
     /// When the request was accepted.
@@ -269,7 +270,8 @@ impl RequestState {
 pub struct EventSink {
     state: Arc<RequestState>,
     failure: Failure,
-    ended: bool,
+    /// Gone when the request has ended.
+    in_use: Option<InUse>,
 }
 
 impl EventSink {
@@ -299,7 +301,8 @@ impl EventSink {
     }
 
     fn end(&mut self, done: Done) {
-        if !std::mem::replace(&mut self.ended, true) {
+        // Whoever reads the end finds the engine without the request.
+        if self.in_use.take().is_some() {
             self.state.push(Event::Done(done));
             // The channel must not outlive the engine through a handle that the host keeps.
             *lock(&self.state.worker) = None;

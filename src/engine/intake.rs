@@ -137,12 +137,13 @@ impl EngineText {
 
     /// Resolves everything the request left open and checks it against the model.
     fn prepare(&self, request: Request, sink: EventSink) -> Result<Prepared, (Error, EventSink)> {
+        let context = request.context_limit.map_or(self.context, |limit| limit.min(self.context));
         let prompt = match self.prompt(&request.input) {
             Ok(prompt) if prompt.is_empty() => {
                 return Err((Error::invalid_request("the prompt has no tokens"), sink));
             }
-            Ok(prompt) if prompt.len() >= self.context => {
-                let (have, limit) = (prompt.len(), self.context);
+            Ok(prompt) if prompt.len() >= context => {
+                let (have, limit) = (prompt.len(), context);
                 let what = format!("the prompt has {have} tokens, the context is {limit}");
                 return Err((Error::new(Status::ContextLength, what), sink));
             }
@@ -150,7 +151,7 @@ impl EngineText {
             Err(error) => return Err((error, sink)),
         };
         let defaults = &self.defaults;
-        let room = self.context - prompt.len();
+        let room = context - prompt.len();
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
         if !request.ignore_eos {
             stop_tokens.extend(&defaults.eos);
@@ -163,8 +164,8 @@ impl EngineText {
             min_p: request.min_p.or(defaults.min_p).unwrap_or(0.0),
             seed: request.seed.unwrap_or_else(fresh_seed),
             repetition_penalty: request.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
-            presence_penalty: request.presence_penalty,
-            frequency_penalty: request.frequency_penalty,
+            presence_penalty: request.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: request.frequency_penalty.unwrap_or(0.0),
             logit_bias: request.logit_bias,
             top_logprobs: request.top_logprobs,
         };

@@ -54,6 +54,8 @@ pub struct EngineMetrics {
     pub weight_bytes: usize,
     /// Bytes of the pools.
     pub cache_bytes: usize,
+    /// Bytes that steps may take besides, as was reckoned.
+    pub workspace_bytes: usize,
 }
 
 impl EngineMetrics {

@@ -6,8 +6,10 @@
 //!
 //! Handles hold channels only; arrays never leave the worker.
 
+mod activity;
 mod events;
 mod intake;
+mod memory;
 mod metrics;
 mod pace;
 mod queue;
@@ -34,12 +36,14 @@ pub use shape::Shape;
 pub use tiers::{Cold, Stop, Tiers, Whereabouts};
 pub use worker::CacheCommand;
 
+use activity::Activity;
 use queue::Queue;
 use threads::Threads;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use mlx_rs::Dtype;
@@ -47,6 +51,7 @@ use mlx_rs::Dtype;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::kernels::Backend;
+use crate::ledger::Ledger;
 use crate::mlx::Device;
 use crate::sync::lock;
 
@@ -92,6 +97,8 @@ pub struct EngineOptions {
     pub text: Arc<LazyText>,
     /// Where rows are outside the pools.
     pub tiers: Tiers,
+    /// Where its memory is taken from.
+    pub ledger: Arc<Ledger>,
 }
 
 /// Facts about a loaded model.
@@ -120,6 +127,11 @@ struct Shared {
     changed: Condvar,
     failure: Failure,
     queue: Arc<Queue>,
+    activity: Arc<Activity>,
+    /// Bytes of weights that are there, and that there will be.
+    loading: Arc<Mutex<(u64, u64)>>,
+    /// Bytes that were given back at the end.
+    freed: AtomicU64,
     /// As the worker left them after its last step.
     metrics: Mutex<EngineMetrics>,
 }
@@ -159,6 +171,9 @@ impl Engine {
             changed: Condvar::new(),
             failure: Arc::new(OnceLock::new()),
             queue: Queue::new(options.queue_length),
+            activity: Activity::new(),
+            loading: Arc::default(),
+            freed: AtomicU64::new(0),
             metrics: Mutex::default(),
         });
         let (intake, intake_inbox) = crossbeam_channel::unbounded();
@@ -191,7 +206,7 @@ impl Engine {
     /// too many requests wait.
     pub fn submit(&self, request: Request) -> Result<Arc<RequestState>> {
         let ticket = self.shared.queue.enter()?;
-        let (state, sink) = RequestState::new(Arc::clone(&self.shared.failure));
+        let (state, sink) = RequestState::new(Arc::clone(&self.shared.failure), self.shared.activity.enter());
         if let Err(rejected) = self.threads.intake.send(intake::Message::Submit(Box::new(request), ticket, sink)) {
             rejected.into_inner().fail(self.shared.reason());
         }
@@ -206,6 +221,7 @@ impl Engine {
     /// Asks something of the cache; blocks until the step that is being planned is launched.
     pub fn cache<T>(&self, command: impl FnOnce(Sender<T>) -> CacheCommand) -> Result<T> {
         self.wait_ready()?;
+        self.shared.activity.touch();
         let (answer, answered) = crossbeam_channel::bounded(1);
         let gone = || self.shared.reason();
         self.threads.worker.send(worker::Command::Cache(command(answer))).map_err(|_| gone())?;
@@ -226,6 +242,23 @@ impl Engine {
             Phase::Ready(info) => Some(*info),
             Phase::Loading | Phase::Ended(_) => None,
         }
+    }
+
+    /// Requests that have not ended, and when the last one came or ended.
+    pub fn activity(&self) -> (usize, Instant) {
+        self.shared.activity.now()
+    }
+
+    /// Bytes of weights that are there, and that there will be; both 0 until the files have been looked at.
+    pub fn loading(&self) -> (u64, u64) {
+        *lock(&self.shared.loading)
+    }
+
+    /// Asks the engine to give back the memory that no request uses; returns at once.
+    pub fn release_memory(&self) {
+        let (answer, _) = crossbeam_channel::bounded(1);
+        // An engine that has ended has given back everything.
+        let _ = self.threads.worker.send(worker::Command::Cache(CacheCommand::Release(answer)));
     }
 
     /// Blocks until the model is loaded, or returns why it could not be.
@@ -250,6 +283,18 @@ impl Engine {
     /// Asks the engine to end its requests with `reason` and stop; returns at once.
     pub fn stop(&self, reason: Error) {
         self.threads.stop(reason);
+    }
+
+    /// Waits until the engine has been told to stop, by whomever, and its threads are gone; returns the bytes that it gave
+    /// back.
+    pub fn join_stopped(&self) -> u64 {
+        let mut phase = lock(&self.shared.phase);
+        while !matches!(*phase, Phase::Ended(_)) {
+            phase = self.shared.changed.wait(phase).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        drop(phase);
+        self.join();
+        self.shared.freed.load(Ordering::Relaxed)
     }
 
     /// Waits until the threads of a stopped engine are gone and its memory is returned.

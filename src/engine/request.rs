@@ -81,9 +81,9 @@ pub struct Request {
     /// Above 0; 1 is off.
     pub repetition_penalty: Option<f32>,
     /// -2 to 2.
-    pub presence_penalty: f32,
+    pub presence_penalty: Option<f32>,
     /// -2 to 2.
-    pub frequency_penalty: f32,
+    pub frequency_penalty: Option<f32>,
     /// Token id and what is added to its logit, -100 to 100.
     pub logit_bias: Vec<(u32, f32)>,
     /// Report log-probabilities, and of how many likeliest tokens.
@@ -98,7 +98,22 @@ pub struct Request {
     pub choices: usize,
     /// Before whom it runs.
     pub priority: Priority,
+    /// Tokens of prompt and answer at most, where that is less than the model's context. Not part of the JSON.
+    pub context_limit: Option<usize>,
 }
+
+/// Keys of a request that a model may have defaults for.
+const DEFAULTS: [&str; 9] = [
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "chat_template_kwargs",
+];
 
 /// The JSON object. Field names are the API.
 #[derive(Debug, Deserialize)]
@@ -187,6 +202,36 @@ impl Request {
         }
         raw.check()
     }
+
+    /// A request that only says what requests of a model should say by default: some of the keys of a request, checked as
+    /// there.
+    pub fn defaults(keys: &Map<String, Value>) -> Result<Self> {
+        if let Some(other) = keys.keys().find(|key| !DEFAULTS.contains(&key.as_str())) {
+            let what = format!("{other:?} is none of the keys that may have a default: {}", DEFAULTS.join(", "));
+            return Err(Error::invalid_request(what));
+        }
+        let mut request = keys.clone();
+        request.insert("messages".to_owned(), serde_json::json!([{ "role": "user" }]));
+        Self::from_json(Value::Object(request).to_string().as_bytes(), false)
+    }
+
+    /// The same request; what it leaves open is taken from `defaults`, made by [`Request::defaults`].
+    pub fn or(mut self, defaults: &Self) -> Self {
+        self.max_tokens = self.max_tokens.or(defaults.max_tokens);
+        self.temperature = self.temperature.or(defaults.temperature);
+        self.top_p = self.top_p.or(defaults.top_p);
+        self.top_k = self.top_k.or(defaults.top_k);
+        self.min_p = self.min_p.or(defaults.min_p);
+        self.repetition_penalty = self.repetition_penalty.or(defaults.repetition_penalty);
+        self.presence_penalty = self.presence_penalty.or(defaults.presence_penalty);
+        self.frequency_penalty = self.frequency_penalty.or(defaults.frequency_penalty);
+        if let (Input::Chat(chat), Input::Chat(defaults)) = (&mut self.input, &defaults.input) {
+            for (key, value) in &defaults.kwargs {
+                chat.kwargs.entry(key.clone()).or_insert_with(|| value.clone());
+            }
+        }
+        self
+    }
 }
 
 /// `value` if it lies in `range`, which also refuses NaN.
@@ -232,8 +277,8 @@ impl RawRequest {
             min_p: within("min_p", self.min_p, 0.0, 1.0)?,
             seed: self.seed.map(|seed| seed as u64),
             repetition_penalty: within("repetition_penalty", self.repetition_penalty, 0.0, 100.0)?,
-            presence_penalty: within("presence_penalty", self.presence_penalty, -2.0, 2.0)?.unwrap_or(0.0),
-            frequency_penalty: within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?.unwrap_or(0.0),
+            presence_penalty: within("presence_penalty", self.presence_penalty, -2.0, 2.0)?,
+            frequency_penalty: within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?,
             logit_bias,
             top_logprobs,
             stop,
@@ -241,6 +286,7 @@ impl RawRequest {
             ignore_eos: self.ignore_eos.unwrap_or(false),
             choices: self.n.unwrap_or(1),
             priority: self.priority.unwrap_or_default(),
+            context_limit: None,
             model: self.model.clone(),
             input: self.input()?,
         })

@@ -100,10 +100,14 @@ pub struct Scheduler {
     waiting: Vec<Sequence>,
     /// In the order in which they began.
     running: Vec<Sequence>,
+    /// Sequences that have ended, whose hosts do not know yet.
+    ends: Vec<(Sequence, Result<FinishReason, Error>)>,
     /// Prompt tokens that have passed some of the layers.
     piece: Piece,
     pace: Pace,
     counters: Counters,
+    /// There will never be more blocks than the limit.
+    firm: bool,
     /// Blocks without which the last plan was smaller than it could have been.
     wanted: usize,
     /// Free blocks that there should be besides.
@@ -147,7 +151,9 @@ impl Scheduler {
             blocks,
             waiting: Vec::new(),
             running: Vec::new(),
+            ends: Vec::new(),
             counters: Counters::default(),
+            firm: true,
             wanted: 0,
             reserved: 0,
         }
@@ -183,9 +189,10 @@ impl Scheduler {
         self.pace.seconds_per_token(tokens)
     }
 
-    /// No more blocks than this can be had.
-    pub fn limit_blocks(&mut self, blocks: usize) {
+    /// No more blocks than this can be had; for the moment, unless that is `firm`.
+    pub fn limit_blocks(&mut self, blocks: usize, firm: bool) {
         self.limits.blocks = blocks;
+        self.firm = firm;
     }
 
     /// What has happened so far.
@@ -196,6 +203,20 @@ impl Scheduler {
     /// Whether there is no sequence at all.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Takes their blocks from all sequences; they go on from what is cached, or from the beginning.
+    pub fn preempt_all(&mut self) {
+        for at in (0..self.running.len()).rev() {
+            if self.running[at].table.is_some() {
+                self.preempt(at);
+            }
+        }
+    }
+
+    /// Whether no sequence could give up its blocks to another one.
+    pub fn is_alone(&self) -> bool {
+        self.running.len() <= 1
     }
 
     /// The number of blocks that there should be: more than there are if sequences wait for some, or if cached ones had
@@ -209,6 +230,11 @@ impl Scheduler {
             return capacity;
         }
         (capacity + self.wanted.max(spare).max(reserved)).max(capacity * 2).min(self.limits.blocks).max(capacity)
+    }
+
+    /// Blocks without which sequences cannot go on: of the last plan.
+    pub fn needed_blocks(&self) -> usize {
+        self.wanted
     }
 
     /// A step took `seconds`.
@@ -339,6 +365,8 @@ impl Scheduler {
                     self.preempt(at);
                     return 0;
                 }
+                // Others may give some back.
+                _ if !self.firm => return 1,
                 // Alone: there is nothing more to be had.
                 _ => {
                     let sequence = self.running.remove(at);
@@ -527,7 +555,7 @@ impl Scheduler {
             if let Some(table) = sequence.table.take() {
                 self.blocks.release(table);
             }
-            sequence.finish(Err(error.clone()));
+            self.ends.push((sequence, Err(error.clone())));
         }
         self.blocks.clear();
         ids
@@ -547,7 +575,13 @@ impl Scheduler {
 
     fn finish(&mut self, mut sequence: Sequence, end: Result<FinishReason, Error>) {
         self.give_back(&mut sequence);
-        sequence.finish(end);
+        self.ends.push((sequence, end));
+    }
+
+    /// Tells hosts of the sequences that have ended. Apart from their ending, so that whoever hears of it finds it in the
+    /// counters.
+    pub fn tell_ends(&mut self) {
+        self.ends.drain(..).for_each(|(sequence, end)| sequence.finish(end));
     }
 
     /// Releases the blocks of a sequence that no longer runs; what it has computed in all layers stays cached.

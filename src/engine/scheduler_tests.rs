@@ -9,9 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cache::manager::GroupKind;
-use crate::engine::events::{Event, RequestState};
-use crate::engine::request::Priority;
-use crate::engine::sequence::Prepared;
+use crate::engine::{Event, Priority, RequestState, activity::Activity, sequence::Prepared};
 use crate::sampling::SamplingParams;
 use crate::text::StopMatcher;
 
@@ -113,7 +111,7 @@ impl Machine {
     }
 
     fn ask(&mut self, prompt: Vec<u32>, max_tokens: usize, choices: usize, priority: Priority) -> usize {
-        let (state, sink) = RequestState::new(Default::default());
+        let (state, sink) = RequestState::new(Default::default(), Activity::new().enter());
         let prepared = Prepared {
             prompt: prompt.clone(),
             max_tokens,
@@ -135,6 +133,11 @@ impl Machine {
         self.asked.len() - 1
     }
 
+    fn commit(&mut self, id: SequenceId, token: u32, now: Instant) {
+        self.scheduler.commit(id, SampledToken { token, logprob: None }, now);
+        self.scheduler.tell_ends();
+    }
+
     /// A turn of the engine loop; whether there was anything to do.
     fn turn(&mut self) -> Result<bool, TestCaseError> {
         self.scheduler.reap_cancelled();
@@ -151,6 +154,7 @@ impl Machine {
         for (id, token) in before {
             self.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
         }
+        self.scheduler.tell_ends();
         let grows = self.scheduler.wanted_blocks() > self.scheduler.blocks().capacity(0);
         Ok(busy || grows)
     }
@@ -430,7 +434,7 @@ fn decoding_runs_ahead_of_reading_and_prompts_run_in_chunks() {
         planned
             .extend(plan.runs.iter().map(|run| (run.start, run.tokens(), run.samples, run.input == StepInput::Unread)));
         for (id, _) in before {
-            machine.scheduler.commit(id, SampledToken { token: 5, logprob: None }, Instant::now());
+            machine.commit(id, 5, Instant::now());
         }
     }
     let expected = [
@@ -459,7 +463,7 @@ fn running_answers_and_a_prompt_share_every_step() {
         assert_eq!(plan.runs.iter().map(Run::tokens).collect::<Vec<_>>(), [1, 8]);
         let sampled = machine.run(&plan).unwrap();
         for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
-            machine.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
+            machine.commit(id, token, Instant::now());
         }
     }
     machine.settle().unwrap();
@@ -489,7 +493,7 @@ fn step(machine: &mut Machine) -> (Vec<usize>, Range<usize>, Vec<bool>) {
     machine.check_plan(&plan).unwrap();
     let sampled = machine.run(&plan).unwrap();
     for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
-        machine.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
+        machine.commit(id, token, Instant::now());
     }
     let of = |run: &Run| (run.tokens(), run.samples);
     let (tokens, samples) = plan.runs.iter().map(of).unzip();
@@ -521,6 +525,7 @@ fn a_piece_whose_sequence_ends_is_forgotten() {
     machine.asked[prompt].cancelled = true;
     machine.asked[prompt].state.cancel();
     machine.scheduler.reap_cancelled();
+    machine.scheduler.tell_ends();
     assert_eq!(step(&mut machine).0, [1], "the answer is by itself");
     assert_eq!(machine.scheduler.counters().prompt_tokens, 2, "half a piece was counted");
     machine.settle().unwrap();
@@ -533,6 +538,7 @@ fn a_piece_passes_the_rest_at_once_when_nobody_waits() {
     machine.asked[0].cancelled = true;
     machine.asked[0].state.cancel();
     machine.scheduler.reap_cancelled();
+    machine.scheduler.tell_ends();
     assert_eq!(step(&mut machine), (vec![40], 2..4, vec![true]));
     machine.settle().unwrap();
 }
@@ -557,10 +563,10 @@ fn classes_come_in_their_order_and_nobody_starves() {
         [Priority::Low, Priority::Normal, Priority::High].map(|p| machine.ask(vec![9, 9], 1, 1, p));
     let first = |machine: &mut Machine, now: Instant| machine.scheduler.plan(now, &mut Vec::new()).runs[0].sequence;
     assert_eq!(first(&mut machine, start), high as SequenceId);
-    machine.scheduler.commit(high as SequenceId, SampledToken { token: STOP, logprob: None }, start);
+    machine.commit(high as SequenceId, STOP, start);
     // After a while the lowest class counts as the one above, and it came first.
     assert_eq!(first(&mut machine, start + PATIENCE * 3), low as SequenceId);
-    machine.scheduler.commit(low as SequenceId, SampledToken { token: STOP, logprob: None }, start);
+    machine.commit(low as SequenceId, STOP, start);
     assert_eq!(first(&mut machine, start), normal as SequenceId);
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::activity::Activity;
 use super::*;
 use crate::pool::{EnginePool, PoolOptions, TierOptions, TierSet};
 
@@ -214,7 +215,7 @@ fn unloading_and_closing_end_running_requests() {
     let pool = pool("unload");
     let running = generate(&pool, "unload", 500);
     assert!(matches!(running.next(Some(PATIENCE)), Ok(Event::Delta(_))));
-    pool.unload("unload").unwrap();
+    pool.unload("unload", false).unwrap();
     assert_eq!(finish(&running).1.reason, FinishReason::Cancelled);
     let again = generate(&pool, "unload", 500);
     pool.close();
@@ -297,10 +298,10 @@ fn a_reader_that_sleeps_pauses_its_sequence_and_loses_nothing() {
 
 #[test]
 fn a_lost_sink_still_ends_its_request() {
-    let (state, sink) = RequestState::new(Failure::default());
+    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
     drop(sink);
     assert_eq!(finish(&state).1.error.map(|e| e.status()), Some(Status::Internal));
-    let (state, sink) = RequestState::new(Failure::default());
+    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
     sink.done(Done { reason: FinishReason::Stop, error: None, usage: Usage::default() });
     assert_eq!(finish(&state).1.reason, FinishReason::Stop);
 }
@@ -315,7 +316,7 @@ fn the_wake_function_is_called_for_new_and_for_waiting_events() {
             calls.fetch_add(1, Ordering::SeqCst);
         }))
     };
-    let (state, sink) = RequestState::new(Failure::default());
+    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
     state.set_wake(wake(&calls));
     sink.delta(Delta { text: "a".into(), ..Delta::default() });
     sink.delta(Delta { text: "b".into(), ..Delta::default() });

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::memory::{Denied, EngineMemory};
 use super::metrics::EngineMetrics;
 use super::restore::{Restores, Then};
 use super::runner::{Launched, Runner};
@@ -21,12 +22,13 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::fault;
 use crate::kernels::{self, PANIC_MARK};
+use crate::ledger::{Account, Uses};
 use crate::models;
 use crate::panics;
 use crate::sync::lock;
 use crate::text::TextModel;
-use crate::weights::Weights;
-use exchange::Saving;
+use crate::weights::{Planned, Weights};
+use exchange::{LAST_SAVES, Saving};
 
 /// What other threads ask of the worker.
 #[derive(Debug)]
@@ -60,10 +62,18 @@ pub enum CacheCommand {
     Prefetch(Vec<u32>, Sender<usize>),
     /// Where the rows of these tokens are.
     Find(Vec<u32>, Sender<Whereabouts>),
+    /// Give back the memory that no sequence uses: how many bytes. What it held goes to the other tiers.
+    Release(Sender<u64>),
 }
 
 /// An idle engine gives memory back after this time.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// Bytes of an engine that are no arrays: graphs, threads, and what the C library holds back.
+const OVERHEAD: usize = 8 << 20;
+
+/// Tokens of an answer for which the cache has memory from the beginning.
+const FIRST_ANSWER: usize = 256;
 
 /// How often an engine looks at sequences that could not go on.
 const PAUSED: Duration = Duration::from_millis(20);
@@ -73,6 +83,8 @@ const PAUSED: Duration = Duration::from_millis(20);
 /// `myself` leads to `inbox`.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Command>, shared: &Shared) {
     let ended = AtomicBool::new(false);
+    // Given back when no array is left.
+    let account = options.ledger.open(&options.id);
     let outcome = panics::catch(|| {
         crate::mlx::init()?;
         std::thread::scope(|scope| {
@@ -89,7 +101,7 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
                 let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));
                 thread.spawn_scoped(scope, identify).map_err(|e| Error::io("starting an engine thread", &e))?;
             }
-            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared));
+            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, &account));
             ended.store(true, Ordering::Relaxed);
             served
         })
@@ -100,14 +112,22 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
         Err(panic) => panic.context(format!("engine {}", options.id)),
     };
     tracing::debug!(model = options.id, reason = %error, "engine ended");
+    shared.freed.store(account.uses().sum(), Ordering::Relaxed);
+    drop(account);
     shared.set(Phase::Ended(error));
     // Requests that nobody will read any more end here, through their sinks.
     while inbox.try_recv().is_ok() {}
 }
 
-fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Command>, shared: &Shared) -> Result<()> {
+fn serve(
+    options: &EngineOptions,
+    inbox: &Receiver<Command>,
+    myself: &Sender<Command>,
+    shared: &Shared,
+    account: &Account,
+) -> Result<()> {
     let started = Instant::now();
-    let (mut runner, weight_bytes) = load(options, shared)?;
+    let (mut runner, weight_bytes, memory) = load(options, shared, account)?;
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     tracing::info!(
         model = options.id,
@@ -133,9 +153,13 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         block_bytes: pages.block_bytes(),
         blocks_limit: limits.blocks,
         weight_bytes,
+        workspace_bytes: memory.workspace() as usize,
         ..EngineMetrics::default()
     };
     let mut worker = Worker {
+        most_blocks: limits.blocks,
+        yields: false,
+        memory,
         options,
         shared,
         myself,
@@ -152,6 +176,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         growth: Growth::default(),
         next_id: 0,
     };
+    shared.activity.touch();
     // Whoever asks a loaded engine learns the size of its blocks.
     worker.publish();
     shared.set(Phase::Ready(info));
@@ -159,6 +184,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
     worker.end_restores();
     if outcome.is_ok() {
         worker.scheduler.end_all(&shared.reason());
+        worker.scheduler.tell_ends();
         worker.save_at_the_end();
     }
     let defect = outcome.err().map(|error| error.context(format!("engine {}", options.id)));
@@ -167,10 +193,15 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Com
         shared.set(Phase::Ended(error.clone()));
     }
     worker.scheduler.fail_all(&shared.reason());
+    worker.scheduler.tell_ends();
     defect.map_or(Ok(()), Err)
 }
 
-fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
+fn load<'a>(
+    options: &EngineOptions,
+    shared: &Shared,
+    account: &'a Account,
+) -> Result<(Runner, usize, EngineMemory<'a>)> {
     let (config, weights) = match &options.source {
         ModelSource::Folder(folder) => {
             let config = ModelConfig::load(folder)?;
@@ -180,15 +211,50 @@ fn load(options: &EngineOptions, shared: &Shared) -> Result<(Runner, usize)> {
         }
         ModelSource::Random(config) => (config.clone(), Weights::random(config, options.dtype)),
     };
-    // Reading a large model takes a while; an unload or close must not wait for the rest of it.
-    let failure = Arc::clone(&shared.failure);
-    let weights = weights.computed_by(options.backend.clone()).interrupted_by(move || failure.get().cloned());
     let context = models::context_length(&config, options.context)?;
+    // Reading a large model takes a while, and so may waiting for room: an unload or close must not wait for the rest of it.
+    let failure = Arc::clone(&shared.failure);
+    let memory = begin(options, account, &config, context, &weights.planned(), || failure.get().cloned())
+        .map_err(|error| error.context(format!("model {:?}", options.id)))?;
+    let failure = Arc::clone(&shared.failure);
+    let planned = weights.planned().bytes as u64;
+    let loading = Arc::clone(&shared.loading);
+    let weights = weights.computed_by(options.backend.clone()).watched_by(move |bytes| {
+        *lock(&loading) = (bytes as u64, planned);
+        failure.get().cloned()
+    });
     let loaded = models::load(&config, context, weights)?;
+    // Of what was put together, the parts.
+    crate::mlx::return_free_memory();
+    memory.loaded(loaded.weight_bytes as u64);
     let pages = Pages::new(options.backend.clone(), loaded.model.kv_layout(), options.block_tokens)?;
     let runner =
         Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, options.backend.clone(), pages);
-    Ok((runner, loaded.weight_bytes))
+    Ok((runner, loaded.weight_bytes, memory))
+}
+
+/// Takes the memory for the weights, for steps, and for the cache of one step's prompt and its answer.
+fn begin<'a>(
+    options: &EngineOptions,
+    account: &'a Account,
+    config: &ModelConfig,
+    context: usize,
+    weights: &Planned,
+    interrupted: impl Fn() -> Option<Error>,
+) -> Result<EngineMemory<'a>> {
+    let plan = models::plan(config)?;
+    let rows = options.prefill_chunk.min(context) + options.max_sequences;
+    // Some numbers are converted as they are read.
+    let workspace = plan.workspace(rows, options.max_sequences).max(weights.largest) + OVERHEAD;
+    let float = if weights.float_bytes > 0 { weights.float_bytes } else { size_of::<f32>() };
+    let tokens = (options.prefill_chunk + FIRST_ANSWER).min(context);
+    let cache = (plan.cached_numbers * float * tokens).min(options.cache_bytes);
+    let uses =
+        Uses { weights: weights.bytes as u64, workspace: workspace as u64, cache: cache as u64, ..Uses::default() };
+    let memory = EngineMemory::begin(account, uses, interrupted)?;
+    // What others gave back in the ledger is to be free in the system, too.
+    crate::mlx::return_free_memory();
+    Ok(memory)
 }
 
 struct Worker<'a> {
@@ -197,6 +263,11 @@ struct Worker<'a> {
     myself: &'a Sender<Command>,
     runner: Runner,
     scheduler: Scheduler,
+    memory: EngineMemory<'a>,
+    /// Blocks that there may be if there is memory for them.
+    most_blocks: usize,
+    /// All that is there is to be given back.
+    yields: bool,
     /// Rows outside the pools, once the model is identified.
     tiers: Option<ModelTiers>,
     /// It will be, or nobody knows yet.
@@ -240,6 +311,10 @@ impl Worker<'_> {
                 self.runner.remove(gone);
             }
             self.resize()?;
+            if std::mem::take(&mut self.yields) {
+                self.scheduler.preempt_all();
+                self.give_back()?;
+            }
             let launched = self.launch()?;
             self.stepping = launched.is_some();
             let launched = launched.map(|launched| (launched, turn));
@@ -248,8 +323,8 @@ impl Worker<'_> {
             if let Some((step, launched)) = ending {
                 self.commit(step, launched)?;
             }
-            self.save_ahead(idle);
             self.publish();
+            self.save_ahead(idle);
             // With more blocks there may be something to do.
             if idle && !self.resize()? && !self.wait(inbox)? {
                 return Ok(());
@@ -302,9 +377,10 @@ impl Worker<'_> {
         true
     }
 
-    /// Makes the pools as large as the scheduler wants them, a part a turn while steps are running; whether they grew.
+    /// Makes the pools as large as the scheduler wants them and there is memory for, a part a turn while steps are running;
+    /// whether they grew.
     fn resize(&mut self) -> Result<bool> {
-        let wanted = self.scheduler.wanted_blocks();
+        let wanted = self.affordable_blocks();
         let pages = self.runner.pages();
         self.growth.turn = Duration::ZERO;
         let begins = !pages.is_resizing() && wanted > pages.capacity();
@@ -332,12 +408,74 @@ impl Worker<'_> {
         if let Err(error) = outcome {
             tracing::warn!(model = self.options.id, %error, blocks = capacity, "the KV cache cannot grow");
             pages.resize(capacity);
-            self.scheduler.limit_blocks(capacity);
+            self.most_blocks = capacity;
+            self.scheduler.limit_blocks(capacity, true);
             let _ = kernels::check();
+        }
+        if !pages.is_resizing() {
+            self.memory.has(pages.bytes() as u64);
         }
         let grown = capacity > self.scheduler.blocks().capacity(0);
         self.scheduler.blocks().grow(capacity);
         Ok(grown)
+    }
+
+    /// The blocks that there should be, as far as there is memory for them, which is then taken.
+    fn affordable_blocks(&mut self) -> usize {
+        let pages = self.runner.pages();
+        let (capacity, now) = (pages.capacity(), Instant::now());
+        if pages.is_resizing() {
+            return capacity;
+        }
+        if !self.memory.may_ask(now) {
+            return capacity;
+        }
+        self.scheduler.limit_blocks(self.most_blocks, true);
+        let wanted = self.scheduler.wanted_blocks();
+        if wanted <= capacity {
+            self.memory.content();
+            return capacity;
+        }
+        // Less than the scheduler wants is better than nothing.
+        let needed = self.scheduler.needed_blocks();
+        let least = if needed > 0 { (capacity + needed).min(wanted) } else { wanted };
+        if self.memory.grow(pages.bytes_to_hold(wanted) as u64) {
+            return wanted;
+        }
+        let mut more = least - capacity;
+        while more > 0 {
+            if self.memory.grow(pages.bytes_to_hold(capacity + more) as u64) {
+                return capacity + more;
+            }
+            more /= 2;
+        }
+        let (bytes, alone) = (pages.bytes_to_hold(capacity + 1) as u64, self.scheduler.is_alone());
+        match self.memory.deny(bytes, needed > 0, alone, now) {
+            Denied::MakeDo => self.scheduler.limit_blocks(capacity, alone),
+            Denied::Pause => {}
+            Denied::Yield => self.yields = true,
+        }
+        capacity
+    }
+
+    /// Gives back all that no sequence uses; returns how many bytes.
+    pub(super) fn give_back(&mut self) -> Result<u64> {
+        if self.runner.pages().is_resizing() || !self.settle()? {
+            return Ok(0);
+        }
+        let before = self.runner.pages().bytes();
+        self.save_for(if self.scheduler.is_idle() { LAST_SAVES } else { PAUSED });
+        let blocks = self.scheduler.blocks();
+        blocks.clear();
+        let least = blocks.least_capacity();
+        blocks.shrink(least);
+        let pages = self.runner.pages();
+        pages.resize(least);
+        pages.resize_all()?;
+        crate::mlx::return_free_memory();
+        let bytes = pages.bytes();
+        self.memory.has(bytes as u64);
+        Ok((before - bytes) as u64)
     }
 
     /// Gives back blocks behind the last one that holds something.
@@ -350,7 +488,8 @@ impl Worker<'_> {
             blocks.shrink(least);
             pages.resize(least);
             pages.resize_all()?;
-            mlx_rs::memory::clear_cache()?;
+            crate::mlx::return_free_memory();
+            self.memory.has(pages.bytes() as u64);
         }
         Ok(())
     }
@@ -417,6 +556,7 @@ impl Worker<'_> {
         Ok(())
     }
 
+    /// Lets others see how things stand, and hosts hear which answers have ended.
     fn publish(&mut self) {
         let counts = self.scheduler.blocks().counts(0);
         self.metrics.count(self.scheduler.counters(), counts);
@@ -424,5 +564,6 @@ impl Worker<'_> {
         self.metrics.cache_bytes = self.runner.pages().bytes();
         self.metrics.queued_requests = self.shared.queue.waiting();
         *lock(&self.shared.metrics) = self.metrics;
+        self.scheduler.tell_ends();
     }
 }

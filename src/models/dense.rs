@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::Plan;
 use crate::error::{Error, Result};
 use crate::nn::{AttentionSpec, DecoderSpec, LayerSpec, RopeSpec};
 use crate::weights::Weights;
@@ -62,6 +63,19 @@ impl DenseConfig {
             None | Some("silu" | "swish") => Ok(()),
             Some(other) => Err(Error::unsupported(format!("activation {other:?} is not supported"))),
         }
+    }
+
+    /// What an engine of this model will take.
+    pub fn plan(&self) -> Result<Plan> {
+        self.check()?;
+        let (queries, keys) = (self.num_attention_heads * self.head_dim(), self.kv_heads() * self.head_dim());
+        Ok(Plan {
+            cached_numbers: 2 * self.num_hidden_layers * keys,
+            // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
+            // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
+            row_numbers: 2 * (4 * self.hidden_size + 2 * queries + 2 * keys + 3 * self.intermediate_size),
+            vocab: self.vocab_size,
+        })
     }
 
     fn kv_heads(&self) -> usize {

@@ -109,6 +109,30 @@ pub fn vocab_size(config: &ModelConfig) -> Result<usize> {
         .ok_or_else(|| Error::invalid_model("config.json: \"vocab_size\" is missing"))
 }
 
+/// What an engine takes besides the weights, in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// Of keys and values, for each token.
+    pub cached_numbers: usize,
+    /// Of activations, for each row of a step.
+    pub row_numbers: usize,
+    /// Logits of a row that is sampled.
+    pub vocab: usize,
+}
+
+impl Plan {
+    /// Bytes that a step of `rows` rows needs, `sampled` of which are sampled; from experience, on the safe side.
+    pub fn workspace(&self, rows: usize, sampled: usize) -> usize {
+        4 * (rows * self.row_numbers + 4 * sampled * self.vocab)
+    }
+}
+
+/// What an engine of the model that `config` names will take, known before its weights are read.
+pub fn plan(config: &ModelConfig) -> Result<Plan> {
+    find(config)?;
+    config.parse::<dense::DenseConfig>()?.plan()
+}
+
 /// A model and what its weights weigh.
 pub struct Loaded {
     /// The model.

@@ -52,15 +52,15 @@ impl EnginePool {
             let what = format!("{} is a model, not a folder of models: \"folder\" is missing", folder.display());
             return Err(Error::invalid_request(what));
         }
-        let state = Arc::downgrade(&self.state);
+        let shared = Arc::downgrade(&self.shared);
         // While the pool cannot be closed: what is started is cancelled by a close.
-        let guard = lock(&self.state);
+        let guard = lock(&self.shared.state);
         if guard.closed {
             return Err(closed());
         }
         let download = Download::start(request, &folder, tuning, move |arrival| {
-            if let Some(state) = state.upgrade() {
-                list(&state, arrival);
+            if let Some(shared) = shared.upgrade() {
+                list(&shared.state, arrival);
             }
         })?;
         let mut running = lock(&self.downloads.running);

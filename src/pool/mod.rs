@@ -2,11 +2,19 @@
 
 mod catalogue;
 mod download;
+mod keeper;
+mod memory;
 mod metrics;
+mod policy;
+mod settings;
+mod status;
 mod tiers;
 
 pub use crate::cache::ssd::Codec;
 pub use catalogue::{Catalogue, ModelEntry};
+pub use memory::{Machine, MemoryLimit, Reading, ThisMachine};
+pub use policy::Pressure;
+pub use settings::ModelSettings;
 pub use tiers::{TierLimits, TierOptions, TierSet};
 
 use std::collections::HashMap;
@@ -22,8 +30,11 @@ use crate::engine::{
 };
 use crate::error::{Error, Result, Status};
 use crate::kernels::{Backend, Cpu, Gpu, Precision};
+use crate::ledger::{Account, Ledger, Part};
 use crate::mlx::{self, Device};
 use crate::sync::lock;
+use serde_json::Value;
+use settings::SettingsFile;
 
 /// Options of a pool; `Default` is what a host gets that sets nothing.
 #[derive(Debug, Clone, Default)]
@@ -58,10 +69,16 @@ pub struct PoolOptions {
     /// Whether a step is launched before the tokens of the one before it have been read; `None` does so on a GPU. On the CPU
     /// MLX takes over the nodes of a step only about as fast as it computes them: tokens would come late, and nothing sooner.
     pub overlap: Option<bool>,
-    /// Do not set the environment variables that MLX reads.
+    /// Do not set the environment variables that MLX reads, nor how the C library takes memory from the system.
     pub keep_environment: bool,
     /// What is cached outside the pools.
     pub tiers: TierOptions,
+    /// Memory that all models may take together.
+    pub memory: MemoryLimit,
+    /// How long a model stays without requests; `None`: until its memory is needed.
+    pub ttl: Option<Duration>,
+    /// File that keeps what is settled about models; `None` forgets it when the pool closes.
+    pub settings_file: Option<PathBuf>,
 }
 
 /// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once. On
@@ -105,14 +122,35 @@ pub struct EnginePool {
     tiers: Tiers,
     default_model: Option<String>,
     downloads: download::Downloads,
-    /// Downloads hold it weakly, to add what arrives.
-    state: Arc<Mutex<State>>,
+    /// What the hot tier takes of the ledger, where it lies in the same memory.
+    hot: Account,
+    shared: Arc<Shared>,
+    /// The keeper ends when it is gone.
+    wake: keeper::Wake,
+}
+
+/// What the pool shares with its keeper, and with downloads, which hold it weakly.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    ledger: Arc<Ledger>,
+    device: Device,
+    /// Freed arrays that MLX keeps for the next step.
+    buffers: Account,
+    limit: Mutex<MemoryLimit>,
+    ttl: Option<Duration>,
+    /// The last one.
+    reading: Mutex<Reading>,
+    footprint_at_open: u64,
 }
 
 #[derive(Debug)]
 struct State {
     catalogue: Catalogue,
+    settings: SettingsFile,
     engines: HashMap<String, Slot>,
+    /// Engines that end their last requests, while later ones go to their successors.
+    draining: Vec<Arc<Engine>>,
     /// Engines that were told to stop, or failed, and may still be running down.
     retiring: Vec<Arc<Engine>>,
     closed: bool,
@@ -123,14 +161,24 @@ struct State {
 struct Slot {
     text: Arc<LazyText>,
     engine: Option<Arc<Engine>>,
+    /// When its cache was last asked to give memory back.
+    shrunk: Option<Instant>,
+    /// What is settled for its requests.
+    defaults: Arc<Request>,
 }
 
 impl EnginePool {
     /// Checks MLX and lists the models; loads nothing.
     pub fn open(options: PoolOptions) -> Result<Self> {
+        Self::open_on(options, Box::new(ThisMachine::default()))
+    }
+
+    /// The same on a machine whose memory stands as `machine` says: for tests.
+    pub fn open_on(options: PoolOptions, mut machine: Box<dyn Machine>) -> Result<Self> {
         mlx::init()?;
         if !options.keep_environment {
             mlx::set_environment();
+            mlx::map_large_blocks();
         }
         let device = match options.device {
             Some(Device::Gpu) if !mlx::gpu_available() => {
@@ -155,7 +203,38 @@ impl EnginePool {
             None => Catalogue::default(),
         };
         let block_tokens = options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS);
-        Ok(Self {
+        let reading = machine.read();
+        let ledger = Ledger::new(keeper::first_limit(options.memory, device, &reading)?);
+        let (wake, woken) = crossbeam_channel::bounded(1);
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                catalogue,
+                settings: SettingsFile::open(options.settings_file)?,
+                engines: HashMap::new(),
+                draining: Vec::new(),
+                retiring: Vec::new(),
+                closed: false,
+            }),
+            ledger: Arc::clone(&ledger),
+            device,
+            buffers: ledger.open_for_good("buffers"),
+            limit: Mutex::new(options.memory),
+            ttl: options.ttl,
+            reading: Mutex::new(reading),
+            footprint_at_open: reading.footprint,
+        });
+        let waker = wake.clone();
+        // Full: it is about to look anyway.
+        ledger.on_shortage(move || {
+            let _ = waker.try_send(());
+        });
+        let tiers = options.tiers.open(device)?;
+        let hot = ledger.open_for_good("hot tier");
+        if !memory::has_own_memory(device) {
+            hot.set(Part::Hot, tiers.hot.limit());
+        }
+        let pool = Self {
+            hot,
             device,
             dtype: options.dtype,
             backend: match device {
@@ -170,16 +249,30 @@ impl EnginePool {
             queue_length: options.queue_length.unwrap_or(DEFAULT_QUEUE),
             target_latency: options.target_latency.unwrap_or(DEFAULT_LATENCY),
             overlap: options.overlap.unwrap_or(device == Device::Gpu),
-            tiers: options.tiers.open(device)?,
+            tiers,
             default_model: options.default_model,
             downloads: download::Downloads::new(options.models_dir),
-            state: Arc::new(Mutex::new(State {
-                catalogue,
-                engines: HashMap::new(),
-                retiring: Vec::new(),
-                closed: false,
-            })),
-        })
+            shared,
+            wake,
+        };
+        keeper::set_limit(&pool.shared, ledger.status().limit);
+        keeper::start(&pool.shared, woken, machine)?;
+        pool.preload();
+        Ok(pool)
+    }
+
+    /// Begins to load what the settings say.
+    fn preload(&self) {
+        let wanted: Vec<String> = {
+            let state = lock(&self.shared.state);
+            let preloaded = state.settings.models().filter(|(_, settings)| settings.preload);
+            preloaded.map(|(id, _)| id.to_owned()).collect()
+        };
+        for id in wanted {
+            if let Err(error) = self.engine(Some(&id)) {
+                tracing::warn!(model = id, %error, "not loaded ahead");
+            }
+        }
     }
 
     /// Where this pool computes.
@@ -191,17 +284,17 @@ impl EnginePool {
     pub fn add_model(&self, folder: &Path, id: Option<&str>) -> Result<String> {
         // Read before locking: a slow disk must not hold up `generate`.
         let entry = ModelEntry::from_folder(folder, id)?;
-        lock(&self.state).catalogue.add(entry)
+        lock(&self.shared.state).catalogue.add(entry)
     }
 
     /// Adds a model with random weights of `config`, for benchmarks.
     pub fn add_random_model(&self, id: &str, config: ModelConfig) -> Result<()> {
-        lock(&self.state).catalogue.add(ModelEntry::random(id, config)?).map(|_| ())
+        lock(&self.shared.state).catalogue.add(ModelEntry::random(id, config)?).map(|_| ())
     }
 
     /// All models with what is known of them, and whether each is loaded.
     pub fn models(&self) -> Vec<(ModelEntry, Option<LoadedInfo>)> {
-        let state = lock(&self.state);
+        let state = lock(&self.shared.state);
         let loaded = |id: &str| state.engines.get(id)?.engine.as_ref()?.loaded();
         state.catalogue.entries().map(|entry| (entry.clone(), loaded(&entry.id))).collect()
     }
@@ -210,7 +303,16 @@ impl EnginePool {
     ///
     /// Errors only for what can be told at once: an unknown model, a closed pool.
     pub fn generate(&self, request: Request) -> Result<Arc<RequestState>> {
-        let engine = self.engine(request.model.as_deref())?;
+        let mut state = lock(&self.shared.state);
+        let (id, engine) = self.engine_of(&mut state, request.model.as_deref())?;
+        let settings = state.settings.get(&id);
+        let defaults = state.engines.get(&id).map(|slot| Arc::clone(&slot.defaults));
+        let mut request = match defaults {
+            Some(defaults) => request.or(&defaults),
+            None => request,
+        };
+        request.context_limit = settings.context_length;
+        // While nobody can take the engine for an idle one.
         engine.submit(request)
     }
 
@@ -219,20 +321,58 @@ impl EnginePool {
         self.engine(Some(id))?.wait_ready()
     }
 
-    /// Ends the model's requests and blocks until its memory is returned. Not loaded is not an error.
-    pub fn unload(&self, id: &str) -> Result<()> {
-        let engine = {
-            let mut state = lock(&self.state);
-            state.catalogue.find(id)?;
-            let engine = state.engines.remove(id).and_then(|slot| slot.engine);
-            state.retiring.extend(engine.clone());
-            engine
-        };
-        if let Some(engine) = engine {
+    /// Unloads a model and blocks until its memory is returned; returns how many bytes that were. Its requests end as
+    /// cancelled, or are waited for with `drain`. Not loaded is not an error.
+    pub fn unload(&self, id: &str, drain: bool) -> Result<u64> {
+        let mut state = lock(&self.shared.state);
+        let id = self.resolve_id(&state, Some(id))?;
+        let engine = state.engines.get_mut(&id).and_then(|slot| slot.engine.take());
+        let Some(engine) = engine else { return Ok(0) };
+        if drain {
+            state.draining.push(Arc::clone(&engine));
+            let _ = self.wake.try_send(());
+        } else {
             engine.stop(Error::new(Status::Cancelled, format!("model {id:?} was unloaded")));
-            engine.join();
-            lock(&self.state).retiring.retain(|other| !Arc::ptr_eq(other, &engine));
+            state.retiring.push(Arc::clone(&engine));
         }
+        drop(state);
+        let freed = engine.join_stopped();
+        lock(&self.shared.state).retiring.retain(|other| !Arc::ptr_eq(other, &engine));
+        Ok(freed)
+    }
+
+    /// Changes what is settled about a model, by a JSON object (RFC 7396): see [`ModelSettings`]. It holds from the next
+    /// request on, and is in the settings file when this returns.
+    pub fn configure(&self, id: &str, patch: &Value) -> Result<()> {
+        let mut state = lock(&self.shared.state);
+        let id = self.resolve_id(&state, Some(id))?;
+        let settings = state.settings.get(&id).patched(patch)?;
+        let defaults = Arc::new(settings.request()?);
+        if let Some(alias) = settings.alias.as_deref().filter(|&alias| state.catalogue.find(alias).is_ok()) {
+            return Err(Error::invalid_argument(format!("{alias:?} is the id of a model")));
+        }
+        state.settings.set(&id, settings)?;
+        if let Some(slot) = state.engines.get_mut(&id) {
+            slot.defaults = defaults;
+        }
+        // A shorter time may be up.
+        let _ = self.wake.try_send(());
+        Ok(())
+    }
+
+    /// What is settled about a model.
+    pub fn settings(&self, id: &str) -> Result<ModelSettings> {
+        let state = lock(&self.shared.state);
+        let id = self.resolve_id(&state, Some(id))?;
+        Ok(state.settings.get(&id))
+    }
+
+    /// Changes the memory that all models may take; what is beyond it goes as soon as it can.
+    pub fn set_memory_limit(&self, limit: MemoryLimit) -> Result<()> {
+        limit.check()?;
+        *lock(&self.shared.limit) = limit;
+        let (reading, used) = (*lock(&self.shared.reading), self.shared.ledger.status().used);
+        keeper::set_limit(&self.shared, limit.bytes(self.device, &reading, used));
         Ok(())
     }
 
@@ -256,7 +396,7 @@ impl EnginePool {
 
     /// What the loaded models tell about themselves, by id.
     pub fn metrics(&self) -> Vec<(String, EngineMetrics)> {
-        let state = lock(&self.state);
+        let state = lock(&self.shared.state);
         let loaded = state.engines.iter().filter_map(|(id, slot)| Some((id, slot.engine.as_ref()?)));
         let loaded = loaded.filter(|(_, engine)| engine.loaded().is_some());
         let mut metrics: Vec<_> = loaded.map(|(id, engine)| (id.clone(), engine.metrics())).collect();
@@ -276,7 +416,7 @@ impl EnginePool {
 
     /// What a loaded model tells about its cache, as a JSON object.
     pub fn cache_stats(&self, model: Option<&str>) -> Result<String> {
-        let id = self.resolve(&lock(&self.state), model)?.0;
+        let id = self.resolve(&lock(&self.shared.state), model)?.0;
         let metrics = self.running(model)?.metrics();
         tiers::stats(&self.tiers, &id, &metrics)
     }
@@ -285,7 +425,7 @@ impl EnginePool {
     /// that became free.
     pub fn cache_clear(&self, model: Option<&str>, tiers: TierSet) -> Result<u64> {
         let engines: Vec<_> = {
-            let state = lock(&self.state);
+            let state = lock(&self.shared.state);
             let wanted = model.map(|id| self.resolve(&state, Some(id))).transpose()?.map(|(id, _)| id);
             let engines = state.engines.iter().filter(|(id, _)| wanted.as_ref().is_none_or(|wanted| wanted == *id));
             engines.filter_map(|(_, slot)| slot.engine.clone()).collect()
@@ -305,7 +445,11 @@ impl EnginePool {
 
     /// Changes limits of the tiers; what is beyond them goes.
     pub fn set_cache_limits(&self, limits: TierLimits) -> Result<()> {
-        limits.apply(&self.tiers)
+        limits.apply(&self.tiers)?;
+        if !memory::has_own_memory(self.device) {
+            self.hot.set(Part::Hot, self.tiers.hot.limit());
+        }
+        Ok(())
     }
 
     /// Keeps what is cached of the beginning of a request's prompt, in files too; returns for how many tokens.
@@ -345,7 +489,7 @@ impl EnginePool {
         let (deadline, losses) = (Instant::now() + time, cold.writer.losses());
         let engines = match model {
             Some(model) => vec![self.running(Some(model))?],
-            None => lock(&self.state).engines.values().filter_map(|slot| slot.engine.clone()).collect(),
+            None => lock(&self.shared.state).engines.values().filter_map(|slot| slot.engine.clone()).collect(),
         };
         let mut kept = true;
         for engine in engines {
@@ -371,7 +515,7 @@ impl EnginePool {
 
     /// The engine of a model, which must be there already.
     fn running(&self, model: Option<&str>) -> Result<Arc<Engine>> {
-        let state = lock(&self.state);
+        let state = lock(&self.shared.state);
         let (id, _) = self.resolve(&state, model)?;
         let engine = state.engines.get(&id).and_then(|slot| slot.engine.clone());
         engine.ok_or_else(|| Error::not_found(format!("model {id:?} is not loaded")))
@@ -379,11 +523,12 @@ impl EnginePool {
 
     /// Ends all requests and refuses new ones; returns the engines that run down, without waiting for them.
     fn begin_close(&self) -> Vec<Arc<Engine>> {
-        let mut state = lock(&self.state);
+        let mut state = lock(&self.shared.state);
         state.closed = true;
         self.downloads.cancel();
         let engines: Vec<_> = state.engines.drain().filter_map(|(_, slot)| slot.engine).collect();
-        state.retiring.extend(engines);
+        let draining = std::mem::take(&mut state.draining);
+        state.retiring.extend(engines.into_iter().chain(draining));
         for engine in &state.retiring {
             engine.stop(closed());
         }
@@ -400,19 +545,23 @@ impl EnginePool {
 
     /// The running engine of a model, started if need be; a failed one is replaced.
     fn engine(&self, id: Option<&str>) -> Result<Arc<Engine>> {
-        let mut state = lock(&self.state);
-        let (id, source) = self.resolve(&state, id)?;
-        let State { engines, retiring, .. } = &mut *state;
-        let slot = engines.entry(id.clone()).or_insert_with(|| self.slot(&source));
+        Ok(self.engine_of(&mut lock(&self.shared.state), id)?.1)
+    }
+
+    fn engine_of(&self, state: &mut State, id: Option<&str>) -> Result<(String, Arc<Engine>)> {
+        let (id, source) = self.resolve(state, id)?;
+        self.slot(state, &id, &source)?;
+        let State { engines, retiring, .. } = state;
+        let slot = engines.get_mut(&id).ok_or_else(|| Error::internal("a model without a slot"))?;
         match slot.engine.take() {
-            Some(engine) if engine.ended().is_none() => return Ok(Arc::clone(slot.engine.insert(engine))),
+            Some(engine) if engine.ended().is_none() => return Ok((id, Arc::clone(slot.engine.insert(engine)))),
             failed => {
                 retiring.retain(|engine| !engine.is_gone());
                 retiring.extend(failed);
             }
         }
         let engine = Arc::new(Engine::start(EngineOptions {
-            id,
+            id: id.clone(),
             source,
             device: self.device,
             dtype: self.dtype,
@@ -427,31 +576,47 @@ impl EnginePool {
             overlap: self.overlap,
             text: Arc::clone(&slot.text),
             tiers: self.tiers.clone(),
+            ledger: Arc::clone(&self.shared.ledger),
         })?);
         slot.engine = Some(Arc::clone(&engine));
-        Ok(engine)
+        // It watches what is loaded.
+        let _ = self.wake.try_send(());
+        Ok((id, engine))
     }
 
     fn text(&self, id: Option<&str>) -> Result<Arc<LazyText>> {
-        let mut state = lock(&self.state);
+        let mut state = lock(&self.shared.state);
         let (id, source) = self.resolve(&state, id)?;
-        Ok(Arc::clone(&state.engines.entry(id).or_insert_with(|| self.slot(&source)).text))
+        Ok(Arc::clone(&self.slot(&mut state, &id, &source)?.text))
     }
 
-    fn slot(&self, source: &ModelSource) -> Slot {
-        Slot { text: Arc::new(LazyText::new(source.clone(), self.context)), engine: None }
+    fn slot<'a>(&self, state: &'a mut State, id: &str, source: &ModelSource) -> Result<&'a Slot> {
+        let State { engines, settings, .. } = state;
+        if !engines.contains_key(id) {
+            let text = Arc::new(LazyText::new(source.clone(), self.context));
+            let defaults = Arc::new(settings.get(id).request()?);
+            engines.insert(id.to_owned(), Slot { text, engine: None, shrunk: None, defaults });
+        }
+        engines.get(id).ok_or_else(|| Error::internal("a model without a slot"))
     }
 
     /// The id and source of the model a request means.
     fn resolve(&self, state: &State, id: Option<&str>) -> Result<(String, ModelSource)> {
+        let id = self.resolve_id(state, id)?;
+        let source = state.catalogue.find(&id)?.source()?;
+        Ok((id, source))
+    }
+
+    /// The id of the model that a request means by an id, an alias, or nothing.
+    fn resolve_id(&self, state: &State, id: Option<&str>) -> Result<String> {
         if state.closed {
             return Err(closed());
         }
-        let entry = match id.or(self.default_model.as_deref()) {
-            Some(id) => state.catalogue.find(id)?,
-            None => state.catalogue.only()?,
-        };
-        Ok((entry.id.clone(), entry.source()?))
+        let Some(id) = id.or(self.default_model.as_deref()) else { return Ok(state.catalogue.only()?.id.clone()) };
+        match state.catalogue.find(id) {
+            Ok(entry) => Ok(entry.id.clone()),
+            Err(error) => state.settings.aliased(id).map(str::to_owned).ok_or(error),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::memory::has_own_memory;
 use crate::cache::hot::HotTier;
 use crate::cache::ssd::{Codec, ColdOptions, ColdTier, Folder};
 use crate::engine::{Cold, EngineMetrics, Tiers};
@@ -115,7 +116,7 @@ pub(super) fn stats(tiers: &Tiers, model: &str, metrics: &EngineMetrics) -> Resu
 impl TierOptions {
     /// Opens them. `Busy` if another process uses the folder.
     pub(super) fn open(&self, device: Device) -> Result<Tiers> {
-        let apart = device == Device::Gpu && !cfg!(target_os = "macos");
+        let apart = has_own_memory(device);
         let hot = self.hot_bytes.unwrap_or(if apart { mlx::physical_memory() as u64 / 8 } else { 0 });
         let cold = match &self.folder {
             Some(folder) => {

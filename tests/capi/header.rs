@@ -49,11 +49,23 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "omlx_pool_close",
             "omlx_metrics_format",
             "omlx_pool_metrics",
+            "omlx_pool_status",
+            "omlx_pool_set_memory_limit",
             "omlx_pool_retain",
             "omlx_pool_release",
         ],
     ),
-    ("Models", &["omlx_pool_models", "omlx_pool_add_model", "omlx_model_load", "omlx_model_unload"]),
+    (
+        "Models",
+        &[
+            "omlx_pool_models",
+            "omlx_pool_add_model",
+            "omlx_model_load",
+            "omlx_model_unload",
+            "omlx_model_configure",
+            "omlx_model_settings",
+        ],
+    ),
     (
         "Downloads",
         &[

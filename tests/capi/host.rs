@@ -35,7 +35,7 @@ impl Pool {
     /// Unloads the model.
     pub fn unload(&self) {
         // SAFETY: a live handle and a NUL-terminated string.
-        assert_eq!(unsafe { omlx_model_unload(self.0, c"tiny-chat".as_ptr(), null_mut()) }, Status::Ok);
+        assert_eq!(unsafe { omlx_model_unload(self.0, c"tiny-chat".as_ptr(), 0, null_mut(), null_mut()) }, Status::Ok);
     }
 
     /// Starts a request, and how long the call took.

@@ -288,7 +288,7 @@ fn unloading_loses_nothing_and_a_crash_only_what_was_not_flushed() {
     let pool = open(&model, tiered(folder.path()));
     identified(&pool);
     let expected = answer(&pool, &body).0;
-    pool.unload("model").unwrap();
+    pool.unload("model", false).unwrap();
     identified(&pool);
     let (tokens, _, usage) = answer(&pool, &body);
     assert_eq!((tokens, usage.cached_tokens), (expected.clone(), 199));

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernels;
 
 /// Rows are saved for this long at most when an engine ends.
-const LAST_SAVES: Duration = Duration::from_secs(10);
+pub(super) const LAST_SAVES: Duration = Duration::from_secs(10);
 
 /// What is to be saved although nothing has to leave the pools.
 #[derive(Debug, Default)]
@@ -60,6 +60,13 @@ impl Worker<'_> {
             CacheCommand::Save(answer) => {
                 self.saving.all = true;
                 self.saving.answers.push(answer);
+            }
+            CacheCommand::Release(answer) => {
+                let freed = self.give_back().unwrap_or_else(|error| {
+                    tracing::warn!(model = self.options.id, %error, "no memory could be given back");
+                    0
+                });
+                let _ = answer.send(freed);
             }
             CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
             CacheCommand::Find(tokens, answer) => {
@@ -172,7 +179,7 @@ impl Worker<'_> {
     }
 
     /// Waits for the step on its way, if there is one. Whether all is well: otherwise its sequences have ended.
-    fn settle(&mut self) -> Result<bool> {
+    pub(super) fn settle(&mut self) -> Result<bool> {
         let waited = self.in_flight.as_ref().map_or(Ok(()), |(step, _)| step.wait());
         match kernels::check().and(waited) {
             Ok(()) => Ok(true),
@@ -236,26 +243,32 @@ impl Worker<'_> {
         }
     }
 
-    /// Saves everything, for a while.
+    /// Saves everything, for a while, and waits until it is written.
     pub(super) fn save_at_the_end(&mut self) {
         let deadline = Instant::now() + LAST_SAVES;
         if self.tiers.is_none() || !self.settle().unwrap_or(false) {
             return;
         }
+        self.save_for(LAST_SAVES);
+        if let Some(tiers) = &self.tiers {
+            let written = tiers.flush(deadline.saturating_duration_since(Instant::now()));
+            if self.saving.lost || !written || self.scheduler.blocks().unsaved() > 0 {
+                tracing::warn!(model = self.options.id, "not all cached rows could be written before the end");
+            }
+        }
+    }
+
+    /// Hands over everything that has not been saved, as far as that goes in `time`. No step may be on its way.
+    pub(super) fn save_for(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
         self.scheduler.blocks().next_step();
-        while Instant::now() < deadline {
+        while self.tiers.is_some() && Instant::now() < deadline {
             if !self.tiers.as_ref().is_some_and(ModelTiers::has_room) {
                 std::thread::sleep(CROWDED);
                 continue;
             }
             let Some(save) = self.scheduler.blocks().next_save() else { break };
             self.save(save);
-        }
-        if let Some(tiers) = &self.tiers {
-            let written = tiers.flush(deadline.saturating_duration_since(Instant::now()));
-            if self.saving.lost || !written || self.scheduler.blocks().unsaved() > 0 {
-                tracing::warn!(model = self.options.id, "not all cached rows could be written before the end");
-            }
         }
     }
 }

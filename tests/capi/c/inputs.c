@@ -235,7 +235,7 @@ static void log_hooks(void) {
     CHECK_STATUS(OMLX_OK, omlx_set_log_hook(on_log, OMLX_LOG_LEVEL_INFO, &info, on_log_destroy, &error));
     CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "tiny-chat", &error));
     CHECK(info.loaded == 1 && info.destroyed == 0);
-    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", &error));
+    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", 0, NULL, &error));
     CHECK_STATUS(OMLX_OK, omlx_set_log_hook(on_log, OMLX_LOG_LEVEL_ERROR, &silent, on_log_destroy, &error));
     CHECK(info.destroyed == 1);
     CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "tiny-chat", &error));

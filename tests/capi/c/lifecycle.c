@@ -318,16 +318,16 @@ static void a_model_unloads_and_loads_again(omlx_pool *pool) {
     CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "tiny-chat", &error));
     omlx_request_release(start(pool, LONG, &r));
     wait_first_text(&r);
-    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", &error));
+    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", 0, NULL, &error));
     wait_destroyed(&r);
     check_ended(&r, OMLX_E_CANCELLED, OMLX_FINISH_REASON_CANCELLED);
-    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", &error)); /* Not loaded: fine. */
+    CHECK_STATUS(OMLX_OK, omlx_model_unload(pool, "tiny-chat", 0, NULL, &error)); /* Not loaded: fine. */
     omlx_request_release(start(pool, SHORT, &again));
     wait_destroyed(&again);
     check_ended(&again, OMLX_OK, OMLX_FINISH_REASON_LENGTH);
     CHECK(again.text_len > 0);
     CHECK_STATUS(OMLX_E_NOT_FOUND, omlx_model_load(pool, "nothing", &error));
-    CHECK_STATUS(OMLX_E_NOT_FOUND, omlx_model_unload(pool, "nothing", &error));
+    CHECK_STATUS(OMLX_E_NOT_FOUND, omlx_model_unload(pool, "nothing", 0, NULL, &error));
     recorder_free(&r);
     recorder_free(&again);
 }

@@ -1,0 +1,308 @@
+//! Several models in one pool, under one limit of memory.
+
+mod folders;
+mod shared;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use folders::{Random, VOCAB, model};
+use omlx::engine::{Event, Request, RequestState};
+use omlx::error::{Error, Status};
+use omlx::kernels::Precision;
+use omlx::mlx::Device;
+use omlx::pool::{EnginePool, MemoryLimit, PoolOptions};
+use serde_json::{Value, json};
+
+const MB: u64 = 1_000_000;
+const MIB: u64 = 1 << 20;
+
+/// A hung engine fails the test instead of the CI's clock.
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
+
+fn options(limit: u64) -> PoolOptions {
+    PoolOptions {
+        device: Some(Device::Cpu),
+        precision: Precision::Exact,
+        threads: Some(2),
+        memory: MemoryLimit::Bytes(limit),
+        ..PoolOptions::default()
+    }
+}
+
+fn open(folder: &Path, options: PoolOptions) -> EnginePool {
+    EnginePool::open(PoolOptions { models_dir: Some(folder.to_owned()), ..options }).unwrap()
+}
+
+fn request(body: &Value) -> Request {
+    Request::from_json(body.to_string().as_bytes(), false).unwrap()
+}
+
+fn body(model: &str, random: &mut Random) -> Value {
+    let prompt: Vec<usize> = (0..1 + random.below(60)).map(|_| random.below(VOCAB)).collect();
+    json!({ "model": model, "prompt": prompt, "max_tokens": 1 + random.below(12), "ignore_eos": true })
+}
+
+/// Tokens of an answer, or why there is none.
+fn read(state: &RequestState) -> Result<Vec<u32>, Error> {
+    let mut tokens = Vec::new();
+    loop {
+        match state.next(PATIENCE).expect("an event") {
+            Event::Delta(delta) => tokens.extend(delta.tokens),
+            Event::ChoiceDone(..) => {}
+            Event::Done(done) => return done.error.map_or(Ok(tokens), Err),
+        }
+    }
+}
+
+fn answer(pool: &EnginePool, body: &Value) -> Result<Vec<u32>, Error> {
+    pool.generate(request(body)).and_then(|state| read(&state))
+}
+
+/// "loading", "loaded", "failed", or nothing.
+fn state(pool: &EnginePool, model: &str) -> String {
+    pool.status()["models"][model]["state"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Waits until `what` holds.
+fn until(what: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !what() {
+        assert!(started.elapsed() < Duration::from_secs(30), "it never holds");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Bytes of all models.
+fn used(pool: &EnginePool) -> u64 {
+    let memory = pool.status()["memory"].clone();
+    memory["used"].as_u64().unwrap() - buffers(&memory)
+}
+
+/// Bytes that belong to none.
+fn buffers(memory: &Value) -> u64 {
+    memory["owners"]["buffers"]["workspace"].as_u64().unwrap()
+}
+
+/// Bytes that there ever were of all models.
+fn peak(pool: &EnginePool) -> u64 {
+    let memory = pool.status()["memory"].clone();
+    memory["peak"].as_u64().unwrap() - buffers(&memory)
+}
+
+/// A limit with room for `bytes` of models.
+fn room_for(bytes: u64) -> PoolOptions {
+    options(bytes + 8 * MIB)
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 2, 1);
+    let pool = open(folder.path(), options(40 * MB));
+    let body = json!({ "model": "a", "prompt": [1, 2, 3], "max_tokens": 2 });
+    let error = answer(&pool, &body).unwrap_err();
+    assert_eq!(error.status(), Status::OutOfMemory);
+    for part in ["\"a\"", "weights 58", "of 40 MB"] {
+        assert!(error.message().contains(part), "{error}");
+    }
+    assert_eq!(used(&pool), 0);
+    // It fits when there is more.
+    pool.set_memory_limit(MemoryLimit::Bytes(200 * MB)).unwrap();
+    assert_eq!(answer(&pool, &body).unwrap().len(), 2);
+    let info = pool.load("a").unwrap();
+    assert_eq!(pool.status()["memory"]["owners"]["a"]["weights"], info.weight_bytes);
+    let held = used(&pool);
+    assert_eq!(pool.unload("a", false).unwrap(), held);
+    assert_eq!((used(&pool), pool.unload("a", false).unwrap()), (0, 0));
+}
+
+#[test]
+fn the_least_recently_used_model_makes_room_and_pinned_ones_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    for (seed, name) in ["a", "b", "c"].into_iter().enumerate() {
+        model(folder.path(), name, 2, seed as u64);
+    }
+    let one = {
+        let pool = open(folder.path(), options(1000 * MB));
+        pool.load("a").unwrap();
+        used(&pool)
+    };
+    let pool = open(folder.path(), room_for(one * 5 / 2));
+    let ask = |model: &str| answer(&pool, &json!({ "model": model, "prompt": [1, 2, 3], "max_tokens": 2 }));
+    let loaded = || ["a", "b", "c"].into_iter().filter(|model| state(&pool, model) == "loaded").collect::<String>();
+    ask("a").unwrap();
+    ask("b").unwrap();
+    assert_eq!(loaded(), "ab");
+    ask("c").unwrap();
+    assert_eq!(loaded(), "bc", "a was used before b");
+    ask("b").unwrap();
+    ask("a").unwrap();
+    assert_eq!(loaded(), "ab", "c was used before b");
+    pool.configure("b", &json!({ "pinned": true })).unwrap();
+    ask("a").unwrap();
+    ask("c").unwrap();
+    assert_eq!(loaded(), "bc", "b was used before a, but is pinned");
+    pool.configure("c", &json!({ "pinned": true })).unwrap();
+    let error = ask("a").unwrap_err();
+    assert_eq!(error.status(), Status::OutOfMemory);
+    assert!(error.message().contains("no other model can be unloaded"), "{error}");
+    pool.configure("c", &json!({ "pinned": null })).unwrap();
+    ask("a").unwrap();
+    assert_eq!(loaded(), "ab");
+    assert!(peak(&pool) <= one * 5 / 2);
+}
+
+#[test]
+fn a_model_in_use_ends_its_answers_before_it_makes_room() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 2, 1);
+    model(folder.path(), "b", 2, 2);
+    let long = json!({ "model": "a", "prompt": [1, 2, 3], "max_tokens": 60, "ignore_eos": true });
+    let (one, expected) = {
+        let pool = open(folder.path(), options(1000 * MB));
+        let tokens = answer(&pool, &long).unwrap();
+        (used(&pool), tokens)
+    };
+    let pool = open(folder.path(), room_for(one * 3 / 2));
+    let first = pool.generate(request(&long)).unwrap();
+    // The model is at work when the other one is asked for.
+    let Ok(Event::Delta(begun)) = first.next(PATIENCE) else { panic!("no beginning") };
+    let other = pool.generate(request(&json!({ "model": "b", "prompt": [1, 2, 3], "max_tokens": 2 }))).unwrap();
+    // And this comes after it.
+    let second = pool.generate(request(&long)).unwrap();
+    let rest = read(&first).unwrap();
+    assert_eq!([begun.tokens, rest].concat(), expected);
+    assert_eq!(read(&other).unwrap().len(), 2);
+    assert_eq!(read(&second).unwrap(), expected);
+    assert!(peak(&pool) <= one * 3 / 2);
+    // By hand, too.
+    let third = pool.generate(request(&long)).unwrap();
+    let freed = pool.unload("a", true).unwrap();
+    assert!(freed > 20 * MB, "{freed}: {}", pool.status());
+    assert_eq!(read(&third).unwrap(), expected);
+    let fourth = pool.generate(request(&long)).unwrap();
+    pool.unload("a", false).unwrap();
+    assert_eq!(read(&fourth).unwrap_err().status(), Status::Cancelled);
+}
+
+#[test]
+fn a_model_leaves_when_its_time_is_up() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let ttl = Some(Duration::from_millis(200));
+    let pool = open(folder.path(), PoolOptions { ttl, ..options(1000 * MB) });
+    pool.configure("b", &json!({ "ttl_seconds": -1 })).unwrap();
+    let long = json!({ "model": "a", "prompt": [1], "max_tokens": 100, "ignore_eos": true });
+    let started = Instant::now();
+    assert_eq!(answer(&pool, &long).unwrap().len(), 100, "however long it takes");
+    let took = started.elapsed();
+    pool.load("b").unwrap();
+    until(|| state(&pool, "a").is_empty());
+    assert!(took > Duration::from_millis(200), "{took:?} say nothing");
+    assert_eq!(state(&pool, "b"), "loaded");
+    pool.configure("b", &json!({ "ttl_seconds": 0.1 })).unwrap();
+    until(|| state(&pool, "b").is_empty());
+}
+
+#[test]
+fn a_model_that_fails_leaves_the_others_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "good", 1, 1);
+    let bad = model(folder.path(), "bad", 1, 2).join("model.safetensors");
+    let whole = std::fs::read(&bad).unwrap();
+    let pool = open(folder.path(), options(1000 * MB));
+    let good = json!({ "model": "good", "prompt": [1], "max_tokens": 60, "ignore_eos": true });
+    let expected = answer(&pool, &good).unwrap();
+    let beside = pool.generate(request(&good)).unwrap();
+    std::fs::write(&bad, &whole[..whole.len() - 100]).unwrap();
+    let request_of_bad = json!({ "model": "bad", "prompt": [1], "max_tokens": 2 });
+    assert_eq!(answer(&pool, &request_of_bad).unwrap_err().status(), Status::InvalidModel);
+    assert!(pool.status()["memory"]["owners"].get("bad").is_none_or(|own| own["weights"] == 0));
+    assert_eq!(read(&beside).unwrap(), expected);
+    std::fs::write(&bad, &whole).unwrap();
+    assert_eq!(answer(&pool, &request_of_bad).unwrap().len(), 2);
+}
+
+#[test]
+fn caches_share_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 2, 1);
+    model(folder.path(), "b", 2, 2);
+    let mut random = Random(5);
+    let prompts: Vec<Value> = (0..6)
+        .map(|at| {
+            let prompt: Vec<usize> = (0..600).map(|_| random.below(VOCAB)).collect();
+            let model = if at % 2 == 0 { "a" } else { "b" };
+            json!({ "model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": true })
+        })
+        .collect();
+    let ask = |pool: &EnginePool| -> Vec<Vec<u32>> {
+        let states: Vec<_> = prompts.iter().map(|body| pool.generate(request(body)).unwrap()).collect();
+        states.iter().map(|state| read(state).unwrap()).collect()
+    };
+    let (expected, both, cache) = {
+        let pool = open(folder.path(), options(1000 * MB));
+        let answers = ask(&pool);
+        let cache = |model: &str| pool.status()["memory"]["owners"][model]["cache"].as_u64().unwrap();
+        (answers, used(&pool), cache("a") + cache("b"))
+    };
+    // Room for both models, and for half of what their caches would take.
+    let limit = both - cache / 2;
+    let pool = open(folder.path(), room_for(limit));
+    assert_eq!(ask(&pool), expected);
+    let peak = peak(&pool);
+    assert!(peak <= limit && peak > limit - cache / 2, "{peak} of {limit} bytes");
+    // Of 2 KiB for each token and layer, too little for anyone's prompt, though enough to begin.
+    let tight = open(folder.path(), room_for((both - cache) / 2 + 2 * 1024 * 500));
+    let error = answer(&tight, &prompts[0]).unwrap_err();
+    assert_eq!(error.status(), Status::OutOfMemory);
+    assert!(error.message().contains("601 tokens"), "{error}");
+}
+
+#[test]
+fn settings_hold_at_once_and_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    let file = folder.path().join("settings.json");
+    let options = || PoolOptions { settings_file: Some(file.clone()), ..options(1000 * MB) };
+    let pool = open(folder.path(), options());
+    let body = json!({ "model": "chat", "prompt": [1, 2], "ignore_eos": true });
+    assert_eq!(pool.generate(request(&body)).unwrap_err().status(), Status::NotFound);
+    pool.configure("a", &json!({ "alias": "chat", "preload": true, "defaults": { "max_tokens": 3 } })).unwrap();
+    assert_eq!(answer(&pool, &body).unwrap().len(), 3);
+    let mut more = body.clone();
+    more["max_tokens"] = json!(5);
+    assert_eq!(answer(&pool, &more).unwrap().len(), 5, "the request has the last word");
+    pool.configure("chat", &json!({ "context_length": 6 })).unwrap();
+    assert_eq!(answer(&pool, &more).unwrap().len(), 4);
+    more["prompt"] = json!([1, 2, 3, 4, 5, 6]);
+    assert_eq!(answer(&pool, &more).unwrap_err().status(), Status::ContextLength);
+    assert_eq!(pool.configure("a", &json!({ "alias": "a" })).unwrap_err().status(), Status::InvalidArgument);
+    pool.close();
+    drop(pool);
+    let pool = open(folder.path(), options());
+    until(|| state(&pool, "a") == "loaded");
+    assert_eq!(answer(&pool, &body).unwrap().len(), 3);
+    let settings = pool.settings("chat").unwrap();
+    assert_eq!((settings.context_length, settings.alias.as_deref()), (Some(6), Some("chat")));
+}
+
+#[test]
+fn loading_tells_how_far_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 8, 1);
+    let pool = open(folder.path(), options(1000 * MB));
+    let waiting: Vec<_> = (0..5)
+        .map(|_| pool.generate(request(&json!({ "model": "a", "prompt": [1], "max_tokens": 1 }))).unwrap())
+        .collect();
+    let status = pool.status()["models"]["a"].clone();
+    assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loading"), Some(5)), "{status}");
+    for state in &waiting {
+        assert_eq!(read(state).unwrap().len(), 1);
+    }
+    let status = pool.status()["models"]["a"].clone();
+    assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loaded"), Some(0)));
+    assert!(status["loaded_bytes"].as_u64().unwrap() * 10 > status["weight_bytes"].as_u64().unwrap() * 9);
+}
