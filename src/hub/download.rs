@@ -185,13 +185,10 @@ impl Run<'_> {
     fn run(&self, models: &Path) -> Result<Arrival> {
         let staging = Staging::open(models, self.request)?;
         let installed = Marker::read(staging.target(), &self.request.repo);
-        let there = self.already_there(&staging, installed.as_ref());
-        if let Some(arrival) = there.inspect_err(|_| staging.discard_if_empty())? {
-            staging.discard_if_empty();
+        if let Some(arrival) = self.already_there(&staging, installed.as_ref())? {
             return Ok(arrival);
         }
         if self.settings.offline {
-            staging.discard_if_empty();
             let what = format!("{} is not there, and offline mode forbids to fetch it", self.request.repo);
             return Err(Error::new(Status::Offline, what));
         }
@@ -202,8 +199,7 @@ impl Run<'_> {
             (Some(installed), None) => &installed.commit,
             (None, None) => "main",
         };
-        let listing = api::list(&client, control, self.tuning, &self.request.repo, revision);
-        let listing = listing.inspect_err(|_| staging.discard_if_empty())?;
+        let listing = api::list(&client, control, self.tuning, &self.request.repo, revision)?;
         self.fetch(staging, installed, listing, &client)
     }
 
@@ -247,7 +243,6 @@ impl Run<'_> {
             wanted.iter().all(|file| installed.content.contains(file) && is_there(staging.target(), file))
         };
         if same_commit.is_some_and(complete) {
-            staging.discard_if_empty();
             return Ok(Arrival { changed: false, ..arrival });
         }
         let total = wanted.iter().try_fold(0u64, |sum, file| sum.checked_add(file.size));
@@ -277,7 +272,7 @@ impl Run<'_> {
     }
 
     /// Finds out what is there of each file, from an earlier attempt or in the installed version, and whether the rest
-    /// has room. Nothing is created before that is known.
+    /// has room. No file is created before that is known.
     fn prepare(
         &self,
         staging: &Staging,

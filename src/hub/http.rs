@@ -20,8 +20,8 @@ use crate::error::{Error, Result, Status};
 /// A hub sends us on once, to its cache or to a content delivery network; mirrors perhaps twice.
 const MAX_REDIRECTS: usize = 6;
 
-/// Text of a redirect that is read.
-const MAX_REDIRECT_BYTES: u64 = 16 << 10;
+/// Bytes of a redirect's text that are read.
+const MAX_REDIRECT_BYTES: usize = 16 << 10;
 
 /// Longest wait between two attempts, and for a server that says when to come again.
 const MAX_WAIT: Duration = Duration::from_secs(60);
@@ -167,6 +167,8 @@ pub struct Client {
     token: Option<Token>,
     /// Shown to people.
     repo: String,
+    /// Longest time for the whole of a listing, or of a redirect's text.
+    patience: Duration,
 }
 
 impl Client {
@@ -185,8 +187,9 @@ impl Client {
             .accept_encoding("identity")
             .timeout_resolve(Some(tuning.connect))
             .timeout_connect(Some(tuning.connect))
+            .timeout_send_request(Some(tuning.stall))
+            .timeout_recv_response(Some(tuning.stall))
             .timeout_per_read(Some(tuning.stall))
-            .timeout_per_write(Some(tuning.stall))
             .max_idle_connections(MAX_CONNECTIONS)
             .max_idle_connections_per_host(MAX_CONNECTIONS)
             .tls_config(tls.build())
@@ -195,7 +198,8 @@ impl Client {
             .new_agent();
         let hook = agent.clone();
         control.on_stop(move || hook.shutdown());
-        Ok(Self { agent, endpoint: settings.endpoint.clone(), token: settings.token.clone(), repo: repo.to_owned() })
+        let (endpoint, token) = (settings.endpoint.clone(), settings.token.clone());
+        Ok(Self { agent, endpoint, token, repo: repo.to_owned(), patience: 4 * tuning.stall })
     }
 
     /// The hub's URL of `path`, which is percent-encoded.
@@ -228,9 +232,10 @@ impl Client {
             if redirect && !(head && hub.size.is_some()) {
                 let location = response.headers().get("location").and_then(|l| l.to_str().ok());
                 let location = location.ok_or_else(|| Error::network(format!("{url}: a redirect to nowhere")))?;
-                url = url.redirected(location)?;
+                let target = url.redirected(location)?;
                 // Only what was read to its end leaves its connection to the next request.
-                let _ = response.into_body().into_with_config().limit(MAX_REDIRECT_BYTES).read_to_vec();
+                let _ = self.read_all(response.into_body().into_reader(), &url, MAX_REDIRECT_BYTES);
+                url = target;
             } else if redirect || status == 200 || status == 206 {
                 return answer(response, hub, url).map_err(Failure::last);
             } else {
@@ -296,10 +301,13 @@ impl Client {
         }
     }
 
-    /// The whole content of `url`, of `limit` bytes at most, within two minutes.
+    /// The whole content of `url`, of `limit` bytes at most.
     pub fn read(&self, url: &Url, limit: usize) -> Result<Vec<u8>, Failure> {
-        let deadline = Instant::now() + Duration::from_secs(120);
-        let mut reader = self.get(url, None)?.into_reader();
+        self.read_all(self.get(url, None)?.into_reader(), url, limit)
+    }
+
+    fn read_all(&self, mut reader: impl Read, url: &Url, limit: usize) -> Result<Vec<u8>, Failure> {
+        let started = Instant::now();
         let (mut content, mut chunk) = (Vec::new(), vec![0; 64 << 10]);
         loop {
             match reader.read(&mut chunk) {
@@ -310,7 +318,7 @@ impl Client {
             if content.len() > limit {
                 return Err(Failure::last(Error::network(format!("{url}: more than {limit} bytes"))));
             }
-            if Instant::now() > deadline {
+            if started.elapsed() > self.patience {
                 return Err(Failure::passing(Error::network(format!("{url}: too slow"))));
             }
         }

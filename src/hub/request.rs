@@ -17,7 +17,8 @@ const MAX_NAMES: usize = 1000;
 const MAX_NAME_BYTES: usize = 256;
 
 /// An access token of the hub. It is shown nowhere.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
 pub struct Token(String);
 
 impl Token {
@@ -42,8 +43,8 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A checked request. What is `None` comes from the environment, or from the default.
-#[derive(Debug, Clone, PartialEq)]
+/// A checked request; its fields are the keys of the JSON. What is `None` comes from the environment, or from the default.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct DownloadRequest {
     /// `org/name`, or a bare name.
     pub repo: String,
@@ -66,27 +67,13 @@ pub struct DownloadRequest {
     pub connections: Option<usize>,
 }
 
-/// The JSON object. Field names are the API.
-#[derive(Deserialize)]
-struct RawRequest {
-    repo: String,
-    revision: Option<String>,
-    files: Option<Vec<String>>,
-    patterns: Option<Vec<String>>,
-    folder: Option<PathBuf>,
-    endpoint: Option<String>,
-    token: Option<String>,
-    offline: Option<bool>,
-    connections: Option<usize>,
-}
-
 impl DownloadRequest {
     /// Parses and checks `json`. Keys that are not known are an error.
     pub fn from_json(json: &[u8]) -> Result<Self> {
         let mut unknown = Vec::new();
         let mut reader = serde_json::Deserializer::from_slice(json);
-        let raw: RawRequest = serde_ignored::deserialize(&mut reader, |path| unknown.push(path.to_string()))
-            .and_then(|raw| reader.end().map(|()| raw))
+        let mut request: Self = serde_ignored::deserialize(&mut reader, |path| unknown.push(path.to_string()))
+            .and_then(|request| reader.end().map(|()| request))
             // Only where it is: the message may quote a value, and that may be the token.
             .map_err(|e| {
                 let what = match e.classify() {
@@ -100,7 +87,9 @@ impl DownloadRequest {
             unknown.truncate(8);
             return Err(Error::invalid_request(format!("unknown keys: {}", unknown.join(", "))));
         }
-        raw.check()
+        request.token = request.token.map(|token| Token::new(&token.0)).transpose()?;
+        request.check()?;
+        Ok(request)
     }
 
     /// A request for what a model in `repo` needs.
@@ -112,10 +101,8 @@ impl DownloadRequest {
     pub(super) fn names(&self) -> (Option<&str>, &str) {
         self.repo.split_once('/').map_or((None, self.repo.as_str()), |(org, name)| (Some(org), name))
     }
-}
 
-impl RawRequest {
-    fn check(self) -> Result<DownloadRequest> {
+    fn check(&self) -> Result<()> {
         if !self.repo.split('/').all(is_repo_name) || self.repo.split('/').count() > 2 {
             return Err(Error::invalid_request(format!("\"repo\" must be like org/name, not {:?}", self.repo)));
         }
@@ -141,17 +128,7 @@ impl RawRequest {
         if self.connections.is_some_and(|n| n == 0 || n > MAX_CONNECTIONS) {
             return Err(Error::invalid_request(format!("\"connections\" must lie between 1 and {MAX_CONNECTIONS}")));
         }
-        Ok(DownloadRequest {
-            token: self.token.map(|token| Token::new(&token)).transpose()?,
-            repo: self.repo,
-            revision: self.revision,
-            files: self.files,
-            patterns: self.patterns,
-            folder: self.folder,
-            endpoint: self.endpoint,
-            offline: self.offline,
-            connections: self.connections,
-        })
+        Ok(())
     }
 }
 
@@ -170,7 +147,10 @@ pub(super) fn check_path(path: &str) -> Result<()> {
     let unusable = |part: &str| {
         matches!(part, "" | "." | "..") || part.len() > 255 || part.contains('\\') || part.chars().any(char::is_control)
     };
-    if path.len() > 1024 || path.split('/').any(unusable) || path.starts_with(super::staging::MARKER) {
+    if path.len() > 1024
+        || path.split('/').any(unusable)
+        || path.to_ascii_lowercase().starts_with(super::staging::MARKER)
+    {
         return Err(Error::invalid_model(format!("{path:?} is not a usable file name")));
     }
     Ok(())
@@ -234,9 +214,19 @@ mod tests {
         for good in ["config.json", "1_Pooling/config.json", ".gitattributes", "a..b", "ü.json"] {
             assert!(check_path(good).is_ok(), "{good}");
         }
-        for bad in
-            ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\..\\b", "a\0b", ".omlx-download.json"]
-        {
+        for bad in [
+            "",
+            "/etc/passwd",
+            "../x",
+            "a/../../x",
+            "a//b",
+            "a/",
+            "./a",
+            "a\\..\\b",
+            "a\0b",
+            ".omlx-download.json",
+            ".OMLX-download.json",
+        ] {
             assert!(check_path(bad).is_err(), "{bad}");
         }
     }

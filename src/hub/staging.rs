@@ -203,15 +203,19 @@ impl Staging {
         at(&self.target, fs::rename(&self.target, &old))?;
         at(&self.target, fs::rename(files, &self.target))
     }
+}
 
-    /// Removes the staging folder unless it holds something to go on with: nothing was or could be fetched.
-    pub fn discard_if_empty(&self) {
-        if !self.files().exists() {
-            let _ = remove_all(&self.root);
-            // The organisation's folder, if there is nothing else in it.
-            if let Some(parent) = self.root.parent().filter(|parent| *parent != self.models) {
-                let _ = fs::remove_dir(parent);
-            }
+impl Drop for Staging {
+    /// Removes the staging folder unless it holds something to go on with.
+    fn drop(&mut self) {
+        // Without a journal files are as good as none; so are those of an old version, after a crash.
+        if walk(&self.journals()).is_ok_and(|(journals, _)| !journals.is_empty()) {
+            return;
+        }
+        let _ = remove_all(&self.root);
+        // The organisation's folder, if there is nothing else in it.
+        if let Some(parent) = self.root.parent().filter(|parent| *parent != self.models) {
+            let _ = fs::remove_dir(parent);
         }
     }
 }
@@ -270,6 +274,10 @@ mod tests {
         assert!(!staging.journals().exists());
         staging.prune(&[]).unwrap();
         assert!(walk(&staging.files()).unwrap().0.is_empty());
+        fs::write(staging.files().join("file"), b"one").unwrap();
+        let root = staging.root.clone();
+        drop(staging);
+        assert!(!root.exists(), "the old version takes no room");
     }
 
     #[test]
@@ -277,14 +285,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let request = DownloadRequest::new("org/model").unwrap();
         let open = || Staging::open(folder.path(), &request);
-        let staging = open().unwrap();
+        let first = open().unwrap();
         assert_eq!(open().err().map(|error| error.status()), Some(Status::Busy));
-        staging.discard_if_empty();
-        assert!(!folder.path().join("org").exists());
+        fs::remove_dir_all(&first.root).unwrap();
         // The lock was on a file that is gone.
-        let next = open().unwrap();
+        let second = open().unwrap();
         assert_eq!(open().err().map(|error| error.status()), Some(Status::Busy));
-        drop((staging, next));
-        assert!(open().is_ok());
+        fs::create_dir(second.journals()).unwrap();
+        fs::write(second.journals().join("part"), "").unwrap();
+        drop((first, second));
+        let third = open().unwrap();
+        fs::remove_file(third.journals().join("part")).unwrap();
+        drop(third);
+        assert!(!folder.path().join("org").exists(), "nothing to go on with");
     }
 }

@@ -206,46 +206,40 @@ impl<'a> Transfer<'a> {
     /// Goes on at `at`, which moves with what is written. `whole`: this connection has to fetch all of the file.
     fn attempt(&self, job: &Job, at: &mut u64, end: u64, whole: &mut bool) -> Result<(), Failure> {
         let size = job.file.size;
-        if lock(&job.state).whole {
-            return if *whole { self.attempt_whole(job) } else { Ok(()) };
+        if lock(&job.state).whole && !*whole {
+            return Ok(());
         }
-        let range = (*at > 0 || end < size).then_some(*at..end);
-        let (client, url) = (self.client.clone(), job.url.clone());
-        let asked = range.clone();
+        let range = (!*whole && (*at > 0 || end < size)).then_some(*at..end);
+        let mut wanted = range.clone().unwrap_or(0..size);
+        let (client, url, asked) = (self.client.clone(), job.url.clone(), range.clone());
         let answer = self.control.apart(move || client.get(&url, asked))??;
         self.check_headers(job, &answer)?;
         match &answer.range {
-            Some((got, total)) => {
-                let wanted = range.unwrap_or(0..size);
-                if *got != wanted || total.is_some_and(|total| total != size) {
-                    let what =
-                        format!("{}: bytes {got:?} of {total:?} came, {wanted:?} of {size} were asked for", job.url);
-                    return Err(Failure::last(Error::checksum(what)));
-                }
-                self.check_length(job, &answer, end - *at)?;
-                self.receive(job, answer, at, end)
+            Some((got, total)) if *got != wanted || total.is_some_and(|total| total != size) => {
+                let what = format!("{}: bytes {got:?} of {total:?} came, {wanted:?} of {size} were asked for", job.url);
+                return Err(Failure::last(Error::checksum(what)));
             }
-            None if range.is_none() => {
-                self.check_length(job, &answer, size)?;
-                self.receive(job, answer, at, end)
-            }
-            None => {
+            None if range.is_some() => {
                 if std::mem::replace(&mut lock(&job.state).whole, true) {
                     // Another connection fetches all of it.
                     return Ok(());
                 }
-                *whole = true;
                 tracing::info!(url = %job.url, "the server ignores ranges");
-                self.check_length(job, &answer, size)?;
-                self.receive_whole(job, answer)
+                (*whole, wanted) = (true, 0..size);
             }
+            _ => {}
         }
+        if let Some(length) = answer.length.filter(|length| *length != wanted.end - wanted.start) {
+            let what = format!("{}: {length} bytes come instead of {wanted:?}", answer.url);
+            return Err(Failure::last(Error::checksum(what).context(&job.file.path)));
+        }
+        if *whole { self.receive_whole(job, answer) } else { self.receive(job, answer, at, end) }
     }
 
     /// What the hub says of the file must be what it listed.
     fn check_headers(&self, job: &Job, answer: &Answer) -> Result<(), Failure> {
         let file = &job.file;
-        if let Some(commit) = answer.hub.commit.as_ref().filter(|commit| **commit != self.commit) {
+        if let Some(commit) = answer.hub.commit.as_ref().filter(|commit| !commit.eq_ignore_ascii_case(self.commit)) {
             let what = format!("{}: the hub answers with another commit, {commit}", job.url);
             return Err(Failure::last(Error::checksum(what)));
         }
@@ -261,20 +255,8 @@ impl<'a> Transfer<'a> {
         Ok(())
     }
 
-    /// What is about to come must have the right length.
-    fn check_length(&self, job: &Job, answer: &Answer, expected: u64) -> Result<(), Failure> {
-        match answer.length {
-            Some(length) if length != expected => {
-                let what = format!("{}: {length} bytes come instead of {expected}", answer.url);
-                Err(Failure::last(Error::checksum(what).context(&job.file.path)))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Writes what arrives from `at` on, up to `end`.
     fn receive(&self, job: &Job, answer: Answer, at: &mut u64, end: u64) -> Result<(), Failure> {
-        let url = answer.url.clone();
         let mut source = Source::new(answer, self.tuning);
         let mut chunk = vec![0; CHUNK];
         while *at < end {
@@ -286,7 +268,7 @@ impl<'a> Transfer<'a> {
             let block = (*at / self.tuning.block) as usize;
             let block_end = job.partial.range(block).end.min(end);
             let most = chunk.len().min((block_end - *at) as usize);
-            let read = source.read(&mut chunk[..most], &url)?;
+            let read = source.read(&mut chunk[..most])?;
             job.partial.write(*at, &chunk[..read])?;
             *at += read as u64;
             add(&self.control.bytes_done, read as u64);
@@ -294,21 +276,11 @@ impl<'a> Transfer<'a> {
                 self.wrote(job, block)?;
             }
         }
-        source.end(&url)
-    }
-
-    /// Fetches the file from its beginning, for a server that ignores ranges.
-    fn attempt_whole(&self, job: &Job) -> Result<(), Failure> {
-        let (client, url) = (self.client.clone(), job.url.clone());
-        let answer = self.control.apart(move || client.get(&url, None))??;
-        self.check_headers(job, &answer)?;
-        self.check_length(job, &answer, job.file.size)?;
-        self.receive_whole(job, answer)
+        source.end()
     }
 
     /// Reads a whole file and writes the blocks that are missing.
     fn receive_whole(&self, job: &Job, answer: Answer) -> Result<(), Failure> {
-        let url = answer.url.clone();
         let mut source = Source::new(answer, self.tuning);
         let mut buffer = vec![0; self.tuning.block as usize];
         for block in 0..job.partial.blocks() {
@@ -317,7 +289,7 @@ impl<'a> Transfer<'a> {
             let mut filled = 0;
             while filled < content.len() {
                 self.control.check()?;
-                filled += source.read(&mut content[filled..], &url)?;
+                filled += source.read(&mut content[filled..])?;
             }
             let missing = lock(&job.state).blocks[block] != Block::Written;
             if missing {
@@ -326,7 +298,7 @@ impl<'a> Transfer<'a> {
                 self.wrote(job, block)?;
             }
         }
-        source.end(&url)
+        source.end()
     }
 
     fn wrote(&self, job: &Job, block: usize) -> Result<()> {
@@ -366,22 +338,23 @@ impl<'a> Transfer<'a> {
 }
 
 /// The content of an answer, with a limit for how slow it may come.
-struct Source<R> {
-    reader: R,
-    tuning: Tuning,
+struct Source<'a> {
+    url: Url,
+    reader: Box<dyn Read>,
+    tuning: &'a Tuning,
     since: Instant,
     bytes: u64,
 }
 
-impl Source<()> {
-    fn new(answer: Answer, tuning: &Tuning) -> Source<impl Read> {
-        Source { reader: answer.into_reader(), tuning: tuning.clone(), since: Instant::now(), bytes: 0 }
+impl<'a> Source<'a> {
+    fn new(answer: Answer, tuning: &'a Tuning) -> Self {
+        let url = answer.url.clone();
+        Self { url, reader: Box::new(answer.into_reader()), tuning, since: Instant::now(), bytes: 0 }
     }
-}
 
-impl<R: Read> Source<R> {
     /// Some bytes; the end is a failure. So is a connection that has become so slow that a new one is worth its price.
-    fn read(&mut self, chunk: &mut [u8], url: &Url) -> Result<usize, Failure> {
+    fn read(&mut self, chunk: &mut [u8]) -> Result<usize, Failure> {
+        let url = &self.url;
         let failure = |what: &dyn std::fmt::Display| Failure::passing(Error::network(format!("{url}: {what}")));
         let read = self.reader.read(chunk).map_err(|e| failure(&e))?;
         if read == 0 {
@@ -398,9 +371,9 @@ impl<R: Read> Source<R> {
     }
 
     /// Refuses more than was announced. A connection can serve another request only if it was read to its end.
-    fn end(&mut self, url: &Url) -> Result<(), Failure> {
+    fn end(mut self) -> Result<(), Failure> {
         match self.reader.read(&mut [0]) {
-            Ok(1..) => Err(Failure::last(Error::checksum(format!("{url}: more comes than was announced")))),
+            Ok(1..) => Err(Failure::last(Error::checksum(format!("{}: more comes than was announced", self.url)))),
             // Everything is there: how the connection ends does not matter.
             _ => Ok(()),
         }

@@ -118,6 +118,21 @@ fn a_dripping_connection_is_replaced() {
     assert_eq!(drip(20_000), 0, "200 bytes in that time are enough");
 }
 
+/// No byte is late, but all of them together are.
+#[test]
+fn dripping_headers_and_listings_are_given_up() {
+    let drip = Duration::from_millis(20);
+    for fault in [Fault::DripHead(drip), Fault::Drip(drip)] {
+        let case = Case::new(&model());
+        case.hub.fault(1, fault, |seen| seen.path.contains("/api/models/"));
+        let started = Instant::now();
+        let (outcome, progress) = case.tuned(json!({}), Tuning { stall: Duration::from_millis(200), ..tuning() });
+        outcome.unwrap();
+        assert_eq!(progress.retries, 1);
+        assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    }
+}
+
 #[test]
 fn a_server_without_ranges_sends_the_whole_once() {
     let case = Case::new(&model());

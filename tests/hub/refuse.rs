@@ -25,6 +25,8 @@ fn what_is_not_there() {
     assert!(error.message().contains("org/nothing"), "{error}");
     assert!(case.is_clean(), "nothing is left of it");
     assert_eq!(case.hub.seen().len(), 1, "trying again is useless");
+    assert_eq!(case.run(json!({ "files": ["missing.txt"] })).0.unwrap_err().status(), Status::NotFound);
+    assert!(case.is_clean(), "nor of that");
 }
 
 #[test]
@@ -122,7 +124,7 @@ fn a_disk_that_is_too_small() {
     assert_eq!(error.status(), Status::NoSpace);
     let numbers: Vec<u64> = error.message().split(' ').filter_map(|word| word.parse().ok()).collect();
     assert!(numbers.len() == 2 && numbers[0] >= size && numbers[1] < size && numbers[1] > 0, "{error}");
-    assert!(!case.model().exists());
+    assert!(case.is_clean());
     let (_, error) = listing(json!([entry("a", u64::MAX), entry("b", 2)]));
     assert_eq!(error.status(), Status::Checksum, "{error}");
 }

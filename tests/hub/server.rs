@@ -79,6 +79,8 @@ pub enum Fault {
     Hang(Option<usize>),
     /// Sends a byte now and then.
     Drip(Duration),
+    /// Sends a byte of the headers now and then.
+    DripHead(Duration),
     /// Changes the content.
     Wrong,
     /// Sends the second half of the content so much later, and wrong.
@@ -370,6 +372,14 @@ fn part(file: &File, seen: &Seen, headers: &[(&str, String)]) -> Answer {
     }
 }
 
+fn drip(stream: &mut impl Write, bytes: &[u8], every: Duration) -> Option<()> {
+    for byte in bytes {
+        stream.write_all(&[*byte]).ok()?;
+        sleep(every);
+    }
+    Some(())
+}
+
 /// Sends an answer, or what a fault makes of it; `None` ends the connection.
 fn send(stream: &mut (impl Read + Write), seen: &Seen, mut answer: Answer, fault: Option<Fault>) -> Option<usize> {
     let whole = answer.headers.iter().position(|(name, _)| name == "whole").map(|at| answer.headers.remove(at).1);
@@ -433,18 +443,16 @@ fn send(stream: &mut (impl Read + Write), seen: &Seen, mut answer: Answer, fault
     } else {
         format!("Content-Length: {announced}\r\n\r\n")
     };
-    stream.write_all(head.as_bytes()).ok()?;
+    match &fault {
+        Some(Fault::DripHead(every)) => drip(stream, head.as_bytes(), *every)?,
+        _ => stream.write_all(head.as_bytes()).ok()?,
+    }
     if seen.method == "HEAD" {
         return Some(0);
     }
     let content = &answer.content[..if chunked { answer.content.len() } else { end }];
     match &fault {
-        Some(Fault::Drip(every)) => {
-            for byte in content {
-                stream.write_all(&[*byte]).ok()?;
-                sleep(*every);
-            }
-        }
+        Some(Fault::Drip(every)) => drip(stream, content, *every)?,
         Some(Fault::Late(pause)) => {
             let (now, later) = content.split_at(content.len() / 2);
             stream.write_all(now).ok()?;
