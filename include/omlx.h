@@ -391,117 +391,6 @@ omlx_status omlx_model_settings(
     omlx_string **settings_json,
     omlx_error **error);
 
-// Downloads -------------------------------------------------------------------------------------------------
-
-/// What a download is doing.
-OMLX_ENUM(omlx_download_state, uint32_t) {
-    /// Asking the hub which files there are.
-    OMLX_DOWNLOAD_STATE_LISTING = 0,
-    /// Fetching and checking files.
-    OMLX_DOWNLOAD_STATE_FETCHING = 1,
-    /// Writing through and moving into place.
-    OMLX_DOWNLOAD_STATE_INSTALLING = 2,
-    /// Over: the model is there, and in the pool.
-    OMLX_DOWNLOAD_STATE_DONE = 3,
-    /// Over: it failed. `omlx_download_wait` says why.
-    OMLX_DOWNLOAD_STATE_FAILED = 4,
-    /// Over: it was cancelled.
-    OMLX_DOWNLOAD_STATE_CANCELLED = 5,
-};
-
-/// How far a download is. Start from `OMLX_DOWNLOAD_PROGRESS_INIT`. The host computes rates, from the growth of
-/// `bytes_done`.
-typedef struct omlx_download_progress {
-    /// `sizeof(omlx_download_progress)`, set by `OMLX_DOWNLOAD_PROGRESS_INIT`: no more is written.
-    uint32_t struct_size;
-    /// An `omlx_download_state`.
-    uint32_t state;
-    /// Bytes that are there, `bytes_kept` included. Falls when a file has to be fetched anew.
-    uint64_t bytes_done;
-    /// Bytes of all files; 0 until they are listed.
-    uint64_t bytes_total;
-    /// Bytes that an earlier attempt, or the version that is being replaced, had left.
-    uint64_t bytes_kept;
-    /// Files that are complete and checked.
-    uint64_t files_done;
-    /// All files; 0 until they are listed.
-    uint64_t files_total;
-    /// Requests that were repeated after a failure.
-    uint64_t retries;
-} omlx_download_progress;
-
-/// Initialiser of `omlx_download_progress`: all defaults.
-#define OMLX_DOWNLOAD_PROGRESS_INIT { sizeof(omlx_download_progress), 0, 0, 0, 0, 0, 0, 0 }
-
-/// A download. Reference-counted; it does not need its pool's handle to live on.
-typedef struct omlx_download omlx_download;
-
-/// Starts to download a model from the Hugging Face hub, or a mirror of it, and returns at once. When the download is
-/// over, the model is in the pool, its id the repository's name; if the folder is not a usable model,
-/// `omlx_pool_models` says why.
-///
-/// `download_json` is a JSON object of `download_len` bytes:
-///
-///   "repo"         the repository, such as "org/name"
-///   "revision"     a branch, tag or commit, else "main"
-///   "files"        exactly these files; or
-///   "patterns"     files that any of these describes: `*` is any text within one folder, `**` any text, `?` one
-///                  character; else what a model needs, as safetensors
-///   "folder"       the folder of models, else the pool's `models_dir`; the model goes to org/name in it
-///   "endpoint"     URL of the hub, else HF_ENDPOINT of the environment, else https://huggingface.co
-///   "token"        access token, else HF_TOKEN, else what the hub's login command left (unless the endpoint is neither
-///                  encrypted nor this machine). Sent to the endpoint alone; never part of a message
-///   "offline"      do not use the network: OMLX_E_OFFLINE unless the model is there; else HF_HUB_OFFLINE decides
-///   "connections"  at the same time; else 4, at most 32
-///
-/// All files come from one commit. They are put together in a hidden folder beside the model's, checked (SHA-256, for
-/// small files the id of the git blob), written through, and put into place at once: a model is there whole or not at
-/// all. What an attempt leaves that was cancelled or broke off, the next one goes on with. A model that is there is
-/// left alone; if it came by a download and "revision" asks for another commit, it is replaced, and a loaded one goes
-/// on as it was until it is unloaded. Connections use HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, and trust
-/// Mozilla's certificates, or those in the PEM file that SSL_CERT_FILE names.
-///
-/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_CLOSED`; others come from `omlx_download_wait`.
-omlx_status omlx_download_start(
-    omlx_pool *pool,
-    const char *download_json,
-    size_t download_len,
-    omlx_download **download,
-    omlx_error **error);
-
-/// Says how far a download is.
-omlx_status omlx_download_status(
-    omlx_download *download,
-    omlx_download_progress *progress,
-    omlx_error **error);
-
-/// Waits `timeout_ms` milliseconds until a download is over; 0 never waits, a negative timeout waits for ever.
-/// `result_json`, which may be NULL, receives an object with "id", "folder", "commit" (null for a folder that something
-/// else put there) and "changed" (false if everything was there already). Blocking unless `timeout_ms` is 0.
-///
-/// Errors: `OMLX_E_TIMEOUT` (it is still running); and why it failed: `OMLX_E_CANCELLED` (also by `omlx_pool_close`),
-/// `OMLX_E_NOT_FOUND` (repository, revision or file), `OMLX_E_UNAUTHORIZED` (a token is needed, or terms have to be
-/// accepted; the message says which), `OMLX_E_OFFLINE`, `OMLX_E_NO_SPACE` (with the numbers), `OMLX_E_NETWORK` (with
-/// the cause), `OMLX_E_CHECKSUM` (something else came than was announced), `OMLX_E_BUSY` (another download of this
-/// model is running, in any process; or the hub has had enough: `omlx_error_retry_after_ms`), `OMLX_E_INVALID_REQUEST`
-/// (the folder is there, and no download put it there), `OMLX_E_INVALID_MODEL` (file names that lead out of the
-/// folder), `OMLX_E_IO`.
-omlx_status omlx_download_wait(
-    omlx_download *download,
-    int64_t timeout_ms,
-    omlx_string **result_json,
-    omlx_error **error);
-
-/// Asks a download to end; it is over within a second. What has been fetched stays in the hidden folder for the next
-/// attempt. NULL and downloads that are over are ignored.
-void omlx_download_cancel(omlx_download *download);
-
-/// Adds a reference; NULL is ignored.
-void omlx_download_retain(omlx_download *download);
-
-/// Drops a reference; NULL is ignored. With the last one the download is cancelled, without waiting for that.
-void omlx_download_release(omlx_download *download);
-
 // Events ----------------------------------------------------------------------------------------------------
 
 /// Kinds of events. Hosts ignore kinds they do not know.
@@ -695,6 +584,132 @@ void omlx_request_retain(omlx_request *request);
 /// Drops a reference; NULL is ignored. With the last one a request without callback is cancelled; one with a callback
 /// goes on.
 void omlx_request_release(omlx_request *request);
+
+// Downloads -------------------------------------------------------------------------------------------------
+
+/// What a download is doing.
+OMLX_ENUM(omlx_download_state, uint32_t) {
+    /// Asking the hub which files there are.
+    OMLX_DOWNLOAD_STATE_LISTING = 0,
+    /// Fetching and checking files.
+    OMLX_DOWNLOAD_STATE_FETCHING = 1,
+    /// Writing through and moving into place.
+    OMLX_DOWNLOAD_STATE_INSTALLING = 2,
+    /// Over: the model is there, and in the pool.
+    OMLX_DOWNLOAD_STATE_DONE = 3,
+    /// Over: it failed. `omlx_download_wait` says why.
+    OMLX_DOWNLOAD_STATE_FAILED = 4,
+    /// Over: it was cancelled.
+    OMLX_DOWNLOAD_STATE_CANCELLED = 5,
+};
+
+/// How far a download is. Start from `OMLX_DOWNLOAD_PROGRESS_INIT`. The host computes rates, from the growth of
+/// `bytes_done`.
+typedef struct omlx_download_progress {
+    /// `sizeof(omlx_download_progress)`, set by `OMLX_DOWNLOAD_PROGRESS_INIT`: no more is written.
+    uint32_t struct_size;
+    /// An `omlx_download_state`.
+    uint32_t state;
+    /// Bytes that are there, `bytes_kept` included. Falls when a file has to be fetched anew.
+    uint64_t bytes_done;
+    /// Bytes of all files; 0 until they are listed.
+    uint64_t bytes_total;
+    /// Bytes that an earlier attempt, or the version that is being replaced, had left.
+    uint64_t bytes_kept;
+    /// Files that are complete and checked.
+    uint64_t files_done;
+    /// All files; 0 until they are listed.
+    uint64_t files_total;
+    /// Requests that were repeated after a failure.
+    uint64_t retries;
+} omlx_download_progress;
+
+/// Initialiser of `omlx_download_progress`: all defaults.
+#define OMLX_DOWNLOAD_PROGRESS_INIT { sizeof(omlx_download_progress), 0, 0, 0, 0, 0, 0, 0 }
+
+/// A download. Reference-counted; it does not need its pool's handle to live on.
+typedef struct omlx_download omlx_download;
+
+/// Starts to download a model from the Hugging Face hub, or a mirror of it, and returns at once. When the download is
+/// over, the model is in the pool, its id the repository's name; if the folder is not a usable model,
+/// `omlx_pool_models` says why.
+///
+/// `download_json` is a JSON object of `download_len` bytes:
+///
+///   "repo"         the repository, such as "org/name"
+///   "revision"     a branch, tag or commit, else "main"
+///   "files"        exactly these files; or
+///   "patterns"     files that any of these describes: `*` is any text within one folder, `**` any text, `?` one
+///                  character; else what a model needs, as safetensors
+///   "folder"       the folder of models, else the pool's `models_dir`; the model goes to org/name in it
+///   "endpoint"     URL of the hub, else HF_ENDPOINT of the environment, else https://huggingface.co
+///   "token"        access token, else HF_TOKEN, else what the hub's login command left (unless the endpoint is neither
+///                  encrypted nor this machine). Sent to the endpoint alone; never part of a message
+///   "offline"      do not use the network: OMLX_E_OFFLINE unless the model is there; else HF_HUB_OFFLINE decides
+///   "connections"  at the same time; else 4, at most 32
+///
+/// All files come from one commit. They are put together in a hidden folder beside the model's, checked (SHA-256, for
+/// small files the id of the git blob), written through, and put into place at once: a model is there whole or not at
+/// all. What an attempt leaves that was cancelled or broke off, the next one goes on with. A model that is there is
+/// left alone; if it came by a download and "revision" asks for another commit, it is replaced, and a loaded one goes
+/// on as it was until it is unloaded. Connections use HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, and trust
+/// Mozilla's certificates, or those in the PEM file that SSL_CERT_FILE names.
+///
+/// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_CLOSED`; others come from `omlx_download_wait`.
+omlx_status omlx_download_start(
+    omlx_pool *pool,
+    const char *download_json,
+    size_t download_len,
+    omlx_download **download,
+    omlx_error **error);
+
+/// Says how far a download is.
+omlx_status omlx_download_status(
+    omlx_download *download,
+    omlx_download_progress *progress,
+    omlx_error **error);
+
+/// Receives the progress of a download, one call at a time, that with the last state last: at once, with every new state,
+/// and ten times a second at most while bytes come. Return 0 to go on; anything else cancels the download. It must return
+/// quickly: the download waits for it. `progress` is valid until it returns.
+typedef int32_t (*omlx_progress_fn)(void *user_data, const omlx_download_progress *progress);
+
+/// Has `callback` called with the progress from now on, the first time before this returns; NULL removes it. The last
+/// call comes before an `omlx_download_wait` that waits returns. `user_data` and `destroy` may be NULL; `destroy` runs when
+/// the download is over or another callback takes its place, but not during a call.
+omlx_status omlx_download_set_callback(
+    omlx_download *download,
+    omlx_progress_fn callback,
+    void *user_data,
+    omlx_destroy_fn destroy,
+    omlx_error **error);
+
+/// Waits `timeout_ms` milliseconds until a download is over; 0 never waits, a negative timeout waits for ever.
+/// `result_json`, which may be NULL, receives an object with "id", "folder", "commit" (null for a folder that something
+/// else put there) and "changed" (false if everything was there already). Blocking unless `timeout_ms` is 0.
+///
+/// Errors: `OMLX_E_TIMEOUT` (it is still running); and why it failed: `OMLX_E_CANCELLED` (also by `omlx_pool_close`),
+/// `OMLX_E_NOT_FOUND` (repository, revision or file), `OMLX_E_UNAUTHORIZED` (a token is needed, or terms have to be
+/// accepted; the message says which), `OMLX_E_OFFLINE`, `OMLX_E_NO_SPACE` (with the numbers), `OMLX_E_NETWORK` (with
+/// the cause), `OMLX_E_CHECKSUM` (something else came than was announced), `OMLX_E_BUSY` (another download of this
+/// model is running, in any process; or the hub has had enough: `omlx_error_retry_after_ms`), `OMLX_E_INVALID_REQUEST`
+/// (the folder is there, and no download put it there), `OMLX_E_INVALID_MODEL` (file names that lead out of the
+/// folder), `OMLX_E_IO`.
+omlx_status omlx_download_wait(
+    omlx_download *download,
+    int64_t timeout_ms,
+    omlx_string **result_json,
+    omlx_error **error);
+
+/// Asks a download to end; it is over within a second, unless the disk takes longer to write a file through. What has
+/// been fetched stays in the hidden folder for the next attempt. NULL and downloads that are over are ignored.
+void omlx_download_cancel(omlx_download *download);
+
+/// Adds a reference; NULL is ignored.
+void omlx_download_retain(omlx_download *download);
+
+/// Drops a reference; NULL is ignored. With the last one the download is cancelled, without waiting for that.
+void omlx_download_release(omlx_download *download);
 
 // Tokens and templates --------------------------------------------------------------------------------------
 

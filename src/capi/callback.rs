@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 
-use super::omlx_event;
+use super::{omlx_download_progress, omlx_event};
 
 /// Receives the events of a request, one call at a time, the done event last. Return 0 to go on; anything else
 /// cancels the request, and only its done event follows. A slow callback delays its own request only: text that waits
@@ -17,6 +17,12 @@ pub type omlx_destroy_fn = Option<unsafe extern "C" fn(user_data: *mut c_void)>;
 /// `OMLX_E_CLOSED`, in the call or later elsewhere. It may come late, for an event that was fetched already. It must
 /// return quickly: the model waits for it.
 pub type omlx_wake_fn = Option<unsafe extern "C" fn(user_data: *mut c_void)>;
+
+/// Receives the progress of a download, one call at a time, that with the last state last: at once, with every new state,
+/// and ten times a second at most while bytes come. Return 0 to go on; anything else cancels the download. It must return
+/// quickly: the download waits for it. `progress` is valid until it returns.
+pub type omlx_progress_fn =
+    Option<unsafe extern "C" fn(user_data: *mut c_void, progress: *const omlx_download_progress) -> i32>;
 
 /// A host's data pointer with its destroy function, which runs exactly once, when this is dropped.
 pub(super) struct UserData {

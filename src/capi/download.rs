@@ -1,15 +1,16 @@
 //! `omlx_download`: a model on its way from a hub.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 
+use super::callback::{UserData, omlx_destroy_fn, omlx_progress_fn};
 use super::request::MAX_WAIT_MS;
 use super::{borrow, boundary, bytes, omlx_error, omlx_pool, omlx_string, output};
 use crate::error::{Error, Status};
-use crate::hub::{Download, DownloadRequest, State};
+use crate::hub::{Download, DownloadRequest, OnProgress, Progress, State};
 
 /// What a download is doing.
 #[repr(u32)]
@@ -63,6 +64,30 @@ impl Default for omlx_download_progress {
             files_done: 0,
             files_total: 0,
             retries: 0,
+        }
+    }
+}
+
+impl From<Progress> for omlx_download_progress {
+    fn from(progress: Progress) -> Self {
+        let Progress { state, bytes_done, bytes_total, bytes_kept, files_done, files_total, retries } = progress;
+        let state = match state {
+            State::Listing => omlx_download_state::Listing,
+            State::Fetching => omlx_download_state::Fetching,
+            State::Installing => omlx_download_state::Installing,
+            State::Done => omlx_download_state::Done,
+            State::Failed => omlx_download_state::Failed,
+            State::Cancelled => omlx_download_state::Cancelled,
+        };
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            state: state as u32,
+            bytes_done,
+            bytes_total,
+            bytes_kept,
+            files_done,
+            files_total,
+            retries,
         }
     }
 }
@@ -139,7 +164,7 @@ pub unsafe extern "C" fn omlx_download_status(
         let progress = output(progress, "progress")?;
         // SAFETY: NULL or a live handle, by the header's contract.
         let download = unsafe { borrow(download, "download") }?;
-        let current = view(&download.download);
+        let current = omlx_download_progress::from(download.download.progress());
         // SAFETY: not NULL, and the struct begins with its size.
         let size = unsafe { progress.cast::<u32>().read() };
         if (size as usize) < size_of::<omlx_download_progress>() || size as usize > super::MAX_STRUCT_SIZE {
@@ -151,26 +176,30 @@ pub unsafe extern "C" fn omlx_download_status(
     })
 }
 
-fn view(download: &Download) -> omlx_download_progress {
-    let progress = download.progress();
-    let state = match progress.state {
-        State::Listing => omlx_download_state::Listing,
-        State::Fetching => omlx_download_state::Fetching,
-        State::Installing => omlx_download_state::Installing,
-        State::Done => omlx_download_state::Done,
-        State::Failed => omlx_download_state::Failed,
-        State::Cancelled => omlx_download_state::Cancelled,
-    };
-    omlx_download_progress {
-        state: state as u32,
-        bytes_done: progress.bytes_done,
-        bytes_total: progress.bytes_total,
-        bytes_kept: progress.bytes_kept,
-        files_done: progress.files_done,
-        files_total: progress.files_total,
-        retries: progress.retries,
-        ..Default::default()
-    }
+/// Has `callback` called with the progress from now on, the first time before this returns; NULL removes it. The last
+/// call comes before an `omlx_download_wait` that waits returns. `user_data` and `destroy` may be NULL; `destroy` runs when
+/// the download is over or another callback takes its place, but not during a call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_download_set_callback(
+    download: *mut omlx_download,
+    callback: omlx_progress_fn,
+    user_data: *mut c_void,
+    destroy: omlx_destroy_fn,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        let user_data = UserData::new(user_data, destroy);
+        // SAFETY: NULL or a live handle, by the header's contract.
+        let download = unsafe { borrow(download, "download") }?;
+        download.download.watch(callback.map(|callback| -> OnProgress {
+            Box::new(move |progress| {
+                let progress = omlx_download_progress::from(progress);
+                // SAFETY: the host's function with its own data, which lives as long as this closure.
+                unsafe { callback(user_data.pointer(), &progress) == 0 }
+            })
+        }));
+        Ok(())
+    })
 }
 
 /// Waits `timeout_ms` milliseconds until a download is over; 0 never waits, a negative timeout waits for ever.
@@ -206,8 +235,8 @@ pub unsafe extern "C" fn omlx_download_wait(
     })
 }
 
-/// Asks a download to end; it is over within a second. What has been fetched stays in the hidden folder for the next
-/// attempt. NULL and downloads that are over are ignored.
+/// Asks a download to end; it is over within a second, unless the disk takes longer to write a file through. What has
+/// been fetched stays in the hidden folder for the next attempt. NULL and downloads that are over are ignored.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_download_cancel(download: *mut omlx_download) {
     // SAFETY: NULL or a live handle, by the header's contract.

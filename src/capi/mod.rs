@@ -21,7 +21,7 @@ mod request;
 mod text;
 
 pub use cache::*;
-pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
+pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_progress_fn, omlx_wake_fn};
 pub use download::*;
 pub use error::*;
 pub use event::*;

@@ -1,7 +1,7 @@
 //! What the threads of a download share: how far it is, and whether it shall stop.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Status};
@@ -51,16 +51,30 @@ pub struct Progress {
     pub retries: u64,
 }
 
+/// Receives the progress of a download; `false` cancels it.
+pub type OnProgress = Box<dyn FnMut(Progress) -> bool + Send>;
+
+/// Shortest time between two calls for bytes alone.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Counters and the wish to stop, of one download.
 pub struct Control {
     stop: Mutex<Stop>,
     stopped: Condvar,
+    state: Mutex<State>,
+    watch: Mutex<Option<Arc<Mutex<Watch>>>>,
     pub bytes_done: AtomicU64,
     pub bytes_total: AtomicU64,
     pub bytes_kept: AtomicU64,
     pub files_done: AtomicU64,
     pub files_total: AtomicU64,
     pub retries: AtomicU64,
+}
+
+struct Watch {
+    function: OnProgress,
+    told: Instant,
+    over: bool,
 }
 
 #[derive(Default)]
@@ -76,6 +90,8 @@ impl Control {
         Self {
             stop: Mutex::default(),
             stopped: Condvar::new(),
+            state: Mutex::new(State::Listing),
+            watch: Mutex::default(),
             bytes_done: zero(),
             bytes_total: zero(),
             bytes_kept: zero(),
@@ -153,11 +169,57 @@ impl Control {
         }
     }
 
-    /// The counters, with `state`.
-    pub fn progress(&self, state: State) -> Progress {
+    /// Sets the state, of which [`tell`](Self::tell) tells.
+    pub fn enter(&self, state: State) {
+        *lock(&self.state) = state;
+    }
+
+    /// Counts bytes that have arrived.
+    pub fn received(&self, bytes: u64) {
+        add(&self.bytes_done, bytes);
+        self.tell_after(PAUSE);
+    }
+
+    /// Has `function` called at once, with every new state, and while bytes come. One call at a time, the last one when
+    /// the download is over; then, or when another takes its place, it is dropped.
+    pub fn watch(&self, function: Option<OnProgress>) {
+        let new = |function| Arc::new(Mutex::new(Watch { function, told: Instant::now(), over: false }));
+        let old = std::mem::replace(&mut *lock(&self.watch), function.map(new));
+        // With the lock released: the host may call us when it is dropped.
+        drop(old);
+        self.tell();
+    }
+
+    /// Calls the function, if there is one.
+    pub fn tell(&self) {
+        self.tell_after(Duration::ZERO);
+    }
+
+    /// Calls the function unless that happened less than `pause` ago.
+    fn tell_after(&self, pause: Duration) {
+        let Some(watch) = lock(&self.watch).clone() else { return };
+        let mut inner = lock(&watch);
+        if inner.over || inner.told.elapsed() < pause {
+            return;
+        }
+        // Read with the lock held: nobody hears of what came earlier after what came later.
+        let progress = self.progress();
+        (inner.told, inner.over) = (Instant::now(), progress.state.is_over());
+        let go_on = (inner.function)(progress);
+        drop(inner);
+        if progress.state.is_over() {
+            let last = lock(&self.watch).take_if(|current| Arc::ptr_eq(current, &watch));
+            drop(last);
+        } else if !go_on {
+            self.cancel();
+        }
+    }
+
+    /// How far the download is.
+    pub fn progress(&self) -> Progress {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Progress {
-            state,
+            state: *lock(&self.state),
             // Two connections may have fetched the same block, where a server changed its mind about ranges.
             bytes_done: get(&self.bytes_done).min(get(&self.bytes_total)),
             bytes_total: get(&self.bytes_total),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::api::{self, Listing, RemoteFile};
 use super::checksum::Checksum;
-use super::control::{Control, Progress, State, add};
+use super::control::{Control, OnProgress, Progress, State, add};
 use super::http::Client;
 use super::partial::{Found, Partial};
 use super::request::DownloadRequest;
@@ -71,13 +71,15 @@ pub struct Arrival {
 
 struct Shared {
     control: Control,
-    state: Mutex<Inner>,
-    changed: Condvar,
+    end: Mutex<End>,
+    ended: Condvar,
 }
 
-struct Inner {
-    state: State,
+#[derive(Default)]
+struct End {
     outcome: Option<Result<Arrival>>,
+    /// Whoever watches has been told of it.
+    told: bool,
 }
 
 /// A download, which goes on whether or not anybody holds this.
@@ -102,8 +104,7 @@ impl Download {
         arrived: impl FnOnce(&Arrival) + Send + 'static,
     ) -> Result<Self> {
         let settings = Settings::resolve(&request, &|name| std::env::var(name).ok())?;
-        let state = Mutex::new(Inner { state: State::Listing, outcome: None });
-        let shared = Arc::new(Shared { control: Control::new(), state, changed: Condvar::new() });
+        let shared = Arc::new(Shared { control: Control::new(), end: Mutex::default(), ended: Condvar::new() });
         let (own, models) = (Arc::clone(&shared), models.to_owned());
         let thread = std::thread::Builder::new().name("omlx-download".into()).spawn(move || {
             let outcome = panics::catch(|| {
@@ -120,54 +121,61 @@ impl Download {
 
     /// How far it is.
     pub fn progress(&self) -> Progress {
-        let state = lock(&self.shared.state).state;
-        self.shared.control.progress(state)
+        self.shared.control.progress()
+    }
+
+    /// Has `function` called with the progress: at once, with every new state, and ten times a second at most while
+    /// bytes come; the last call is that with the last state, before a waiting [`wait`](Self::wait) returns. On the
+    /// download's threads, one call at a time: a slow function holds the download up, and one that waits for its end
+    /// waits for ever. `None` removes it.
+    pub fn watch(&self, function: Option<OnProgress>) {
+        self.shared.control.watch(function);
     }
 
     /// What came of it; `None` while it runs.
     pub fn outcome(&self) -> Option<Result<Arrival>> {
-        lock(&self.shared.state).outcome.clone()
+        lock(&self.shared.end).outcome.clone()
     }
 
     /// Waits until it is over, `timeout` at most, or for ever. `Timeout` if it is not.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<Arrival> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let mut inner = lock(&self.shared.state);
+        let mut end = lock(&self.shared.end);
         loop {
-            if let Some(outcome) = &inner.outcome {
+            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
+            if let Some(outcome) = end.outcome.as_ref().filter(|_| end.told || left.is_zero()) {
                 return outcome.clone();
             }
-            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Err(Error::new(Status::Timeout, "the download is still running"));
             }
-            let waited = self.shared.changed.wait_timeout(inner, left.min(Duration::from_secs(3600)));
-            inner = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+            let waited = self.shared.ended.wait_timeout(end, left.min(Duration::from_secs(3600)));
+            end = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
     }
 
-    /// Asks it to end; it is over within a second, whatever its connections are waiting for. What has been fetched
-    /// stays for the next attempt.
+    /// Asks it to end; it is over within a second, whatever its connections are waiting for, unless the disk takes
+    /// longer to write a file through. What has been fetched stays for the next attempt.
     pub fn cancel(&self) {
         self.shared.control.cancel();
     }
 }
 
 impl Shared {
-    fn enter(&self, state: State) {
-        lock(&self.state).state = state;
-    }
-
     fn end(&self, outcome: Result<Arrival>) {
         let state = match &outcome {
             Ok(_) => State::Done,
             Err(error) if error.status() == Status::Cancelled => State::Cancelled,
             Err(_) => State::Failed,
         };
-        let mut inner = lock(&self.state);
-        *inner = Inner { state, outcome: Some(outcome) };
-        self.changed.notify_all();
-        drop(inner);
+        let mut end = lock(&self.end);
+        end.outcome = Some(outcome);
+        self.control.enter(state);
+        drop(end);
+        // Who is told of the end can ask for the outcome; who waits for it goes on when that was told.
+        self.control.tell();
+        lock(&self.end).told = true;
+        self.ended.notify_all();
         // Idle connections go, too.
         self.control.cancel();
     }
@@ -249,7 +257,8 @@ impl Run<'_> {
         let total = total.ok_or_else(|| Error::checksum(format!("{}: impossible file sizes", request.repo)))?;
         add(&control.bytes_total, total);
         add(&control.files_total, wanted.len() as u64);
-        self.shared.enter(State::Fetching);
+        control.enter(State::Fetching);
+        control.tell();
 
         let files = self.prepare(&staging, installed.as_ref(), &wanted)?;
         let transfer = Transfer::new(client, control, self.tuning, (&request.repo, &listing.commit), files);
@@ -258,8 +267,9 @@ impl Run<'_> {
         add(&control.bytes_done, total - missing);
         transfer.run(request.connections.unwrap_or(CONNECTIONS))?;
 
-        self.shared.enter(State::Installing);
         control.check()?;
+        control.enter(State::Installing);
+        control.tell();
         let (files, patterns) = match same_commit {
             // Several selections together are what each of them was.
             Some(installed) if (&installed.files, &installed.patterns) == (&None, &None) => (None, None),

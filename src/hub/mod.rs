@@ -28,6 +28,6 @@ mod staging;
 mod transfer;
 mod url;
 
-pub use control::{Progress, State};
+pub use control::{OnProgress, Progress, State};
 pub use download::{Arrival, Download, Tuning};
 pub use request::{DownloadRequest, Token};

@@ -271,7 +271,7 @@ impl<'a> Transfer<'a> {
             let read = source.read(&mut chunk[..most])?;
             job.partial.write(*at, &chunk[..read])?;
             *at += read as u64;
-            add(&self.control.bytes_done, read as u64);
+            self.control.received(read as u64);
             if *at == block_end {
                 self.wrote(job, block)?;
             }
@@ -294,7 +294,7 @@ impl<'a> Transfer<'a> {
             let missing = lock(&job.state).blocks[block] != Block::Written;
             if missing {
                 job.partial.write(range.start, content)?;
-                add(&self.control.bytes_done, content.len() as u64);
+                self.control.received(content.len() as u64);
                 self.wrote(job, block)?;
             }
         }

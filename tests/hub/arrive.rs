@@ -1,6 +1,7 @@
 //! What arrives, from which revision, and what becomes of what is there.
 
 use std::fs;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use omlx::error::Status;
@@ -65,6 +66,25 @@ fn connections_work_at_the_same_time() {
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(case.hub.seen().iter().filter(|seen| seen.network).count(), 1, "one connection has one request");
     download.cancel();
+}
+
+#[test]
+fn who_is_told_of_the_end_can_ask_for_it() {
+    let case = Case::new(&model());
+    let download = case.start(json!({}), crate::tuning());
+    let (own, heard) = (download.clone(), Arc::new(Mutex::new(None)));
+    let slot = Arc::clone(&heard);
+    download.watch(Some(Box::new(move |progress| {
+        if progress.state.is_over() {
+            let outcome = own.wait(Some(Duration::ZERO));
+            std::thread::sleep(Duration::from_millis(100));
+            *slot.lock().unwrap() = Some(outcome);
+        }
+        true
+    })));
+    let arrival = download.wait(Some(Duration::from_secs(30))).unwrap();
+    let heard = heard.lock().unwrap().take().expect("a wait ends after the last call");
+    assert_eq!(heard.unwrap(), arrival);
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! The C functions: a model that arrives in a pool and answers.
 
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use omlx::capi::*;
@@ -195,6 +197,122 @@ fn waits_cancels_and_closes() {
     assert_eq!(pool.start(&request).0, Status::Closed);
     // SAFETY: a live handle, used no more.
     unsafe { omlx_download_release(download) };
+}
+
+/// What a progress callback was told, and what it shall answer.
+#[derive(Default)]
+struct Told {
+    calls: Mutex<Vec<(Instant, omlx_download_progress)>>,
+    running: AtomicBool,
+    destroyed: AtomicU32,
+    /// States in which it cancels.
+    cancels_in: Option<omlx_download_state>,
+    pause: Duration,
+}
+
+impl Told {
+    fn set(&self, download: *mut omlx_download) {
+        let data = std::ptr::from_ref(self).cast_mut().cast();
+        // SAFETY: a live handle; the tests keep `self` until its data is given back.
+        let status =
+            unsafe { omlx_download_set_callback(download, Some(on_progress), data, Some(on_destroy), null_mut()) };
+        assert_eq!(status, Status::Ok);
+    }
+
+    fn states(&self) -> Vec<u32> {
+        let mut states: Vec<_> = self.calls.lock().unwrap().iter().map(|(_, progress)| progress.state).collect();
+        states.dedup();
+        states
+    }
+
+    fn is_destroyed(&self) -> bool {
+        let destroyed = self.destroyed.load(Ordering::SeqCst);
+        assert!(destroyed < 2);
+        destroyed == 1
+    }
+}
+
+unsafe extern "C" fn on_progress(told: *mut c_void, progress: *const omlx_download_progress) -> i32 {
+    // SAFETY: `Told::set` gave this pointer; the library's lives for the call.
+    let (told, progress) = unsafe { (&*told.cast::<Told>(), *progress) };
+    assert!(!told.is_destroyed());
+    assert!(!told.running.swap(true, Ordering::SeqCst), "one call at a time");
+    told.calls.lock().unwrap().push((Instant::now(), progress));
+    std::thread::sleep(told.pause);
+    told.running.store(false, Ordering::SeqCst);
+    i32::from(told.cancels_in.is_some_and(|state| state as u32 == progress.state))
+}
+
+unsafe extern "C" fn on_destroy(told: *mut c_void) {
+    // SAFETY: as above.
+    unsafe { &*told.cast::<Told>() }.destroyed.fetch_add(1, Ordering::SeqCst);
+}
+
+#[test]
+fn a_callback_is_told_of_progress() {
+    use omlx_download_state::*;
+    let case = Case::new(&model());
+    let pool = Pool::open(case.folder.path());
+    // Slow enough that there is something to be told of.
+    case.hub.fault(1, Fault::Late(Duration::from_millis(300)), |seen| seen.network);
+    case.hub.fault(1, Fault::Hang(Some(10)), |seen| seen.path.contains("/api/models/"));
+    let mut request = json!({ "repo": "org/model", "endpoint": case.hub.endpoint(), "offline": false });
+    let (told, removed) = (Told::default(), Told::default());
+    let (_, download) = pool.start(&request);
+    removed.set(download);
+    assert_eq!(removed.states(), [Listing as u32], "at once");
+    told.set(download);
+    assert!(removed.is_destroyed() && !told.is_destroyed());
+    until("it hangs", || !case.hub.seen().is_empty());
+    // SAFETY: a live handle, used no more.
+    unsafe { omlx_download_release(download) };
+
+    // The next one goes well.
+    let (_, download) = loop {
+        let (status, download) = pool.start(&request);
+        if wait(download, 100).0 != Status::Busy {
+            break (status, download);
+        }
+        // SAFETY: a live handle, used no more.
+        unsafe { omlx_download_release(download) };
+    };
+    until("the released one has told of its end", || told.is_destroyed());
+    assert_eq!(told.states(), [Listing as u32, Cancelled as u32]);
+    let told = Told { pause: Duration::from_millis(5), ..Told::default() };
+    told.set(download);
+    assert_eq!(wait(download, 30_000).0, Status::Ok);
+    let states = told.states();
+    assert!(states.ends_with(&[Fetching as u32, Installing as u32, Done as u32]), "{states:?}");
+    let calls = told.calls.lock().unwrap().clone();
+    assert!(calls.iter().all(|(_, progress)| progress.bytes_done <= progress.bytes_total), "{calls:?}");
+    let too_often = |pair: &[(Instant, omlx_download_progress)]| {
+        pair[0].1.state == pair[1].1.state && pair[1].0 - pair[0].0 < Duration::from_millis(50)
+    };
+    assert!(!calls.windows(2).any(too_often), "{calls:?}");
+    let (_, last) = calls.last().unwrap();
+    assert_eq!((last.bytes_done, last.files_done), (last.bytes_total, last.files_total));
+    assert_eq!(calls.iter().filter(|(_, progress)| progress.state == Done as u32).count(), 1);
+    until("its data is given back", || told.is_destroyed());
+    // Too late for anything but the end.
+    let late = Told::default();
+    late.set(download);
+    assert!(late.is_destroyed() && late.states() == [Done as u32]);
+
+    // One that cancels.
+    request["repo"] = json!("org/other");
+    case.hub.commit("org/other", &["main"], &model());
+    case.hub.fault(usize::MAX, Fault::Hang(Some(10)), |seen| seen.network);
+    let (_, other) = pool.start(&request);
+    let cancelling = Told { cancels_in: Some(Fetching), ..Told::default() };
+    cancelling.set(other);
+    assert_eq!(wait(other, 30_000).0, Status::Cancelled);
+    assert_eq!(cancelling.states().last(), Some(&(Cancelled as u32)));
+    until("its data is given back", || cancelling.is_destroyed());
+    // SAFETY: live handles, used no more.
+    unsafe {
+        omlx_download_release(download);
+        omlx_download_release(other);
+    }
 }
 
 #[test]
