@@ -205,7 +205,8 @@ impl Control {
         // Read with the lock held: nobody hears of what came earlier after what came later.
         let progress = self.progress();
         (inner.told, inner.over) = (Instant::now(), progress.state.is_over());
-        let go_on = (inner.function)(progress);
+        // A panic must not keep those waiting who wait for the end.
+        let go_on = panics::catch(|| (inner.function)(progress)).unwrap_or(false);
         drop(inner);
         if progress.state.is_over() {
             let last = lock(&self.watch).take_if(|current| Arc::ptr_eq(current, &watch));

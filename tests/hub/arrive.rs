@@ -88,6 +88,16 @@ fn who_is_told_of_the_end_can_ask_for_it() {
 }
 
 #[test]
+fn a_function_that_panics_ends_its_download() {
+    let case = Case::new(&model());
+    case.hub.fault(usize::MAX, Fault::Hang(None), |_| true);
+    let download = case.start(json!({}), crate::tuning());
+    download.watch(Some(Box::new(|_| panic!("of the host"))));
+    let outcome = download.wait(Some(Duration::from_secs(5)));
+    assert_eq!(outcome.unwrap_err().status(), Status::Cancelled);
+}
+
+#[test]
 fn files_and_patterns_choose() {
     let case =
         Case::new(&[small("config.json", "{}"), small("a/b.txt", "b"), small("a/c/d.txt", "d"), small("x.bin", "x")]);
