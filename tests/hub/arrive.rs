@@ -82,6 +82,7 @@ fn who_is_told_of_the_end_can_ask_for_it() {
         }
         true
     })));
+    until("it is over", || download.outcome().is_some());
     let arrival = download.wait(Some(Duration::from_secs(30))).unwrap();
     let heard = heard.lock().unwrap().take().expect("a wait ends after the last call");
     assert_eq!(heard.unwrap(), arrival);
