@@ -170,6 +170,14 @@ impl Weights {
         }
     }
 
+    /// Whether a tensor that is not taken yet has a name that `wanted` accepts. Random weights have no names.
+    pub fn any(&self, wanted: impl Fn(&str) -> bool) -> bool {
+        match &self.source {
+            Source::Files(tensors) => tensors.keys().any(|name| wanted(name)),
+            Source::Random { .. } => false,
+        }
+    }
+
     /// Drops the tensors that `unused` accepts: known leftovers of training code.
     pub fn discard(&mut self, unused: impl Fn(&str) -> bool) {
         if let Source::Files(tensors) = &mut self.source {

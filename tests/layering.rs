@@ -17,7 +17,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("weights", &["config", "error", "kernels", "mlx"]),
     ("cache", &["error", "kernels", "mlx", "sync"]),
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
-    ("models", &["cache", "config", "error", "nn", "weights"]),
+    ("models", &["cache", "config", "error", "mlx", "nn", "text", "weights"]),
     ("sampling", &["error", "kernels", "mlx"]),
     ("text", &["error", "panics"]),
     (

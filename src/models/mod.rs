@@ -1,6 +1,8 @@
 //! Model architectures: one file each, one line each in [`ARCHITECTURES`].
 
 mod dense;
+pub mod encoder;
+mod kind;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -9,6 +11,8 @@ mod qwen3;
 use std::ops::Range;
 
 use mlx_rs::Array;
+
+pub use kind::ModelKind;
 
 use crate::cache::KvLayout;
 use crate::config::ModelConfig;

@@ -76,10 +76,17 @@ impl Joined {
 
     /// `norm(x [T, input])` to `[T, sum of outputs]`.
     pub fn forward(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
-        if let Some(cpu) = self.kernels() {
-            return cpu.linear(x, Some(norm.parts()), &self.operands(), Join::Concat);
+        match self.kernels() {
+            Some(cpu) => cpu.linear(x, Some(norm.parts()), &self.operands(), Join::Concat),
+            None => self.project(&norm.forward(x)?),
         }
-        let x = &norm.forward(x)?;
+    }
+
+    /// `x [T, input]` to `[T, sum of outputs]`.
+    pub fn project(&self, x: &Array) -> Result<Array> {
+        if let Some(cpu) = self.kernels() {
+            return cpu.linear(x, None, &self.operands(), Join::Concat);
+        }
         match &self.layers[..] {
             [one] => one.forward(x),
             layers => {

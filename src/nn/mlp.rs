@@ -3,8 +3,9 @@
 use mlx_rs::Array;
 
 use super::linear::Joined;
-use super::{Linear, RmsNorm};
+use super::{Activation, Linear, RmsNorm};
 use crate::error::Result;
+use crate::mlx;
 use crate::weights::Weights;
 
 /// `down(silu(gate(x)) * up(x))` (Shazeer 2020, "GLU Variants Improve Transformer").
@@ -28,5 +29,57 @@ impl SwiGlu {
     /// `x + mlp(norm(x))`, all `[T, hidden]`.
     pub fn forward_onto(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
         self.down.forward_onto(&self.gate_up.forward_gated(x, norm)?, x)
+    }
+}
+
+/// The feed-forward layer of an encoder: `output(activation(input(x)))`, or, gated, the activation of the first half of what
+/// `input` gives times the second half.
+#[derive(Debug)]
+pub struct Mlp {
+    input: Linear,
+    output: Linear,
+    activation: Activation,
+    /// Width of the gate, if there is one.
+    gate: Option<usize>,
+}
+
+/// What an architecture declares about its feed-forward layer.
+#[derive(Debug, Clone)]
+pub struct MlpSpec {
+    /// Width inside.
+    pub inner: usize,
+    /// Biases of both projections.
+    pub bias: bool,
+    /// Between them.
+    pub activation: Activation,
+    /// Whether the input projection gives a gate too, after what is gated.
+    pub gated: bool,
+}
+
+impl Mlp {
+    /// Takes the projections at the paths `input` and `output`.
+    pub fn load(weights: &mut Weights, input: &str, output: &str, hidden: usize, spec: &MlpSpec) -> Result<Self> {
+        let MlpSpec { inner, bias, activation, gated } = *spec;
+        let width = if gated { 2 * inner } else { inner };
+        Ok(Self {
+            input: Linear::load(weights, input, hidden, width, bias)?,
+            output: Linear::load(weights, output, inner, hidden, bias)?,
+            activation,
+            gate: gated.then_some(inner),
+        })
+    }
+
+    /// `residual + mlp(x)`, all `[T, hidden]`.
+    pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
+        let inner = self.input.forward(x)?;
+        let inner = match self.gate {
+            None => self.activation.forward(&inner)?,
+            Some(width) => self.activation.forward(&mlx::columns(&inner, 0, width)?)?.multiply(mlx::columns(
+                &inner,
+                width,
+                2 * width,
+            )?)?,
+        };
+        self.output.forward_onto(&inner, residual)
     }
 }

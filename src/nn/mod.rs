@@ -3,25 +3,33 @@
 //! Activations are packed: a step's `T` tokens, of whatever sequences, are the rows of one `[T, hidden]` array.
 //! Only attention knows which rows belong together.
 
+mod activation;
 mod attention;
+mod bidirectional;
 mod check;
 mod decoder;
 mod embedding;
+mod encoder;
 mod gather;
 mod heads;
 mod linear;
 mod mlp;
 mod norm;
+mod packed;
 mod paged;
 mod rope;
 
+pub use activation::Activation;
 pub use attention::{Attention, AttentionSpec};
+pub use bidirectional::{Bidirectional, BidirectionalSpec, InputPaths};
 pub use check::{check_paged, compare_paged};
 pub use decoder::{Decoder, DecoderSpec, LayerSpec, Step};
 pub use embedding::Embedding;
+pub use encoder::{EncoderLayer, EncoderPaths, EncoderSpec, EncoderStack, NormPlace};
 pub use gather::Gathers;
 pub use linear::Linear;
-pub use mlp::SwiGlu;
-pub use norm::RmsNorm;
+pub use mlp::{Mlp, MlpSpec, SwiGlu};
+pub use norm::{LayerNorm, RmsNorm};
+pub use packed::{PackedTexts, Run};
 pub use paged::PagedIndex;
 pub use rope::{Rope, RopeSpec};

@@ -34,3 +34,26 @@ impl RmsNorm {
         (&self.weight, self.eps)
     }
 }
+
+/// Layer norm over the last axis (Ba et al. 2016), with or without a bias.
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Array,
+    bias: Option<Array>,
+    eps: f32,
+}
+
+impl LayerNorm {
+    /// Takes `{path}.weight [size]` and, with `bias`, `{path}.bias [size]`; the first BERTs call them `gamma` and `beta`.
+    pub fn load(weights: &mut Weights, path: &str, size: usize, eps: f32, bias: bool) -> Result<Self> {
+        let old = weights.contains(&format!("{path}.gamma"));
+        let mut take =
+            |name, old_name| weights.tensor(&format!("{path}.{}", if old { old_name } else { name }), &[size]);
+        Ok(Self { weight: take("weight", "gamma")?, bias: bias.then(|| take("bias", "beta")).transpose()?, eps })
+    }
+
+    /// `x [.., size]`, same shape out.
+    pub fn forward(&self, x: &Array) -> Result<Array> {
+        Ok(mlx_rs::fast::layer_norm(x, &self.weight, self.bias.as_ref(), self.eps)?)
+    }
+}

@@ -16,6 +16,7 @@
 
 mod decoding;
 pub mod detokenizer;
+mod encoder_input;
 mod special;
 pub mod stop;
 pub mod template;
@@ -26,6 +27,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 
 pub use detokenizer::Detokenizer;
+pub use encoder_input::{TextInput, TextLimits, TextTokens};
 pub use special::SpecialTokens;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatInput, ChatTemplates, LocalTime};

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use serde::Deserialize;
+use tokenizers::{PostProcessor, TruncationParams, truncate_encodings};
 
+use super::TextTokens;
 use super::decoding::{Decoding, Piece, byte_level};
 use super::detokenizer::Detokenizer;
 use crate::error::{Error, Result};
@@ -59,6 +61,28 @@ impl Tokenizer {
             Ok(Err(e)) => Err(Error::invalid_request(format!("the text cannot be tokenised: {e}"))),
             Err(_) => Err(Error::internal("the tokenizer failed on this text")),
         }
+    }
+
+    /// Token ids and types of a text or pair with all special tokens, of which `most` are kept: the longer text of a pair loses
+    /// its end first.
+    pub fn encode_input(&self, first: &str, second: Option<&str>, most: usize) -> Result<TextTokens> {
+        match panics::catch(|| self.try_encode_input(first, second, most)) {
+            Ok(Ok(tokens)) => Ok(tokens),
+            Ok(Err(e)) => Err(Error::invalid_request(format!("the text cannot be tokenised: {e}"))),
+            Err(_) => Err(Error::internal("the tokenizer failed on this text")),
+        }
+    }
+
+    fn try_encode_input(&self, first: &str, second: Option<&str>, most: usize) -> tokenizers::Result<TextTokens> {
+        let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(second.is_some()));
+        let first = self.inner.encode_fast(first, false)?;
+        let second = second.map(|text| self.inner.encode_fast(text, false)).transpose()?;
+        let count = first.len() + second.as_ref().map_or(0, |second| second.len());
+        let params = TruncationParams { max_length: most.saturating_sub(special), ..TruncationParams::default() };
+        let (first, second) = truncate_encodings(first, second, &params)?;
+        let joined = self.inner.post_process(first, second, true)?;
+        let (ids, types) = (joined.get_ids().to_vec(), joined.get_type_ids().to_vec());
+        Ok(TextTokens { ids, types, truncated: count + special > most })
     }
 
     /// Text of `ids`. Ids outside the vocabulary are left out, special tokens too if `skip_special`.

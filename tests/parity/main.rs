@@ -1,5 +1,7 @@
 //! The same numbers as the reference implementations.
 
+mod encoders;
+mod minilm;
 mod models;
 mod templates;
 mod tiny_chat;

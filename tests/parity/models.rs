@@ -25,13 +25,13 @@ const TOLERANCE: f32 = 1e-4;
 const BLOCK_TOKENS: usize = 16;
 const BLOCKS: usize = 32;
 
-struct Expected {
-    ints: HashMap<String, Vec<u32>>,
-    floats: HashMap<String, Vec<f32>>,
+pub(super) struct Expected {
+    pub ints: HashMap<String, Vec<u32>>,
+    pub floats: HashMap<String, Vec<f32>>,
 }
 
 impl Expected {
-    fn load(folder: &Path) -> Self {
+    pub fn load(folder: &Path) -> Self {
         let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let mut expected = Expected { ints: HashMap::new(), floats: HashMap::new() };
@@ -52,7 +52,7 @@ impl Expected {
 }
 
 /// `max |a - b| / max |b|`; infinite for values that are not numbers or lengths that differ.
-fn normalised_error(actual: &[f32], expected: &[f32]) -> f32 {
+pub(super) fn normalised_error(actual: &[f32], expected: &[f32]) -> f32 {
     if actual.len() != expected.len() || actual.iter().any(|v| !v.is_finite()) {
         return f32::INFINITY;
     }
@@ -60,7 +60,7 @@ fn normalised_error(actual: &[f32], expected: &[f32]) -> f32 {
     difference / expected.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()))
 }
 
-fn host(array: &Array) -> Vec<f32> {
+pub(super) fn host(array: &Array) -> Vec<f32> {
     array.contiguous().unwrap().as_slice::<f32>().to_vec()
 }
 
@@ -160,11 +160,11 @@ fn fixtures() -> Vec<PathBuf> {
     folders
 }
 
-fn backends() -> [Backend; 2] {
+pub(super) fn backends() -> [Backend; 2] {
     [Backend::Mlx, Backend::Cpu(Cpu::new(Some(2), Precision::Exact))]
 }
 
-fn on_cpu(body: impl FnOnce()) {
+pub(super) fn on_cpu(body: impl FnOnce()) {
     mlx::init().unwrap();
     mlx::on_device(Device::Cpu, || {
         body();

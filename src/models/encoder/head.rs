@@ -1,0 +1,35 @@
+//! Classification heads of cross-encoders.
+
+use mlx_rs::{Array, Dtype};
+
+use super::Pooling;
+use crate::error::Result;
+use crate::nn::{Activation, LayerNorm, Linear, PackedTexts};
+
+/// `classifier(norm(activation(dense(pooled))))`, the norm if there is one.
+#[derive(Debug)]
+pub struct ClassificationHead {
+    /// Which hidden states it takes.
+    pub pooling: Pooling,
+    /// `[hidden, hidden]`.
+    pub dense: Linear,
+    /// After it.
+    pub activation: Activation,
+    /// After that.
+    pub norm: Option<LayerNorm>,
+    /// `[labels, hidden]`.
+    pub classifier: Linear,
+}
+
+impl ClassificationHead {
+    /// `hidden [T, width]` to logits `[texts, labels]`, f32, texts in the order of their rows.
+    pub fn forward(&self, hidden: &Array, texts: &PackedTexts) -> Result<Array> {
+        let dtype = hidden.dtype();
+        let pooled = self.pooling.forward(hidden, texts)?.as_dtype(dtype)?;
+        let mut x = self.activation.forward(&self.dense.forward(&pooled)?)?;
+        if let Some(norm) = &self.norm {
+            x = norm.forward(&x)?;
+        }
+        Ok(self.classifier.forward(&x)?.as_dtype(Dtype::Float32)?)
+    }
+}

@@ -1,0 +1,187 @@
+//! Encoder-only architectures: one file each, one line each in [`ARCHITECTURES`]; embeddings and relevance scores from them.
+
+mod bert;
+mod embedding;
+mod head;
+mod modernbert;
+mod pipeline;
+mod pooling;
+mod rerank;
+mod roberta;
+
+use mlx_rs::Array;
+
+pub use embedding::{EmbeddingModel, EmbeddingOptions};
+pub use head::ClassificationHead;
+pub use pipeline::Pipeline;
+pub use pooling::Pooling;
+pub use rerank::RerankModel;
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result, Status};
+use crate::nn::{EncoderStack, PackedTexts};
+use crate::text::TextTokens;
+use crate::weights::Weights;
+
+/// A loaded encoder. Owned by one thread, as all MLX arrays are.
+pub trait Encoder {
+    /// What it takes and gives.
+    fn shape(&self) -> &EncoderShape;
+
+    /// Hidden states `[T, hidden]` of all tokens, after the last norm.
+    fn forward(&self, texts: &PackedTexts) -> Result<Array>;
+}
+
+/// What an encoder takes and gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncoderShape {
+    /// Width of the hidden states.
+    pub hidden: usize,
+    /// Number of token ids.
+    pub vocab: usize,
+    /// Number of token types; 0 or 1 where they make no difference.
+    pub token_types: usize,
+    /// Tokens that a text has at most, special ones included.
+    pub max_tokens: usize,
+}
+
+struct Loaded {
+    stack: EncoderStack,
+    shape: EncoderShape,
+}
+
+impl Encoder for Loaded {
+    fn shape(&self) -> &EncoderShape {
+        &self.shape
+    }
+
+    fn forward(&self, texts: &PackedTexts) -> Result<Array> {
+        self.stack.forward(texts)
+    }
+}
+
+/// One supported `model_type`.
+struct Architecture {
+    model_type: &'static str,
+    /// What precedes the encoder's tensor names in models with a head; the bare encoder is saved without.
+    prefix: &'static str,
+    /// Takes the encoder's tensors, whose names have this prefix.
+    encoder: fn(&ModelConfig, &'static str, &mut Weights) -> Result<Box<dyn Encoder>>,
+    /// Takes the tensors of the head with this many labels.
+    head: fn(&ModelConfig, &'static str, usize, &mut Weights) -> Result<ClassificationHead>,
+    /// A tensor of this kind that is left over after that belongs to a head that is not used.
+    unused: &'static [&'static str],
+}
+
+const ARCHITECTURES: &[Architecture] = &[
+    Architecture {
+        model_type: "bert",
+        prefix: "bert.",
+        encoder: bert::encoder,
+        head: bert::head,
+        unused: &["pooler.", "cls.", "embeddings.position_ids"],
+    },
+    Architecture {
+        model_type: "modernbert",
+        prefix: "model.",
+        encoder: modernbert::encoder,
+        head: modernbert::head,
+        unused: &["head.", "decoder."],
+    },
+    Architecture {
+        model_type: "roberta",
+        prefix: "roberta.",
+        encoder: roberta::encoder,
+        head: roberta::head,
+        unused: &["pooler.", "lm_head.", "embeddings.position_ids"],
+    },
+    Architecture {
+        model_type: "xlm-roberta",
+        prefix: "roberta.",
+        encoder: roberta::encoder,
+        head: roberta::head,
+        unused: &["pooler.", "lm_head.", "embeddings.position_ids"],
+    },
+];
+
+/// The supported values of `model_type`.
+pub fn supported_types() -> impl Iterator<Item = &'static str> {
+    ARCHITECTURES.iter().map(|a| a.model_type)
+}
+
+/// Whether `config` names a known encoder.
+pub fn is_supported(config: &ModelConfig) -> bool {
+    supported_types().any(|known| known == config.model_type())
+}
+
+fn find(config: &ModelConfig) -> Result<&'static Architecture> {
+    let wanted = config.model_type();
+    ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
+        let known: Vec<_> = supported_types().collect();
+        Error::unsupported(format!("unknown encoder type {wanted:?}; known types: {}", known.join(", ")))
+    })
+}
+
+/// The encoder that `config` names, with a classification head of `labels` labels if there is to be one, and the bytes of
+/// both on the device. Every tensor must be used, but for those of other heads.
+fn load(
+    config: &ModelConfig,
+    labels: Option<usize>,
+    mut weights: Weights,
+) -> Result<(Box<dyn Encoder>, Option<ClassificationHead>, usize)> {
+    let architecture = find(config)?;
+    let prefix = match architecture.prefix {
+        prefix if weights.any(|name| name.starts_with(prefix)) => prefix,
+        _ => "",
+    };
+    let encoder = (architecture.encoder)(config, prefix, &mut weights)?;
+    let head = labels.map(|labels| (architecture.head)(config, prefix, labels, &mut weights)).transpose()?;
+    weights.discard(|name| {
+        let bare = name.strip_prefix(prefix).unwrap_or(name);
+        architecture.unused.iter().any(|unused| bare.starts_with(unused))
+    });
+    let bytes = weights.bytes();
+    weights.finish()?;
+    Ok((encoder, head, bytes))
+}
+
+/// Packs `texts` after checking what the encoder would not: MLX reads any row it is told to.
+fn pack(texts: &[TextTokens], shape: &EncoderShape) -> Result<PackedTexts> {
+    let longest = texts.iter().map(|text| text.ids.len()).max().unwrap_or(0);
+    let zeros = vec![0; longest];
+    let parts = texts.iter().map(|text| {
+        let TextTokens { ids, types, .. } = text;
+        if ids.is_empty() || ids.len() != types.len() {
+            return Err(Error::invalid_request("a text has no tokens, or not as many token types"));
+        }
+        if ids.len() > shape.max_tokens {
+            let (length, most) = (ids.len(), shape.max_tokens);
+            let message = format!("a text has {length} tokens, the model takes {most}");
+            return Err(Error::new(Status::ContextLength, message));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= shape.vocab) {
+            return Err(Error::invalid_request(format!("token {id} is outside of the vocabulary")));
+        }
+        if shape.token_types < 2 {
+            return Ok((&ids[..], &zeros[..ids.len()]));
+        }
+        match types.iter().find(|&&kind| kind as usize >= shape.token_types) {
+            Some(kind) => Err(Error::invalid_request(format!("the model has no token type {kind}"))),
+            None => Ok((&ids[..], &types[..])),
+        }
+    });
+    Ok(PackedTexts::new(&parts.collect::<Result<Vec<_>>>()?))
+}
+
+/// The rows of `array [texts, width]`, f32, in the order that the texts were given in.
+fn rows_in_order(array: &Array, texts: &PackedTexts) -> Result<Vec<Vec<f32>>> {
+    let array = array.contiguous()?;
+    array.eval()?;
+    let width = array.dim(1) as usize;
+    let values = array.try_as_slice::<f32>().map_err(|e| Error::internal(format!("results are not f32: {e}")))?;
+    let mut rows = vec![Vec::new(); texts.order().len()];
+    for (row, &text) in values.chunks_exact(width).zip(texts.order()) {
+        rows[text] = row.to_vec();
+    }
+    Ok(rows)
+}

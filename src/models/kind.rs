@@ -1,0 +1,64 @@
+//! What a model folder can be used for.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::encoder;
+use crate::config::ModelConfig;
+
+/// What a model does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelKind {
+    /// Continues texts.
+    Llm,
+    /// Gives vectors of texts.
+    Embedding,
+    /// Gives scores of pairs of texts.
+    Reranker,
+    /// Continues texts with pictures.
+    Vision,
+}
+
+impl ModelKind {
+    /// The kind of the model in `folder`, from its config and the files of sentence-transformers. It says what a model is meant
+    /// for, not whether this build can load it.
+    pub fn detect(folder: &Path, config: &ModelConfig) -> Self {
+        let architectures = config.raw().get("architectures").and_then(Value::as_array);
+        let mut architectures = architectures.into_iter().flatten().filter_map(Value::as_str);
+        if architectures.any(|name| name.ends_with("ForSequenceClassification")) {
+            Self::Reranker
+        } else if encoder::is_supported(config) || folder.join("modules.json").is_file() {
+            Self::Embedding
+        } else if config.raw().get("vision_config").is_some_and(Value::is_object) {
+            Self::Vision
+        } else {
+            Self::Llm
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn configs_and_files_tell_the_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = |value: Value| ModelKind::detect(folder.path(), &ModelConfig::from_value(value).unwrap());
+        let qwen = || json!({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]});
+        assert_eq!(kind(json!({"model_type": "bert"})), ModelKind::Embedding);
+        assert_eq!(
+            kind(json!({"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]})),
+            ModelKind::Embedding
+        );
+        let head = json!(["XLMRobertaForSequenceClassification"]);
+        assert_eq!(kind(json!({"model_type": "xlm-roberta", "architectures": head})), ModelKind::Reranker);
+        assert_eq!(kind(json!({"model_type": "qwen2_vl", "vision_config": {"depth": 2}})), ModelKind::Vision);
+        assert_eq!(kind(qwen()), ModelKind::Llm);
+        std::fs::write(folder.path().join("modules.json"), "[]").unwrap();
+        assert_eq!(kind(qwen()), ModelKind::Embedding);
+    }
+}
