@@ -246,3 +246,70 @@ fn tensors_that_nobody_knows_are_refused() {
         assert!(error.to_string().contains("classifier"), "{error}");
     });
 }
+
+/// What damage to the `config.json` of a fixture leads to.
+fn damaged(name: &str, changes: Value) -> Status {
+    let folder = root().join(name);
+    let mut config = read_json(&folder.join("config.json")).unwrap();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    let config = ModelConfig::from_value(config).unwrap();
+    Loaded::open(&folder, &config, &Backend::Mlx).err().unwrap().status()
+}
+
+#[test]
+fn damaged_configs_are_errors() {
+    let cases = [
+        ("bert", json!({"hidden_size": 15}), Status::InvalidModel),
+        ("bert", json!({"hidden_size": "x"}), Status::InvalidModel),
+        ("bert", json!({"num_attention_heads": 0}), Status::InvalidModel),
+        ("bert", json!({"num_hidden_layers": 4_000_000_000_u64}), Status::InvalidModel),
+        ("bert", json!({"num_hidden_layers": 1}), Status::InvalidModel),
+        ("bert", json!({"num_hidden_layers": 3}), Status::InvalidModel),
+        ("bert", json!({"vocab_size": 7}), Status::InvalidModel),
+        ("bert", json!({"max_position_embeddings": 0}), Status::InvalidModel),
+        ("bert", json!({"hidden_act": "mish"}), Status::Unsupported),
+        ("bert", json!({"position_embedding_type": "relative_key"}), Status::Unsupported),
+        ("bert-rerank", json!({"id2label": {"0": "a", "1": "b"}}), Status::InvalidModel),
+        ("roberta", json!({"pad_token_id": u64::MAX}), Status::InvalidModel),
+        ("modernbert", json!({"layer_types": ["full_attention"]}), Status::InvalidModel),
+        ("modernbert", json!({"local_attention": 0}), Status::InvalidModel),
+        ("modernbert-rerank", json!({"classifier_pooling": "max"}), Status::Unsupported),
+    ];
+    on_cpu(|| {
+        for (name, changes, expected) in cases {
+            assert_eq!(damaged(name, changes.clone()), expected, "{name} with {changes}");
+        }
+    });
+}
+
+#[test]
+fn half_precision_stays_near() {
+    /// bfloat16 has 8 bits: a few of them are lost on the way through two to four layers of random weights.
+    const NEAR: f32 = 0.05;
+    on_cpu(|| {
+        for name in ["bert", "roberta", "modernbert", "modernbert-rerank"] {
+            let folder = root().join(name);
+            let config = ModelConfig::load(&folder).unwrap();
+            let expected = Expected::load(&folder);
+            for (backend, dtype) in
+                backends().into_iter().flat_map(|b| [(b.clone(), Dtype::Float16), (b, Dtype::Bfloat16)])
+            {
+                let weights = Weights::open(&folder, &config, Some(dtype)).unwrap().computed_by(backend);
+                let texts = |most| tokens(&folder, most);
+                let (rows, key) = match ModelKind::detect(&folder, &config) {
+                    ModelKind::Reranker => {
+                        let model = RerankModel::load(&folder, &config, weights).unwrap();
+                        (model.logits(&texts(model.shape().max_tokens)).unwrap(), "logits")
+                    }
+                    _ => {
+                        let model = EmbeddingModel::load(&folder, &config, weights).unwrap();
+                        (model.encode(&texts(model.shape().max_tokens)).unwrap(), "embeddings")
+                    }
+                };
+                let error = normalised_error(&rows.concat(), &expected.floats[key]);
+                println!("{name} {dtype:?}: {error:.1e}");
+                assert!(error < NEAR, "{name} in {dtype:?} differs by {error}");
+            }
+        }
+    });
+}

@@ -67,8 +67,8 @@ impl BertConfig {
         if self.is_decoder == Some(true) {
             return Err(Error::unsupported("a BERT that is a decoder is not supported"));
         }
-        let sizes = [self.hidden_size, self.num_hidden_layers, self.intermediate_size, self.vocab_size];
-        check_sizes(&sizes, self.hidden_size, self.num_attention_heads)?;
+        let sizes = [self.hidden_size, self.intermediate_size, self.vocab_size];
+        check_sizes(&sizes, self.num_hidden_layers, self.hidden_size, self.num_attention_heads)?;
         let max_tokens = self.max_position_embeddings.checked_sub(first).filter(|&n| n > 0 && n < MAX_SIZE);
         let max_tokens = max_tokens.ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\""))?;
         let layer = EncoderLayer {
@@ -111,9 +111,12 @@ impl BertConfig {
 /// Upper bound of any size in a config: keeps the products of two of them far from overflow.
 pub(super) const MAX_SIZE: usize = 1 << 24;
 
+/// The same of the number of layers, each of which is declared before the first tensor is found missing.
+const MAX_LAYERS: usize = 1 << 12;
+
 /// Errors unless all `sizes` are possible and `heads` divide `hidden`.
-pub(super) fn check_sizes(sizes: &[usize], hidden: usize, heads: usize) -> Result<()> {
-    if sizes.iter().any(|&n| n == 0 || n > MAX_SIZE) {
+pub(super) fn check_sizes(sizes: &[usize], layers: usize, hidden: usize, heads: usize) -> Result<()> {
+    if layers == 0 || layers > MAX_LAYERS || sizes.iter().any(|&n| n == 0 || n > MAX_SIZE) {
         return Err(Error::invalid_model("config.json: a size of the model is 0 or impossibly large"));
     }
     if heads == 0 || !hidden.is_multiple_of(heads) {

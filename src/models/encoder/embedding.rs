@@ -61,7 +61,7 @@ impl EmbeddingModel {
         self.weight_bytes
     }
 
-    /// The vector of each text, all computed as one batch.
+    /// The vector of each text, all computed as one batch: whoever calls it bounds the tokens, and with them the memory.
     ///
     /// `ContextLength` if a text is too long, `InvalidRequest` if one is empty or has tokens that the model does not.
     pub fn encode(&self, texts: &[TextTokens]) -> Result<Vec<Vec<f32>>> {

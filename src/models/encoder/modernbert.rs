@@ -133,8 +133,8 @@ pub(super) fn encoder(config: &ModelConfig, prefix: &'static str, weights: &mut 
     let config: ModernBertConfig = config.parse()?;
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
     let max_tokens = config.max_position_embeddings;
-    let sizes = [hidden, config.num_hidden_layers, config.intermediate_size, vocab, max_tokens, config.local_attention];
-    check_sizes(&sizes, hidden, config.num_attention_heads)?;
+    let sizes = [hidden, config.intermediate_size, vocab, max_tokens, config.local_attention];
+    check_sizes(&sizes, config.num_hidden_layers, hidden, config.num_attention_heads)?;
     if !(hidden / config.num_attention_heads).is_multiple_of(2) || hidden > MAX_SIZE / 3 {
         return Err(Error::invalid_model("config.json: heads must have an even width"));
     }

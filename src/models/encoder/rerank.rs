@@ -44,7 +44,7 @@ impl RerankModel {
         self.weight_bytes
     }
 
-    /// What the head gives for each text, all computed as one batch.
+    /// What the head gives for each text, all computed as one batch: whoever calls it bounds the tokens.
     ///
     /// `ContextLength` if a text is too long, `InvalidRequest` if one is empty or has tokens that the model does not.
     pub fn logits(&self, texts: &[TextTokens]) -> Result<Vec<Vec<f32>>> {
