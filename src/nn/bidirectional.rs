@@ -8,7 +8,8 @@ use mlx_rs::ops::concatenate;
 use super::linear::Joined;
 use super::{Linear, PackedTexts, Rope, RopeSpec, Run};
 use crate::error::Result;
-use crate::mlx;
+use crate::kernels::{Backend, Cpu, Join, Operand};
+use crate::mlx::{self, Matrix};
 use crate::weights::Weights;
 
 /// What an architecture declares about the attention of an encoder layer.
@@ -42,12 +43,16 @@ pub struct Bidirectional {
     input: Joined,
     output: Linear,
     rope: Option<Rope>,
+    backend: Backend,
     /// Products of queries and keys that are in memory at once.
     scores_at_once: usize,
 }
 
 /// 64 MiB in f32: where MLX has no fused kernel, it keeps all of them.
 const SCORES: usize = 1 << 24;
+
+/// Products of a head from which on our kernels compute them: MLX's own on the CPU are slow, but one operation.
+const KERNEL_SCORES: usize = 32 * 32;
 
 /// Least queries of a long text that are computed together.
 const LEAST_QUERIES: usize = 16;
@@ -68,8 +73,9 @@ impl Bidirectional {
             InputPaths::Fused(name) => vec![linear(name, 3 * width)?],
         };
         let output = Linear::load(weights, &format!("{path}.{output}"), width, hidden, spec.bias)?;
+        let backend = weights.backend().clone();
         let rope = spec.rope.as_ref().map(|(rope, context)| rope.build(spec.head_dim, *context)).transpose()?;
-        Ok(Self { spec: spec.clone(), input: Joined::new(input)?, output, rope, scores_at_once: SCORES })
+        Ok(Self { spec: spec.clone(), input: Joined::new(input)?, output, rope, backend, scores_at_once: SCORES })
     }
 
     /// `residual + attention(x)`, all `[T, hidden]`.
@@ -154,6 +160,18 @@ impl Bidirectional {
         count: usize,
         mask: Option<&Array>,
     ) -> Result<Array> {
+        if let Backend::Cpu(cpu) = &self.backend
+            && queries.len() / count * (keys.len() / count) >= KERNEL_SCORES
+        {
+            let parts = (0..count).map(|text| {
+                let own = |rows: &Range<usize>| {
+                    let length = rows.len() / count;
+                    rows.start + text * length..rows.start + (text + 1) * length
+                };
+                self.attend_by_kernels(cpu, [q, k, v], own(&queries), own(&keys), mask)
+            });
+            return Ok(concatenate(&parts.collect::<Result<Vec<_>>>()?, 0)?);
+        }
         let BidirectionalSpec { heads, head_dim, .. } = self.spec;
         let (heads, head_dim) = (heads as i32, head_dim as i32);
         let stacked = |array: &Array, rows: &Range<usize>| -> Result<Array> {
@@ -168,6 +186,36 @@ impl Bidirectional {
         };
         Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[queries.len() as i32, heads * head_dim])?)
     }
+
+    /// The same for one text, each head as two products by the CPU kernels.
+    fn attend_by_kernels(
+        &self,
+        cpu: &Cpu,
+        [q, k, v]: [&Array; 3],
+        queries: Range<usize>,
+        keys: Range<usize>,
+        mask: Option<&Array>,
+    ) -> Result<Array> {
+        let BidirectionalSpec { heads, head_dim, .. } = self.spec;
+        let scale = Array::from_f32((head_dim as f32).powf(-0.5));
+        let times = |x: &Array, matrix: Array| {
+            let matrix = Matrix::Dense(matrix.contiguous()?);
+            cpu.linear(x, None, &[Operand { matrix: &matrix, bias: None }], Join::Concat)
+        };
+        let attended = (0..heads).map(|head| {
+            let part = |array: &Array, rows: &Range<usize>| -> Result<Array> {
+                let rows = mlx::rows(array, rows.start, rows.end)?;
+                Ok(mlx::heads(&rows, head, head + 1)?.reshape(&[rows.dim(0), head_dim as i32])?)
+            };
+            let scores = times(&part(q, &queries)?.multiply(&scale)?, part(k, &keys)?)?;
+            let scores = match mask {
+                Some(seen) => mlx_rs::ops::select(seen, &scores, Array::from_f32(f32::NEG_INFINITY))?,
+                None => scores,
+            };
+            times(&mlx_rs::ops::softmax_axis(&scores, -1, true)?, part(v, &keys)?.transpose()?)
+        });
+        Ok(concatenate(&attended.collect::<Result<Vec<_>>>()?, 1)?)
+    }
 }
 
 #[cfg(test)]
@@ -177,13 +225,14 @@ mod tests {
 
     use super::*;
     use crate::config::ModelConfig;
+    use crate::kernels::Precision;
     use crate::mlx::{Device, init, on_device};
 
     const HIDDEN: usize = 8;
 
-    fn layer(window: Option<usize>) -> Result<Bidirectional> {
+    fn layer(window: Option<usize>, backend: Backend) -> Result<Bidirectional> {
         let config = ModelConfig::from_value(json!({"model_type": "bert"}))?;
-        let mut weights = Weights::random(&config, Some(Dtype::Float32));
+        let mut weights = Weights::random(&config, Some(Dtype::Float32)).computed_by(backend);
         let spec = BidirectionalSpec { heads: 2, head_dim: 4, bias: true, window, rope: None };
         Bidirectional::load(&mut weights, "layer", (InputPaths::Fused("qkv"), "output"), HIDDEN, &spec)
     }
@@ -205,13 +254,16 @@ mod tests {
             let key = mlx_rs::random::key(7)?;
             let x = mlx_rs::random::uniform::<_, f32>(-30.0, 30.0, &[254, HIDDEN as i32], &key)?;
             let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            let unlimited = attended(&layer(None)?, &x, &texts)?;
+            let unlimited = attended(&layer(None, Backend::Mlx)?, &x, &texts)?;
             for window in [None, Some(3), Some(20)] {
-                let mut layer = layer(window)?;
-                let whole = attended(&layer, &x, &texts)?;
-                // Two of the short texts, none of the others.
-                layer.scores_at_once = 200;
-                assert!(far(&attended(&layer, &x, &texts)?, &whole) < 1e-5);
+                let whole = attended(&layer(window, Backend::Mlx)?, &x, &texts)?;
+                for backend in [Backend::Mlx, Backend::Cpu(Cpu::new(Some(2), Precision::Exact))] {
+                    let mut layer = layer(window, backend)?;
+                    assert!(far(&attended(&layer, &x, &texts)?, &whole) < 1e-5);
+                    // Two of the short texts, none of the others.
+                    layer.scores_at_once = 200;
+                    assert!(far(&attended(&layer, &x, &texts)?, &whole) < 1e-5);
+                }
                 assert_eq!(far(&unlimited, &whole) > 1e-2, window.is_some(), "windows {window:?} make a difference");
             }
             Ok(())
