@@ -285,7 +285,7 @@ fn damaged_configs_are_errors() {
 #[test]
 fn half_precision_stays_near() {
     /// bfloat16 has 8 bits: a few of them are lost on the way through two to four layers of random weights.
-    const NEAR: f32 = 0.05;
+    const NEAR: f32 = 0.1;
     on_cpu(|| {
         for name in ["bert", "roberta", "modernbert", "modernbert-rerank"] {
             let folder = root().join(name);
