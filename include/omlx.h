@@ -229,7 +229,8 @@ typedef struct omlx_pool_options {
     /// Not 0: leave the environment alone. Otherwise, where MLX computes with CUDA, the first pool of the process sets
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_CUDA_SDPA_CACHE_SIZE` (2048), `MLX_ENABLE_CACHE_THRASHING_CHECK`
     /// (0), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000) that are not set. No other thread may
-    /// call getenv() or setenv() meanwhile.
+    /// call getenv() or setenv() meanwhile. With glibc it also sets M_MMAP_THRESHOLD to 4 MiB, so that large blocks return
+    /// to the system when they are freed.
     uint32_t keep_environment;
     /// Threads that compute on the CPU, at most 1024, shared by all engines of the process; 0 is the number of physical
     /// cores.
