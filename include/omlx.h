@@ -302,13 +302,14 @@ omlx_status omlx_pool_close(omlx_pool *pool, omlx_error **error);
 
 /// How metrics are written.
 OMLX_ENUM(omlx_metrics_format, uint32_t) {
-    /// `{"models": {id: {name: number}}}`.
+    /// `{"models": {id: {name: number}}, "pool": {name: number}}`.
     OMLX_METRICS_FORMAT_JSON = 0,
     /// Prometheus's text format, version 0.0.4.
     OMLX_METRICS_FORMAT_PROMETHEUS = 1,
 };
 
-/// Counters and state of all loaded models: queue, steps, tokens, cache. `format` is an `omlx_metrics_format`.
+/// Counters and state of all loaded models: queue, steps, tokens, cache and its tiers; and of the pool: memory and tiers.
+/// `format` is an `omlx_metrics_format`.
 omlx_status omlx_pool_metrics(omlx_pool *pool, uint32_t format, omlx_string **text, omlx_error **error);
 
 /// The pool's memory and its models that are loaded, or about to be, as a JSON object:

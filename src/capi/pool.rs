@@ -322,13 +322,14 @@ pub unsafe extern "C" fn omlx_pool_open(
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum omlx_metrics_format {
-    /// `{"models": {id: {name: number}}}`.
+    /// `{"models": {id: {name: number}}, "pool": {name: number}}`.
     Json = 0,
     /// Prometheus's text format, version 0.0.4.
     Prometheus = 1,
 }
 
-/// Counters and state of all loaded models: queue, steps, tokens, cache. `format` is an `omlx_metrics_format`.
+/// Counters and state of all loaded models: queue, steps, tokens, cache and its tiers; and of the pool: memory and tiers.
+/// `format` is an `omlx_metrics_format`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_pool_metrics(
     pool: *mut omlx_pool,

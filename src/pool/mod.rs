@@ -17,12 +17,15 @@ pub use policy::Pressure;
 pub use settings::ModelSettings;
 pub use tiers::{TierLimits, TierOptions, TierSet};
 
+use settings::SettingsFile;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mlx_rs::Dtype;
+use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::engine::{
@@ -33,8 +36,6 @@ use crate::kernels::{Backend, Cpu, Gpu, Precision};
 use crate::ledger::{Account, Ledger, Part};
 use crate::mlx::{self, Device};
 use crate::sync::lock;
-use serde_json::Value;
-use settings::SettingsFile;
 
 /// Options of a pool; `Default` is what a host gets that sets nothing.
 #[derive(Debug, Clone, Default)]
@@ -404,14 +405,14 @@ impl EnginePool {
         metrics
     }
 
-    /// The metrics as a JSON object.
+    /// The metrics, those of the tiers and those of the pool as a JSON object.
     pub fn metrics_json(&self) -> String {
-        metrics::json(&self.metrics())
+        self.numbers().json()
     }
 
-    /// The metrics in Prometheus's text format.
+    /// The same in Prometheus's text format.
     pub fn metrics_prometheus(&self) -> String {
-        metrics::prometheus(&self.metrics())
+        self.numbers().prometheus()
     }
 
     /// What a loaded model tells about its cache, as a JSON object.

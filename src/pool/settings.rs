@@ -29,9 +29,6 @@ pub struct ModelSettings {
     /// Another name for it in requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
-    /// What it is for, where its files do not tell.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kind: Option<String>,
     /// It is unloaded when the host says so, and not before.
     #[serde(skip_serializing_if = "is_false")]
     pub pinned: bool,

@@ -5,7 +5,9 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::keeper::unaccounted;
+use super::metrics::{self, Numbers, PoolMetrics};
 use super::{EnginePool, Slot};
+use crate::engine::EngineMetrics;
 use crate::ledger::Uses;
 use crate::sync::lock;
 
@@ -39,6 +41,39 @@ impl EnginePool {
             "models": models,
             "leaving": state.draining.len() + state.retiring.iter().filter(|engine| !engine.is_gone()).count(),
         })
+    }
+
+    /// All numbers that metrics have.
+    pub(super) fn numbers(&self) -> PoolMetrics {
+        let hot = self.tiers.hot.stats();
+        let cold = self.tiers.cold.as_ref().map(|cold| cold.tier.stats());
+        let of_model = |(id, engine): (String, EngineMetrics)| {
+            let mut numbers = Numbers::new();
+            metrics::add(&mut numbers, "", &engine);
+            metrics::add(&mut numbers, "hot_", &hot.models.get(id.as_str()).copied().unwrap_or_default());
+            if let Some(cold) = &cold {
+                metrics::add(&mut numbers, "cold_", &cold.models.get(&id).cloned().unwrap_or_default());
+            }
+            (id, numbers)
+        };
+        let models: Vec<_> = self.metrics().into_iter().map(of_model).collect();
+        let (ledger, reading) = (self.shared.ledger.status(), *lock(&self.shared.reading));
+        let mut pool = Numbers::new();
+        let mut number = |name: &str, value: u64| drop(pool.insert(name.to_owned(), value.into()));
+        number("models_loaded", models.len() as u64);
+        number("memory_limit_bytes", ledger.limit);
+        number("memory_used_bytes", ledger.used);
+        number("memory_peak_bytes", ledger.peak);
+        number("memory_waiting_bytes", ledger.waiting);
+        number("memory_footprint_bytes", reading.footprint);
+        number("memory_unaccounted_bytes", unaccounted(&self.shared, &reading, ledger.used));
+        number("hot_limit_bytes", hot.limit);
+        number("hot_bytes", hot.bytes);
+        if let Some(cold) = &cold {
+            number("cold_limit_bytes", cold.limit);
+            number("cold_bytes", cold.sums.bytes);
+        }
+        PoolMetrics { models, pool }
     }
 
     fn describe(&self, slot: &Slot, settings: &super::ModelSettings) -> Option<Value> {

@@ -4,6 +4,7 @@ mod folders;
 mod shared;
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use folders::{Random, VOCAB, model};
@@ -11,7 +12,7 @@ use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Status};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, MemoryLimit, PoolOptions};
+use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading};
 use serde_json::{Value, json};
 
 const MB: u64 = 1_000_000;
@@ -305,4 +306,57 @@ fn loading_tells_how_far_it_is() {
     let status = pool.status()["models"]["a"].clone();
     assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loaded"), Some(0)));
     assert!(status["loaded_bytes"].as_u64().unwrap() * 10 > status["weight_bytes"].as_u64().unwrap() * 9);
+}
+
+/// A machine that says what the test wants.
+struct Told(Arc<Mutex<Reading>>);
+
+impl Machine for Told {
+    fn read(&mut self) -> Reading {
+        *self.0.lock().unwrap()
+    }
+}
+
+#[test]
+fn the_pool_gives_way_when_the_system_needs_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let total = 100_000 * MB;
+    let reading = Arc::new(Mutex::new(Reading { total, available: total, ..Reading::default() }));
+    let options = PoolOptions { models_dir: Some(folder.path().to_owned()), memory: MemoryLimit::Auto, ..options(0) };
+    let pool = EnginePool::open_on(options, Box::new(Told(Arc::clone(&reading)))).unwrap();
+    let limit = || pool.status()["memory"]["limit"].as_u64().unwrap();
+    assert_eq!(limit(), total - (8 << 30));
+    let prompt: Vec<usize> = (0..900).map(|n| n % VOCAB).collect();
+    answer(&pool, &json!({ "model": "a", "prompt": prompt, "max_tokens": 1 })).unwrap();
+    answer(&pool, &json!({ "model": "b", "prompt": [1], "max_tokens": 1 })).unwrap();
+    pool.configure("b", &json!({ "pinned": true })).unwrap();
+    let cache = || pool.metrics().iter().find(|(id, _)| id == "a").map_or(0, |(_, metrics)| metrics.cache_bytes);
+    let before = cache();
+    // Others take most of what there is.
+    reading.lock().unwrap().available = 30_000 * MB;
+    until(|| limit() < 32_000 * MB);
+    assert_eq!((cache(), state(&pool, "a").as_str()), (before, "loaded"), "nobody is short yet");
+    reading.lock().unwrap().pressure = Pressure::Some;
+    until(|| cache() < before / 2);
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(state(&pool, "a"), "loaded", "that was enough");
+    reading.lock().unwrap().pressure = Pressure::Much;
+    until(|| state(&pool, "a").is_empty());
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(state(&pool, "b"), "loaded", "it is pinned");
+}
+
+#[test]
+fn metrics_have_the_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    let pool = open(folder.path(), options(500 * MB));
+    pool.load("a").unwrap();
+    let metrics: Value = serde_json::from_str(&pool.metrics_json()).unwrap();
+    assert_eq!(metrics["pool"]["memory_limit_bytes"], 500 * MB);
+    assert_eq!(metrics["pool"]["memory_used_bytes"], pool.status()["memory"]["used"]);
+    assert!(metrics["models"]["a"]["weight_bytes"].as_u64().unwrap() > 20 * MB);
+    assert!(pool.metrics_prometheus().contains("\nomlx_pool_memory_limit_bytes 500000000\n"));
 }
