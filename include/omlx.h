@@ -404,6 +404,12 @@ OMLX_ENUM(omlx_event_kind, uint32_t) {
     OMLX_EVENT_KIND_DONE = 2,
     /// The end of one of several answers: `choice` and `finish_reason`. Not sent for the only one.
     OMLX_EVENT_KIND_CHOICE_DONE = 3,
+    /// The vectors of an `omlx_embed`: `values` with a row for each text; `text`, if base64 was asked for; `truncated`.
+    OMLX_EVENT_KIND_EMBEDDINGS = 4,
+    /// The scores of an `omlx_rerank`: `values` with a row for each document; `order`; `truncated`.
+    OMLX_EVENT_KIND_SCORES = 5,
+    /// The model is being loaded: `loaded_bytes` of `total_bytes`. Only for requests that asked for it.
+    OMLX_EVENT_KIND_LOADING = 6,
 };
 
 /// Why a request ended.
@@ -481,10 +487,26 @@ typedef struct omlx_event {
     const char *error_message;
     /// Filled in the done event.
     omlx_usage usage;
+    /// Numbers `[rows, columns]`, row after row, in the order of the request's texts; NULL if there are none.
+    const float *values;
+    /// Texts.
+    size_t rows;
+    /// Numbers for each text: the dimensions of a vector, or 1 for a score.
+    size_t columns;
+    /// Which documents have the best scores, best first: `top_n` of them, or all; NULL if there are none.
+    const uint32_t *order;
+    /// Number of these documents.
+    size_t order_count;
+    /// Texts of which the end was left out because they were too long.
+    size_t truncated;
+    /// Bytes of the model's weights that are there.
+    uint64_t loaded_bytes;
+    /// Bytes that there will be; 0 until that is known, and while the model waits for memory.
+    uint64_t total_bytes;
 } omlx_event;
 
 /// Initialiser of `omlx_event`: all defaults.
-#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, 0 }
+#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0 }
 
 // Requests --------------------------------------------------------------------------------------------------
 
@@ -501,7 +523,7 @@ typedef void (*omlx_wake_fn)(void *user_data);
 /// Called exactly once, when the library will not use `user_data` again.
 typedef void (*omlx_destroy_fn)(void *user_data);
 
-/// How a request is delivered. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
+/// How a request is delivered, of whatever kind it is. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
 typedef struct omlx_generate_options {
     /// `sizeof(omlx_generate_options)`, set by `OMLX_GENERATE_OPTIONS_INIT`.
     uint32_t struct_size;
@@ -514,12 +536,16 @@ typedef struct omlx_generate_options {
     /// NULL, or called exactly once: after the last callback, or when `omlx_generate` fails. Only if it refuses the
     /// `struct_size` as too small, nothing is called.
     omlx_destroy_fn destroy;
+    /// Not 0: the events begin with `OMLX_EVENT_KIND_LOADING` while the model is being loaded.
+    uint32_t loading_events;
+    /// Reserved, zero.
+    uint32_t reserved;
 } omlx_generate_options;
 
 /// Initialiser of `omlx_generate_options`: all defaults.
-#define OMLX_GENERATE_OPTIONS_INIT { sizeof(omlx_generate_options), 0, NULL, NULL, NULL }
+#define OMLX_GENERATE_OPTIONS_INIT { sizeof(omlx_generate_options), 0, NULL, NULL, NULL, 0, 0 }
 
-/// A generation. Reference-counted; it does not need its pool's handle to live on.
+/// A generation, or texts that are encoded. Reference-counted; it does not need its pool's handle to live on.
 typedef struct omlx_request omlx_request;
 
 /// Starts a generation and returns at once: loading the model, rendering and tokenising happen on other threads, and
@@ -548,6 +574,56 @@ typedef struct omlx_request omlx_request;
 /// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_BUSY` (too many wait:
 /// `omlx_error_retry_after_ms`), `OMLX_E_CLOSED`. A prompt that the KV cache cannot hold ends with `OMLX_E_OUT_OF_MEMORY`.
 omlx_status omlx_generate(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    const omlx_generate_options *options,
+    omlx_request **request,
+    omlx_error **error);
+
+/// Starts to compute the vectors of texts and returns at once. The request's events are one `OMLX_EVENT_KIND_EMBEDDINGS` and the
+/// done event; callbacks, `omlx_request_next` and cancelling are those of `omlx_generate`.
+///
+/// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's embeddings, and some more:
+///
+///   what to encode   "input": a text, an array of texts, token ids, or an array of arrays of them (which are taken as
+///                    they are, without special tokens); at most 65536 texts. What a model wants to be told before a
+///                    text ("query: ") is the host's to write.
+///   by which model   "model": the id of an embedding model
+///   the vectors      "dimensions": the first ones only; "normalize": whether their length is 1 (by default as the model's
+///                    folder says); "encoding_format": "float", or "base64", which gives them as `text`, too: a JSON array
+///                    of strings, each a vector of 32-bit floats, lowest byte first
+///   long texts       "truncate": true (the default) leaves out the end of a text that is too long, and the event says of
+///                    how many; false makes it `OMLX_E_CONTEXT_LENGTH`
+///   before whom      "priority": "high", "normal" or "low"
+///
+/// Texts of all requests share batches, in turns. `usage.prompt_tokens` counts all tokens.
+///
+/// Errors: those of `omlx_generate`; `OMLX_E_UNSUPPORTED` if the model is none for embeddings.
+omlx_status omlx_embed(
+    omlx_pool *pool,
+    const char *request_json,
+    size_t request_len,
+    const omlx_generate_options *options,
+    omlx_request **request,
+    omlx_error **error);
+
+/// Starts to compute how well documents answer a query and returns at once. The request's events are one
+/// `OMLX_EVENT_KIND_SCORES` and the done event, otherwise like `omlx_embed`.
+///
+/// `request_json` is a JSON object of `request_len` bytes:
+///
+///   "query"        a text
+///   "documents"    an array of texts, or of objects with a "text"; at most 65536
+///   "model"        the id of a reranker
+///   "top_n"        how many of the best documents `order` lists; all by default
+///   "instruction"  what relevance means, for models that are told
+///   "truncate", "priority"  as for `omlx_embed`
+///
+/// Scores are what the model's cross-encoder gives, usually between 0 and 1; only those of one model can be compared.
+///
+/// Errors: those of `omlx_generate`; `OMLX_E_UNSUPPORTED` if the model is no reranker.
+omlx_status omlx_rerank(
     omlx_pool *pool,
     const char *request_json,
     size_t request_len,

@@ -4,7 +4,7 @@ use std::ffi::{CString, c_char};
 
 use super::array_pointer;
 use super::error::c_string;
-use crate::engine::{Delta, Done, Event, FinishReason, TokenLogprob, Usage};
+use crate::engine::{Delta, Done, Embeddings, Event, FinishReason, Scores, TokenLogprob, Usage};
 use crate::error::Status;
 
 /// Kinds of events. Hosts ignore kinds they do not know.
@@ -18,6 +18,12 @@ pub enum omlx_event_kind {
     Done = 2,
     /// The end of one of several answers: `choice` and `finish_reason`. Not sent for the only one.
     ChoiceDone = 3,
+    /// The vectors of an `omlx_embed`: `values` with a row for each text; `text`, if base64 was asked for; `truncated`.
+    Embeddings = 4,
+    /// The scores of an `omlx_rerank`: `values` with a row for each document; `order`; `truncated`.
+    Scores = 5,
+    /// The model is being loaded: `loaded_bytes` of `total_bytes`. Only for requests that asked for it.
+    Loading = 6,
 }
 
 /// Why a request ended.
@@ -103,6 +109,22 @@ pub struct omlx_event {
     pub error_message: *const c_char,
     /// Filled in the done event.
     pub usage: omlx_usage,
+    /// Numbers `[rows, columns]`, row after row, in the order of the request's texts; NULL if there are none.
+    pub values: *const f32,
+    /// Texts.
+    pub rows: usize,
+    /// Numbers for each text: the dimensions of a vector, or 1 for a score.
+    pub columns: usize,
+    /// Which documents have the best scores, best first: `top_n` of them, or all; NULL if there are none.
+    pub order: *const u32,
+    /// Number of these documents.
+    pub order_count: usize,
+    /// Texts of which the end was left out because they were too long.
+    pub truncated: usize,
+    /// Bytes of the model's weights that are there.
+    pub loaded_bytes: u64,
+    /// Bytes that there will be; 0 until that is known, and while the model waits for memory.
+    pub total_bytes: u64,
 }
 
 /// An event in C's form with everything it points to.
@@ -111,6 +133,8 @@ pub(super) struct EventView {
     _text: Vec<u8>,
     _tokens: Vec<u32>,
     _logprobs: LogprobView,
+    _values: Vec<f32>,
+    _order: Vec<u32>,
     _message: CString,
 }
 
@@ -151,7 +175,30 @@ impl EventView {
                 view
             }
             Event::Done(done) => Self::build(omlx_event_kind::Done, Delta::default(), Some(done)),
+            Event::Loading(there, all) => {
+                let mut view = Self::build(omlx_event_kind::Loading, Delta::default(), None);
+                (view.event.loaded_bytes, view.event.total_bytes) = (there, all);
+                view
+            }
+            Event::Embeddings(Embeddings { dimensions, values, text, truncated }) => {
+                let view = Self::build(omlx_event_kind::Embeddings, Delta { text, ..Delta::default() }, None);
+                view.with_rows(values, dimensions, Vec::new(), truncated)
+            }
+            Event::Scores(Scores { values, order, truncated }) => {
+                let view = Self::build(omlx_event_kind::Scores, Delta::default(), None);
+                view.with_rows(values, 1, order, truncated)
+            }
         }
+    }
+
+    fn with_rows(mut self, values: Vec<f32>, columns: usize, order: Vec<u32>, truncated: usize) -> Self {
+        self.event.values = array_pointer(&values);
+        self.event.rows = values.len() / columns.max(1);
+        self.event.columns = columns;
+        self.event.order = array_pointer(&order);
+        self.event.order_count = order.len();
+        self.event.truncated = truncated;
+        Self { _values: values, _order: order, ..self }
     }
 
     fn build(kind: omlx_event_kind, delta: Delta, done: Option<Done>) -> Self {
@@ -177,8 +224,24 @@ impl EventView {
             reserved: 0,
             error_message: message.as_ptr(),
             usage: done.as_ref().map(|done| usage(&done.usage)).unwrap_or_default(),
+            values: std::ptr::null(),
+            rows: 0,
+            columns: 0,
+            order: std::ptr::null(),
+            order_count: 0,
+            truncated: 0,
+            loaded_bytes: 0,
+            total_bytes: 0,
         };
-        Self { event, _text: text, _tokens: tokens, _logprobs: logprobs, _message: message }
+        Self {
+            event,
+            _text: text,
+            _tokens: tokens,
+            _logprobs: logprobs,
+            _values: Vec::new(),
+            _order: Vec::new(),
+            _message: message,
+        }
     }
 
     /// Valid as long as `self` is neither moved out of its box nor dropped.

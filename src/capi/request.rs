@@ -1,4 +1,4 @@
-//! `omlx_request`: a running generation.
+//! `omlx_request`: a running request.
 
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, Mutex};
@@ -12,9 +12,10 @@ use crate::engine::{Done, Event, Request, RequestState, Usage, Wake};
 use crate::error::{Error, Result, Status};
 use crate::fault;
 use crate::panics;
+use crate::pool::EnginePool;
 use crate::sync::lock;
 
-/// How a request is delivered. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
+/// How a request is delivered, of whatever kind it is. Start from `OMLX_GENERATE_OPTIONS_INIT`; zero means default.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct omlx_generate_options {
@@ -29,6 +30,10 @@ pub struct omlx_generate_options {
     /// NULL, or called exactly once: after the last callback, or when `omlx_generate` fails. Only if it refuses the
     /// `struct_size` as too small, nothing is called.
     pub destroy: omlx_destroy_fn,
+    /// Not 0: the events begin with `OMLX_EVENT_KIND_LOADING` while the model is being loaded.
+    pub loading_events: u32,
+    /// Reserved, zero.
+    pub reserved: u32,
 }
 
 impl Default for omlx_generate_options {
@@ -39,6 +44,8 @@ impl Default for omlx_generate_options {
             callback: None,
             user_data: std::ptr::null_mut(),
             destroy: None,
+            loading_events: 0,
+            reserved: 0,
         }
     }
 }
@@ -48,7 +55,7 @@ unsafe impl SizedOptions for omlx_generate_options {
     const MIN_SIZE: usize = size_of::<Self>();
 }
 
-/// A generation. Reference-counted; it does not need its pool's handle to live on.
+/// A generation, or texts that are encoded. Reference-counted; it does not need its pool's handle to live on.
 pub struct omlx_request {
     state: Arc<RequestState>,
     /// The event that the host reads in the pull form.
@@ -101,30 +108,51 @@ pub unsafe extern "C" fn omlx_generate(
     error: *mut *mut omlx_error,
 ) -> Status {
     boundary(error, || {
-        // SAFETY: NULL or sized options, by the header's contract.
-        let (options, newer) = unsafe { split_options(options, "options") }?;
-        // First of all, so that a failure below also runs the destroy function.
-        let user_data = UserData::new(options.user_data, options.destroy);
-        newer?;
-        if request.is_null() && options.callback.is_none() {
-            return Err(Error::invalid_argument("request is NULL, and there is no callback"));
-        }
         // SAFETY: NULL or valid, by the header's contract.
-        let (pool, json) = unsafe { (borrow(pool, "pool")?, bytes(request_json.cast(), request_len, "request_json")?) };
-        let parsed = Request::from_json(json, options.lenient != 0)?;
-        // Counted before the request exists: a close that comes between waits for its callbacks.
-        let dispatcher = pool.dispatchers.enter();
-        let state = pool.pool.generate(parsed)?;
-        if let Some(callback) = options.callback {
-            spawn_dispatcher(Arc::clone(&state), callback, user_data, dispatcher)?;
+        unsafe {
+            start(pool, request_json, request_len, options, request, |pool, json, options| {
+                let mut request = Request::from_json(json, options.lenient != 0)?;
+                request.tells_loading = options.loading_events != 0;
+                pool.generate(request)
+            })
         }
-        if !request.is_null() {
-            let handle = omlx_request { state, current: Mutex::default(), pull: options.callback.is_none() };
-            // SAFETY: not NULL.
-            unsafe { request.write(Arc::into_raw(Arc::new(handle)).cast_mut()) };
-        }
-        Ok(())
     })
+}
+
+/// Starts a request of any kind; `submit` parses it and passes it on.
+///
+/// # Safety
+/// All pointers as `omlx_generate` takes them.
+pub(super) unsafe fn start(
+    pool: *mut omlx_pool,
+    request_json: *const c_char,
+    request_len: usize,
+    options: *const omlx_generate_options,
+    request: *mut *mut omlx_request,
+    submit: impl FnOnce(&EnginePool, &[u8], &omlx_generate_options) -> Result<Arc<RequestState>>,
+) -> Result<()> {
+    // SAFETY: NULL or sized options, by the header's contract.
+    let (options, newer) = unsafe { split_options(options, "options") }?;
+    // First of all, so that a failure below also runs the destroy function.
+    let user_data = UserData::new(options.user_data, options.destroy);
+    newer?;
+    if request.is_null() && options.callback.is_none() {
+        return Err(Error::invalid_argument("request is NULL, and there is no callback"));
+    }
+    // SAFETY: NULL or valid, by the header's contract.
+    let (pool, json) = unsafe { (borrow(pool, "pool")?, bytes(request_json.cast(), request_len, "request_json")?) };
+    // Counted before the request exists: a close that comes between waits for its callbacks.
+    let dispatcher = pool.dispatchers.enter();
+    let state = submit(&pool.pool, json, &options)?;
+    if let Some(callback) = options.callback {
+        spawn_dispatcher(Arc::clone(&state), callback, user_data, dispatcher)?;
+    }
+    if !request.is_null() {
+        let handle = omlx_request { state, current: Mutex::default(), pull: options.callback.is_none() };
+        // SAFETY: not NULL.
+        unsafe { request.write(Arc::into_raw(Arc::new(handle)).cast_mut()) };
+    }
+    Ok(())
 }
 
 type EventCallback = unsafe extern "C" fn(*mut c_void, *const omlx_event) -> i32;

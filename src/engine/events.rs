@@ -92,9 +92,40 @@ impl Done {
     }
 }
 
+/// Vectors of the texts of a request.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Embeddings {
+    /// Numbers of each vector.
+    pub dimensions: usize,
+    /// `[texts, dimensions]`, in the order of the request.
+    pub values: Vec<f32>,
+    /// The same as a JSON array of strings in base64, if the request asked for it.
+    pub text: String,
+    /// Texts that were cut because they were too long.
+    pub truncated: usize,
+}
+
+/// Scores of the documents of a request.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores {
+    /// One for each document, in the order of the request.
+    pub values: Vec<f32>,
+    /// The best documents, best first.
+    pub order: Vec<u32>,
+    /// Documents that were cut because they were too long.
+    pub truncated: usize,
+}
+
 /// What a host sees of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The model is being loaded: bytes of weights that are there, and that there will be (0 until that is known). Only for
+    /// requests that want to know.
+    Loading(u64, u64),
+    /// What an embedding model computed.
+    Embeddings(Embeddings),
+    /// What a reranker computed.
+    Scores(Scores),
     /// Text and tokens.
     Delta(Delta),
     /// The end of one of several answers, and why; not sent for the only one.
@@ -105,7 +136,7 @@ pub enum Event {
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// At most one delta and one end for each answer, and one done: unread deltas merge.
+    /// At most one word on loading, one delta and one end for each answer, one result and one done: unread deltas merge.
     events: VecDeque<Event>,
     unread_tokens: usize,
     /// A done event was queued.
@@ -221,6 +252,11 @@ impl RequestState {
         lock(&self.queue).unread_tokens >= PAUSE_TOKENS
     }
 
+    /// Tells how far the model is loaded.
+    pub(super) fn loading(&self, there: u64, all: u64) {
+        self.push(Event::Loading(there, all));
+    }
+
     fn nudge_worker(&self) {
         if let Some(nudge) = &*lock(&self.worker) {
             nudge();
@@ -245,7 +281,12 @@ impl RequestState {
                         _ => queue.events.push_back(Event::Delta(delta)),
                     }
                 }
-                Event::ChoiceDone(..) => queue.events.push_back(event),
+                Event::Loading(..) if queue.ended => {}
+                Event::Loading(..) => {
+                    queue.events.retain(|event| !matches!(event, Event::Loading(..)));
+                    queue.events.push_back(event);
+                }
+                Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => queue.events.push_back(event),
                 Event::Done(done) => {
                     queue.ended = true;
                     queue.events.push_back(Event::Done(done));
@@ -283,6 +324,11 @@ impl EventSink {
     /// Sends a piece of the answer.
     pub fn delta(&self, delta: Delta) {
         self.state.push(Event::Delta(delta));
+    }
+
+    /// Sends a result.
+    pub fn send(&self, event: Event) {
+        self.state.push(event);
     }
 
     /// Ends the request.

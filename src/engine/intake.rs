@@ -2,10 +2,13 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::encode::EncodeRequest;
+use super::encode::text::EncoderText;
 use super::events::EventSink;
 use super::queue::QueueTicket;
 use super::request::{ChatInput, Input, Request};
@@ -15,22 +18,22 @@ use super::{EngineOptions, ModelSource, Shared};
 use crate::config::{GenerationDefaults, ModelConfig};
 use crate::error::{Error, Result, Status};
 use crate::fault;
-use crate::models;
+use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
-use crate::text::{StopMatcher, TextModel, Tokenizer};
+use crate::text::{StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
 #[derive(Debug)]
-pub enum Message {
+pub enum Message<R> {
     /// Prepare and run a request.
-    Submit(Box<Request>, QueueTicket, EventSink),
+    Submit(Box<R>, QueueTicket, EventSink),
     /// Return.
     Stop,
 }
 
-impl Message {
+impl<R> Message<R> {
     /// The sink of a submission that found no thread to take it.
     pub fn fail(self, error: Error) {
         if let Message::Submit(_, _, sink) = self {
@@ -47,20 +50,23 @@ pub struct EngineText {
     defaults: GenerationDefaults,
     context: usize,
     vocab: usize,
+    /// Of an encoder: what its folder says about texts.
+    limits: Option<TextLimits>,
 }
 
 /// Text side of a model, loaded when first needed and shared by the engine and the pool.
 #[derive(Debug)]
 pub struct LazyText {
     source: ModelSource,
+    kind: ModelKind,
     context: Option<usize>,
     loaded: Mutex<Option<Arc<EngineText>>>,
 }
 
 impl LazyText {
     /// Nothing is read yet.
-    pub fn new(source: ModelSource, context: Option<usize>) -> Self {
-        Self { source, context, loaded: Mutex::default() }
+    pub fn new(source: ModelSource, kind: ModelKind, context: Option<usize>) -> Self {
+        Self { source, kind, context, loaded: Mutex::default() }
     }
 
     /// The text side, read from disk the first time; blocks for that.
@@ -69,14 +75,17 @@ impl LazyText {
         if let Some(text) = &*loaded {
             return Ok(Arc::clone(text));
         }
-        let text = Arc::new(EngineText::load(&self.source, self.context)?);
+        let text = Arc::new(EngineText::load(&self.source, self.kind, self.context)?);
         *loaded = Some(Arc::clone(&text));
         Ok(text)
     }
 }
 
 impl EngineText {
-    fn load(source: &ModelSource, context: Option<usize>) -> Result<Self> {
+    fn load(source: &ModelSource, kind: ModelKind, context: Option<usize>) -> Result<Self> {
+        if let (ModelSource::Folder(folder), ModelKind::Embedding | ModelKind::Reranker) = (source, kind) {
+            return Self::of_encoder(folder, context);
+        }
         let (config, model, defaults) = match source {
             ModelSource::Folder(folder) => {
                 let config = ModelConfig::load(folder)?;
@@ -87,7 +96,32 @@ impl EngineText {
             ModelSource::Random(config) => (config.clone(), None, GenerationDefaults::from_config(config)?),
         };
         let context = models::context_length(&config, context)?;
-        Ok(Self { model, defaults, context, vocab: models::vocab_size(&config)? })
+        Ok(Self { model, defaults, context, vocab: models::vocab_size(&config)?, limits: None })
+    }
+
+    fn of_encoder(folder: &Path, context: Option<usize>) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let most = encoder::max_tokens(&config)?;
+        let context = context.map_or(most, |context| context.min(most));
+        Ok(Self {
+            model: Some(Arc::new(TextModel::load(folder)?)),
+            defaults: GenerationDefaults::default(),
+            context,
+            vocab: models::vocab_size(&config)?,
+            limits: Some(TextLimits::load(folder, context)?),
+        })
+    }
+
+    /// What turns the texts of `request` into tokens; of encoders only.
+    pub fn encoder(&self, request: &EncodeRequest) -> Result<EncoderText<'_>> {
+        let limits = self.limits.clone().ok_or_else(|| Error::internal("a language model has no limits of texts"))?;
+        let max_tokens = request.context_limit.map_or(limits.max_tokens, |limit| limit.min(limits.max_tokens));
+        Ok(EncoderText {
+            tokenizer: self.tokenizer(),
+            limits: TextLimits { max_tokens, ..limits },
+            vocab: self.vocab,
+            truncate: request.truncate,
+        })
     }
 
     fn text_model(&self) -> Result<&TextModel> {
@@ -195,8 +229,8 @@ fn fresh_seed() -> u64 {
     RandomState::new().hash_one(std::time::Instant::now())
 }
 
-/// Serves until told to stop or the worker is gone.
-pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<Command>, shared: &Shared) {
+/// Passes requests to `admit` until told to stop; it sees to it that their sinks hear of what goes wrong.
+pub fn main<R>(inbox: &Receiver<Message<R>>, shared: &Shared, admit: impl Fn(R, QueueTicket, EventSink)) {
     while let Ok(Message::Submit(request, ticket, sink)) = inbox.recv() {
         // A stop must not wait until the requests before it are prepared.
         if shared.failure.get().is_some() {
@@ -208,28 +242,39 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Message>, worker: &Sender<
             continue;
         }
         // A panic costs the request only: text is prepared from immutable data. The sink reports it if it is lost.
-        let prepared = panics::catch(|| {
-            fault::point("intake.prepare", &options.id);
-            match options.text.get() {
-                Ok(text) => text.prepare(*request, sink).map(|prepared| (prepared, text.decoder())),
-                Err(error) => Err((error, sink)),
-            }
-        });
-        match prepared {
-            Ok(Ok((mut prepared, text))) => {
-                prepared.ticket = Some(ticket);
-                let waker = worker.clone();
-                prepared.sink.state().attach_worker(Box::new(move || drop(waker.send(Command::Wake))));
-                let sent = worker.send(Command::Admit(Box::new(prepared), text));
-                if let Err(Command::Admit(prepared, _)) = sent.map_err(|rejected| rejected.into_inner()) {
-                    prepared.sink.fail(shared.reason());
-                }
-            }
-            Ok(Err((error, sink))) => sink.fail(error),
-            Err(panic) => tracing::error!(error = %panic, "preparing a request failed"),
+        if let Err(panic) = panics::catch(|| admit(*request, ticket, sink)) {
+            tracing::error!(error = %panic, "preparing a request failed");
         }
     }
     while let Ok(message) = inbox.try_recv() {
         message.fail(shared.reason());
+    }
+}
+
+/// Prepares a request and passes it to the worker.
+pub fn admit(
+    options: &EngineOptions,
+    worker: &Sender<Command>,
+    shared: &Shared,
+    request: Request,
+    ticket: QueueTicket,
+    sink: EventSink,
+) {
+    fault::point("intake.prepare", &options.id);
+    let prepared = match options.text.get() {
+        Ok(text) => text.prepare(request, sink).map(|prepared| (prepared, text.decoder())),
+        Err(error) => Err((error, sink)),
+    };
+    match prepared {
+        Ok((mut prepared, text)) => {
+            prepared.ticket = Some(ticket);
+            let waker = worker.clone();
+            prepared.sink.state().attach_worker(Box::new(move || drop(waker.send(Command::Wake))));
+            let sent = worker.send(Command::Admit(Box::new(prepared), text));
+            if let Err(Command::Admit(prepared, _)) = sent.map_err(|rejected| rejected.into_inner()) {
+                prepared.sink.fail(shared.reason());
+            }
+        }
+        Err((error, sink)) => sink.fail(error),
     }
 }

@@ -34,6 +34,8 @@ pub struct EngineMetrics {
     pub cached_tokens: u64,
     /// Tokens sampled.
     pub completion_tokens: u64,
+    /// Texts encoded.
+    pub texts: u64,
     /// Sequences that gave their blocks to others for a while.
     pub preemptions: u64,
     /// Cached whole blocks, and ends of prompts and answers.

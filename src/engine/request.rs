@@ -100,6 +100,8 @@ pub struct Request {
     pub priority: Priority,
     /// Tokens of prompt and answer at most, where that is less than the model's context. Not part of the JSON.
     pub context_limit: Option<usize>,
+    /// Whether its events tell how far the model is loaded. Not part of the JSON.
+    pub tells_loading: bool,
 }
 
 /// Keys of a request that a model may have defaults for.
@@ -287,6 +289,7 @@ impl RawRequest {
             choices: self.n.unwrap_or(1),
             priority: self.priority.unwrap_or_default(),
             context_limit: None,
+            tells_loading: false,
             model: self.model.clone(),
             input: self.input()?,
         })

@@ -296,7 +296,7 @@ impl Machine {
         let done = loop {
             match asked.state.next(Some(Duration::ZERO)) {
                 Ok(Event::Delta(delta)) => answers[delta.choice].extend(delta.tokens),
-                Ok(Event::ChoiceDone(..)) => {}
+                Ok(Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_)) => {}
                 Ok(Event::Done(done)) => break done,
                 Err(status) => return Err(TestCaseError::fail(format!("no done event: {status:?}"))),
             }

@@ -38,7 +38,7 @@ fn finish(state: &RequestState) -> (Vec<u32>, Done) {
     loop {
         match state.next(Some(deadline - Instant::now())).expect("an event") {
             Event::Delta(delta) => tokens.extend(delta.tokens),
-            Event::ChoiceDone(..) => {}
+            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => {
                 assert_eq!(
                     state.next(Some(Duration::ZERO)),
@@ -140,6 +140,34 @@ fn survives(point: &'static str, id: &str) {
 #[test]
 fn a_panic_in_the_worker_ends_the_request_only() {
     survives("worker.step", "panic-worker");
+}
+
+#[test]
+fn a_panic_in_a_batch_of_texts_ends_its_requests_only() {
+    let pool = pool("panic-batch-bystander");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/bert");
+    pool.add_model(&folder, Some("panic-batch")).unwrap();
+    let embed = |text: &str| {
+        let json = format!(r#"{{"model":"panic-batch","input":"{text}"}}"#);
+        let state = pool.encode(EncodeRequest::embed_from_json(json.as_bytes(), false).unwrap()).unwrap();
+        let mut result = None;
+        loop {
+            match state.next(Some(PATIENCE)).expect("an event") {
+                Event::Done(done) => return (result, done),
+                event => result = Some(event),
+            }
+        }
+    };
+    let (healthy, _) = embed("a text");
+    assert!(matches!(healthy, Some(Event::Embeddings(_))));
+    crate::fault::arm("encoder.batch", "panic-batch", 0);
+    let beside = generate(&pool, "panic-batch-bystander", 30);
+    let (nothing, done) = embed("a text");
+    let error = done.error.expect("the request failed");
+    assert_eq!((nothing, error.status()), (None, Status::Internal), "{error}");
+    assert!(error.message().contains("injected at encoder.batch"), "{error}");
+    assert_eq!(finish(&beside).1.reason, FinishReason::Length, "the other engine was hit");
+    assert_eq!(embed("a text").0, healthy, "the model does not come back");
 }
 
 #[test]

@@ -7,9 +7,7 @@ use std::sync::{Arc, Mutex, Once};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-
-use super::{Shared, intake, worker};
+use super::Shared;
 use crate::error::{Error, Status};
 use crate::mlx;
 use crate::panics;
@@ -21,24 +19,26 @@ static LIVE: Mutex<Vec<Arc<Threads>>> = Mutex::new(Vec::new());
 /// An exit waits this long for the steps that are running: a crash is bad, a process that does not end is worse.
 const EXIT_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The two threads of an engine and the ways to reach them.
-#[derive(Debug)]
+/// Tells the threads of an engine to end.
+pub(super) type Stop = Box<dyn Fn() + Send + Sync>;
+
+/// The two threads of an engine.
 pub(super) struct Threads {
-    pub intake: Sender<intake::Message>,
-    pub worker: Sender<worker::Command>,
-    pub shared: Arc<Shared>,
+    stop: Stop,
+    shared: Arc<Shared>,
     handles: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl std::fmt::Debug for Threads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Threads").field("gone", &self.are_gone()).finish_non_exhaustive()
+    }
 }
 
 impl Threads {
     /// Takes charge of running threads.
-    pub fn new(
-        intake: Sender<intake::Message>,
-        worker: Sender<worker::Command>,
-        shared: Arc<Shared>,
-        handles: Vec<JoinHandle<()>>,
-    ) -> Arc<Self> {
-        let threads = Arc::new(Self { intake, worker, shared, handles: Mutex::new(handles) });
+    pub fn new(stop: Stop, shared: Arc<Shared>, handles: Vec<JoinHandle<()>>) -> Arc<Self> {
+        let threads = Arc::new(Self { stop, shared, handles: Mutex::new(handles) });
         let mut live = lock(&LIVE);
         live.retain(|other| !other.are_gone());
         live.push(Arc::clone(&threads));
@@ -54,8 +54,7 @@ impl Threads {
     /// Asks them to end their requests with `reason` and return; returns at once. The first reason counts.
     pub fn stop(&self, reason: Error) {
         let _ = self.shared.failure.set(reason);
-        let _ = self.intake.send(intake::Message::Stop);
-        let _ = self.worker.send(worker::Command::Stop);
+        (self.stop)();
     }
 
     /// Waits until they are gone; they must have been told to stop.

@@ -16,7 +16,8 @@ use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::threads::end_before_exit;
 use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, Whereabouts};
-use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared};
+use super::turns::{Seat, Turn};
+use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared, run_to_the_end};
 use crate::cache::{BlockManager, Pages};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
@@ -82,15 +83,13 @@ const PAUSED: Duration = Duration::from_millis(20);
 ///
 /// `myself` leads to `inbox`.
 pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<Command>, shared: &Shared) {
-    let ended = AtomicBool::new(false);
-    // Given back when no array is left.
-    let account = options.ledger.open(&options.id);
-    let outcome = panics::catch(|| {
-        crate::mlx::init()?;
+    run_to_the_end(options, shared, |account| {
+        let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let identity = options.tiers.exist().then(|| ModelIdentity::new(options));
             if let Some(identity) = identity {
-                let identify = || {
+                let ended = &ended;
+                let identify = move || {
                     let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
                     let identified = panics::catch(|| {
                         let identity = identity?;
@@ -101,20 +100,11 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
                 let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));
                 thread.spawn_scoped(scope, identify).map_err(|e| Error::io("starting an engine thread", &e))?;
             }
-            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, &account));
+            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, account));
             ended.store(true, Ordering::Relaxed);
             served
         })
     });
-    let error = match outcome {
-        Ok(Ok(())) => super::stopped(),
-        Ok(Err(error)) => error,
-        Err(panic) => panic.context(format!("engine {}", options.id)),
-    };
-    tracing::debug!(model = options.id, reason = %error, "engine ended");
-    shared.freed.store(account.uses().sum(), Ordering::Relaxed);
-    drop(account);
-    shared.set(Phase::Ended(error));
     // Requests that nobody will read any more end here, through their sinks.
     while inbox.try_recv().is_ok() {}
 }
@@ -129,13 +119,6 @@ fn serve(
     let started = Instant::now();
     let (mut runner, weight_bytes, memory) = load(options, shared, account)?;
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
-    tracing::info!(
-        model = options.id,
-        device = options.device.name(),
-        weight_bytes,
-        seconds = info.load_seconds,
-        "loaded"
-    );
     end_before_exit();
     let layers = runner.stops();
     let pages = runner.pages();
@@ -163,6 +146,7 @@ fn serve(
         options,
         shared,
         myself,
+        seat: options.turns.seat(),
         runner,
         scheduler: Scheduler::new(limits, blocks),
         tiers: None,
@@ -176,10 +160,9 @@ fn serve(
         growth: Growth::default(),
         next_id: 0,
     };
-    shared.activity.touch();
     // Whoever asks a loaded engine learns the size of its blocks.
     worker.publish();
-    shared.set(Phase::Ready(info));
+    shared.ready(&options.id, info);
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
     worker.end_restores();
     if outcome.is_ok() {
@@ -212,17 +195,12 @@ fn load<'a>(
         ModelSource::Random(config) => (config.clone(), Weights::random(config, options.dtype)),
     };
     let context = models::context_length(&config, options.context)?;
-    // Reading a large model takes a while, and so may waiting for room: an unload or close must not wait for the rest of it.
+    // Waiting for room may take a while, and an unload or close must not wait for it.
     let failure = Arc::clone(&shared.failure);
     let memory = begin(options, account, &config, context, &weights.planned(), || failure.get().cloned())
         .map_err(|error| error.context(format!("model {:?}", options.id)))?;
-    let failure = Arc::clone(&shared.failure);
-    let planned = weights.planned().bytes as u64;
-    let loading = Arc::clone(&shared.loading);
-    let weights = weights.computed_by(options.backend.clone()).watched_by(move |bytes| {
-        *lock(&loading) = (bytes as u64, planned);
-        failure.get().cloned()
-    });
+    let planned = weights.planned().bytes;
+    let weights = weights.computed_by(options.backend.clone()).watched_by(shared.watch(planned));
     let loaded = models::load(&config, context, weights)?;
     // Of what was put together, the parts.
     crate::mlx::return_free_memory();
@@ -261,6 +239,7 @@ struct Worker<'a> {
     options: &'a EngineOptions,
     shared: &'a Shared,
     myself: &'a Sender<Command>,
+    seat: Seat,
     runner: Runner,
     scheduler: Scheduler,
     memory: EngineMemory<'a>,
@@ -305,7 +284,7 @@ impl Worker<'_> {
                     return Ok(());
                 }
             }
-            let turn = Instant::now();
+            let began = Instant::now();
             self.restore()?;
             for gone in self.scheduler.reap_cancelled() {
                 self.runner.remove(gone);
@@ -317,12 +296,16 @@ impl Worker<'_> {
             }
             let launched = self.launch()?;
             self.stepping = launched.is_some();
-            let launched = launched.map(|launched| (launched, turn));
+            // Others compute when this step has been read.
+            let (launched, turn) = launched.unzip();
+            let waited = turn.as_ref().map_or(Duration::ZERO, |turn| turn.waited);
+            let launched = launched.map(|launched| (launched, began + waited));
             let ending = if self.options.overlap { std::mem::replace(&mut self.in_flight, launched) } else { launched };
             let idle = self.in_flight.is_none() && ending.is_none();
             if let Some((step, launched)) = ending {
                 self.commit(step, launched)?;
             }
+            drop(turn);
             self.publish();
             self.save_ahead(idle);
             // With more blocks there may be something to do.
@@ -494,7 +477,7 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn launch(&mut self) -> Result<Option<Launched>> {
+    fn launch(&mut self) -> Result<Option<(Launched, Turn)>> {
         let mut ended = Vec::new();
         let started = Instant::now();
         let plan = self.scheduler.plan(started, &mut ended);
@@ -503,12 +486,13 @@ impl Worker<'_> {
         if !self.save_evicted()? || plan.runs.is_empty() {
             return Ok(None);
         }
+        let turn = self.seat.take();
         fault::point("worker.step", &self.options.id);
         match self.runner.launch(&plan) {
             Ok(launched) => {
                 self.metrics.build_seconds += launched.build.as_secs_f64();
                 self.metrics.encode_seconds += launched.encode.as_secs_f64();
-                Ok(Some(launched))
+                Ok(Some((launched, turn)))
             }
             Err(error) => self.fail(error).map(|()| None),
         }

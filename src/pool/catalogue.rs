@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::config::ModelConfig;
 use crate::engine::ModelSource;
 use crate::error::{Error, Result};
-use crate::models;
+use crate::models::{self, ModelKind};
 
 /// One model, usable or not.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct ModelEntry {
     pub file_bytes: u64,
     /// Bits per weight of the default quantisation; `None` for dense weights.
     pub quantization_bits: Option<usize>,
+    /// What it is for, where the config could be read.
+    pub kind: Option<ModelKind>,
     /// Why it cannot be loaded, if that is already known.
     pub problem: Option<Error>,
     config: Option<ModelConfig>,
@@ -67,9 +69,20 @@ impl ModelEntry {
     }
 
     fn new(id: String, folder: Option<PathBuf>, config: Result<ModelConfig>) -> Self {
+        let detect = |config: &ModelConfig| match &folder {
+            Some(folder) => ModelKind::detect(folder, config),
+            None => ModelKind::Llm,
+        };
+        let kind = config.as_ref().ok().map(detect);
         let checked = config.and_then(|config| {
-            models::check_supported(&config)?;
-            Ok((models::context_length(&config, None)?, config))
+            let context = match kind {
+                Some(ModelKind::Embedding | ModelKind::Reranker) => models::encoder::max_tokens(&config)?,
+                _ => {
+                    models::check_supported(&config)?;
+                    models::context_length(&config, None)?
+                }
+            };
+            Ok((context, config))
         });
         let file_bytes = folder.as_deref().map_or(0, weight_bytes);
         let (known, problem) = match checked {
@@ -82,6 +95,7 @@ impl ModelEntry {
             model_type: config.map(|c| c.model_type().to_owned()),
             context_length: known.as_ref().map(|(context, _)| *context),
             file_bytes,
+            kind,
             quantization_bits: config.and_then(|c| c.quantization()).map(|q| q.default_format().bits),
             problem,
             // Kept only where there is no file to read it from again.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 pub type Numbers = Map<String, Value>;
 
 /// Numbers that only ever grow, of an engine and of a tier.
-const GROWING: [&str; 20] = [
+const GROWING: [&str; 21] = [
     "steps",
     "partial_steps",
     "step_seconds",
@@ -20,6 +20,7 @@ const GROWING: [&str; 20] = [
     "prompt_tokens",
     "cached_tokens",
     "completion_tokens",
+    "texts",
     "preemptions",
     "hot_hit_tokens",
     "cold_hit_tokens",

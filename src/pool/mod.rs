@@ -29,12 +29,14 @@ use serde_json::Value;
 
 use crate::config::ModelConfig;
 use crate::engine::{
-    CacheCommand, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource, Request, RequestState, Tiers,
+    self, CacheCommand, EncodeRequest, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource,
+    Request, RequestState, Tiers, Turns,
 };
 use crate::error::{Error, Result, Status};
 use crate::kernels::{Backend, Cpu, Gpu, Precision};
 use crate::ledger::{Account, Ledger, Part};
 use crate::mlx::{self, Device};
+use crate::models::ModelKind;
 use crate::sync::lock;
 
 /// Options of a pool; `Default` is what a host gets that sets nothing.
@@ -121,6 +123,7 @@ pub struct EnginePool {
     target_latency: Duration,
     overlap: bool,
     tiers: Tiers,
+    turns: Arc<Turns>,
     default_model: Option<String>,
     downloads: download::Downloads,
     /// What the hot tier takes of the ledger, where it lies in the same memory.
@@ -166,6 +169,13 @@ struct Slot {
     shrunk: Option<Instant>,
     /// What is settled for its requests.
     defaults: Arc<Request>,
+}
+
+/// A usable model of the catalogue.
+struct Known {
+    id: String,
+    source: ModelSource,
+    kind: ModelKind,
 }
 
 impl EnginePool {
@@ -251,6 +261,8 @@ impl EnginePool {
             target_latency: options.target_latency.unwrap_or(DEFAULT_LATENCY),
             overlap: options.overlap.unwrap_or(device == Device::Gpu),
             tiers,
+            // A GPU divides its time by itself.
+            turns: Turns::new(device == Device::Gpu),
             default_model: options.default_model,
             downloads: download::Downloads::new(options.models_dir),
             shared,
@@ -315,6 +327,14 @@ impl EnginePool {
         request.context_limit = settings.context_length;
         // While nobody can take the engine for an idle one.
         engine.submit(request)
+    }
+
+    /// Accepts texts for an embedding model or a reranker, likewise. Its events are one result and the end.
+    pub fn encode(&self, mut request: EncodeRequest) -> Result<Arc<RequestState>> {
+        let mut state = lock(&self.shared.state);
+        let (id, engine) = self.engine_of(&mut state, request.model.as_deref())?;
+        request.context_limit = state.settings.get(&id).context_length;
+        engine.encode(request)
     }
 
     /// Loads a model and blocks until it is ready.
@@ -417,8 +437,12 @@ impl EnginePool {
 
     /// What a loaded model tells about its cache, as a JSON object.
     pub fn cache_stats(&self, model: Option<&str>) -> Result<String> {
-        let id = self.resolve(&lock(&self.shared.state), model)?.0;
-        let metrics = self.running(model)?.metrics();
+        let id = self.resolve(&lock(&self.shared.state), model)?.id;
+        let engine = self.running(model)?;
+        if !engine.has_cache() {
+            return Err(engine::no_cache());
+        }
+        let metrics = engine.metrics();
         tiers::stats(&self.tiers, &id, &metrics)
     }
 
@@ -427,9 +451,10 @@ impl EnginePool {
     pub fn cache_clear(&self, model: Option<&str>, tiers: TierSet) -> Result<u64> {
         let engines: Vec<_> = {
             let state = lock(&self.shared.state);
-            let wanted = model.map(|id| self.resolve(&state, Some(id))).transpose()?.map(|(id, _)| id);
+            let wanted = model.map(|id| self.resolve(&state, Some(id))).transpose()?.map(|known| known.id);
             let engines = state.engines.iter().filter(|(id, _)| wanted.as_ref().is_none_or(|wanted| wanted == *id));
-            engines.filter_map(|(_, slot)| slot.engine.clone()).collect()
+            let engines = engines.filter_map(|(_, slot)| slot.engine.clone());
+            engines.filter(|engine| engine.has_cache()).collect()
         };
         let mut freed = 0;
         for engine in engines.iter().filter(|_| tiers.pools) {
@@ -490,7 +515,11 @@ impl EnginePool {
         let (deadline, losses) = (Instant::now() + time, cold.writer.losses());
         let engines = match model {
             Some(model) => vec![self.running(Some(model))?],
-            None => lock(&self.shared.state).engines.values().filter_map(|slot| slot.engine.clone()).collect(),
+            None => {
+                let state = lock(&self.shared.state);
+                let engines = state.engines.values().filter_map(|slot| slot.engine.clone());
+                engines.filter(|engine| engine.has_cache()).collect()
+            }
         };
         let mut kept = true;
         for engine in engines {
@@ -517,7 +546,7 @@ impl EnginePool {
     /// The engine of a model, which must be there already.
     fn running(&self, model: Option<&str>) -> Result<Arc<Engine>> {
         let state = lock(&self.shared.state);
-        let (id, _) = self.resolve(&state, model)?;
+        let id = self.resolve(&state, model)?.id;
         let engine = state.engines.get(&id).and_then(|slot| slot.engine.clone());
         engine.ok_or_else(|| Error::not_found(format!("model {id:?} is not loaded")))
     }
@@ -550,8 +579,8 @@ impl EnginePool {
     }
 
     fn engine_of(&self, state: &mut State, id: Option<&str>) -> Result<(String, Arc<Engine>)> {
-        let (id, source) = self.resolve(state, id)?;
-        self.slot(state, &id, &source)?;
+        let Known { id, source, kind } = self.resolve(state, id)?;
+        self.slot(state, &id, &source, kind)?;
         let State { engines, retiring, .. } = state;
         let slot = engines.get_mut(&id).ok_or_else(|| Error::internal("a model without a slot"))?;
         match slot.engine.take() {
@@ -564,6 +593,7 @@ impl EnginePool {
         let engine = Arc::new(Engine::start(EngineOptions {
             id: id.clone(),
             source,
+            kind,
             device: self.device,
             dtype: self.dtype,
             backend: self.backend.clone(),
@@ -578,6 +608,7 @@ impl EnginePool {
             text: Arc::clone(&slot.text),
             tiers: self.tiers.clone(),
             ledger: Arc::clone(&self.shared.ledger),
+            turns: Arc::clone(&self.turns),
         })?);
         slot.engine = Some(Arc::clone(&engine));
         // It watches what is loaded.
@@ -587,25 +618,25 @@ impl EnginePool {
 
     fn text(&self, id: Option<&str>) -> Result<Arc<LazyText>> {
         let mut state = lock(&self.shared.state);
-        let (id, source) = self.resolve(&state, id)?;
-        Ok(Arc::clone(&self.slot(&mut state, &id, &source)?.text))
+        let Known { id, source, kind } = self.resolve(&state, id)?;
+        Ok(Arc::clone(&self.slot(&mut state, &id, &source, kind)?.text))
     }
 
-    fn slot<'a>(&self, state: &'a mut State, id: &str, source: &ModelSource) -> Result<&'a Slot> {
+    fn slot<'a>(&self, state: &'a mut State, id: &str, source: &ModelSource, kind: ModelKind) -> Result<&'a Slot> {
         let State { engines, settings, .. } = state;
         if !engines.contains_key(id) {
-            let text = Arc::new(LazyText::new(source.clone(), self.context));
+            let text = Arc::new(LazyText::new(source.clone(), kind, self.context));
             let defaults = Arc::new(settings.get(id).request()?);
             engines.insert(id.to_owned(), Slot { text, engine: None, shrunk: None, defaults });
         }
         engines.get(id).ok_or_else(|| Error::internal("a model without a slot"))
     }
 
-    /// The id and source of the model a request means.
-    fn resolve(&self, state: &State, id: Option<&str>) -> Result<(String, ModelSource)> {
+    /// The model a request means, which must be usable.
+    fn resolve(&self, state: &State, id: Option<&str>) -> Result<Known> {
         let id = self.resolve_id(state, id)?;
-        let source = state.catalogue.find(&id)?.source()?;
-        Ok((id, source))
+        let entry = state.catalogue.find(&id)?;
+        Ok(Known { source: entry.source()?, kind: entry.kind.unwrap_or(ModelKind::Llm), id })
     }
 
     /// The id of the model that a request means by an id, an alias, or nothing.

@@ -76,6 +76,8 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "omlx_generate_options",
             "omlx_request",
             "omlx_generate",
+            "omlx_embed",
+            "omlx_rerank",
             "omlx_request_next",
             "omlx_request_set_wake",
             "omlx_request_cancel",

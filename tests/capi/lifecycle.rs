@@ -8,33 +8,43 @@ use crate::cc;
 
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
-fn run(name: &str, suffix: &str, flags: &[&str]) {
+fn run(name: &str, suffix: &str, flags: &[&str], models: &str) {
     let source = cc::root().join(format!("tests/capi/c/{name}.c"));
     let flags: Vec<_> = ["-std=c99", "-g"].iter().chain(flags).copied().collect();
     let program = cc::compile(&source, &format!("{name}{suffix}"), &flags);
-    let outcome = cc::run_ok(&program, &["models"]);
+    let outcome = cc::run_ok(&program, &[models]);
     assert_eq!(outcome.stdout, format!("{name}: 0 failures\n"), "{}", outcome.stderr);
     assert_eq!(outcome.stderr, "", "the library prints nothing");
 }
 
 #[test]
 fn requests_pools_and_models() {
-    run("lifecycle", "", &[]);
+    run("lifecycle", "", &[], "models");
 }
 
 #[test]
 fn requests_pools_and_models_under_sanitizers() {
-    run("lifecycle", "-sanitized", &[SANITIZERS]);
+    run("lifecycle", "-sanitized", &[SANITIZERS], "models");
 }
 
 #[test]
 fn inputs() {
-    run("inputs", "", &[]);
+    run("inputs", "", &[], "models");
 }
 
 #[test]
 fn inputs_under_sanitizers() {
-    run("inputs", "-sanitized", &[SANITIZERS]);
+    run("inputs", "-sanitized", &[SANITIZERS], "models");
+}
+
+#[test]
+fn vectors_and_scores() {
+    run("encode", "", &[], "tests/fixtures/encoders");
+}
+
+#[test]
+fn vectors_and_scores_under_sanitizers() {
+    run("encode", "-sanitized", &[SANITIZERS], "tests/fixtures/encoders");
 }
 
 /// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string.

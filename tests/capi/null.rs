@@ -17,6 +17,8 @@ const OPTIONAL: &[(&str, &str)] = &[
     ("omlx_download_set_callback", "user_data"),
     ("omlx_download_set_callback", "destroy"),
     ("omlx_generate", "options"),
+    ("omlx_embed", "options"),
+    ("omlx_rerank", "options"),
     ("omlx_request_set_wake", "wake"),
     ("omlx_request_set_wake", "user_data"),
     ("omlx_request_set_wake", "destroy"),

@@ -73,7 +73,7 @@ fn answers(state: &Arc<RequestState>, choices: usize) -> Option<Vec<Vec<u32>>> {
     loop {
         match state.next(PATIENCE).expect("an event") {
             Event::Delta(delta) => answers[delta.choice].extend(delta.tokens),
-            Event::ChoiceDone(..) => {}
+            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => match done.error {
                 None => return Some(answers),
                 Some(error) if error.status() == Status::Cancelled => return None,

@@ -26,7 +26,7 @@ fn answer(state: &Arc<RequestState>) -> (String, Vec<u32>, FinishReason) {
                 text.push_str(&delta.text);
                 tokens.extend(delta.tokens);
             }
-            Event::ChoiceDone(..) => {}
+            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => {
                 assert_eq!(done.error, None);
                 return (text, tokens, done.reason);

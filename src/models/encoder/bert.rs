@@ -27,7 +27,6 @@ pub(super) struct BertConfig {
     #[serde(default = "gelu")]
     hidden_act: String,
     position_embedding_type: Option<String>,
-    pub pad_token_id: Option<usize>,
     is_decoder: Option<bool>,
 }
 

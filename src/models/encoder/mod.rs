@@ -69,6 +69,8 @@ struct Architecture {
     encoder: fn(&ModelConfig, &'static str, &mut Weights) -> Result<Box<dyn Encoder>>,
     /// Takes the tensors of the head with this many labels.
     head: fn(&ModelConfig, &'static str, usize, &mut Weights) -> Result<ClassificationHead>,
+    /// Rows of the table of positions that no token has.
+    spare_positions: fn(&ModelConfig) -> usize,
     /// A tensor of this kind that is left over after that belongs to a head that is not used.
     unused: &'static [&'static str],
 }
@@ -79,6 +81,7 @@ const ARCHITECTURES: &[Architecture] = &[
         prefix: "bert.",
         encoder: bert::encoder,
         head: bert::head,
+        spare_positions: |_| 0,
         unused: &["pooler.", "cls.", "embeddings.position_ids"],
     },
     Architecture {
@@ -86,6 +89,7 @@ const ARCHITECTURES: &[Architecture] = &[
         prefix: "model.",
         encoder: modernbert::encoder,
         head: modernbert::head,
+        spare_positions: |_| 0,
         unused: &["head.", "decoder."],
     },
     Architecture {
@@ -93,6 +97,7 @@ const ARCHITECTURES: &[Architecture] = &[
         prefix: "roberta.",
         encoder: roberta::encoder,
         head: roberta::head,
+        spare_positions: roberta::first_position,
         unused: &["pooler.", "lm_head.", "embeddings.position_ids"],
     },
     Architecture {
@@ -100,6 +105,7 @@ const ARCHITECTURES: &[Architecture] = &[
         prefix: "roberta.",
         encoder: roberta::encoder,
         head: roberta::head,
+        spare_positions: roberta::first_position,
         unused: &["pooler.", "lm_head.", "embeddings.position_ids"],
     },
 ];
@@ -120,6 +126,20 @@ fn find(config: &ModelConfig) -> Result<&'static Architecture> {
         let known: Vec<_> = supported_types().collect();
         Error::unsupported(format!("unknown encoder type {wanted:?}; known types: {}", known.join(", ")))
     })
+}
+
+/// Tokens that a text has at most, special ones included, by the config.
+pub fn max_tokens(config: &ModelConfig) -> Result<usize> {
+    let spare = (find(config)?.spare_positions)(config);
+    let most = super::context_length(config, None)?.checked_sub(spare).filter(|&most| most > 0);
+    most.ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\" is too small"))
+}
+
+/// Bytes that a batch of `tokens` tokens takes besides the weights; from experience, on the safe side.
+pub fn workspace(config: &ModelConfig, tokens: usize) -> Result<usize> {
+    let number = |key: &str| config.integer(key).unwrap_or(0);
+    let _ = find(config)?;
+    Ok((64 << 20) + 4 * tokens * (10 * number("hidden_size") + 4 * number("intermediate_size")))
 }
 
 /// The encoder that `config` names, with a classification head of `labels` labels if there is to be one, and the bytes of

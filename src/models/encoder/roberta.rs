@@ -11,9 +11,12 @@ use crate::weights::Weights;
 const PAD: usize = 1;
 
 /// Positions begin after the padding token's id.
+pub(super) fn first_position(config: &ModelConfig) -> usize {
+    config.integer("pad_token_id").unwrap_or(PAD).saturating_add(1)
+}
+
 pub(super) fn encoder(config: &ModelConfig, prefix: &'static str, weights: &mut Weights) -> Result<Box<dyn Encoder>> {
-    let config: BertConfig = config.parse()?;
-    config.load(prefix, config.pad_token_id.unwrap_or(PAD).saturating_add(1), weights)
+    config.parse::<BertConfig>()?.load(prefix, first_position(config), weights)
 }
 
 /// `RobertaForSequenceClassification` and `XLMRobertaForSequenceClassification`.
