@@ -161,14 +161,16 @@ pub fn set_cache_limit(bytes: u64) {
 
 /// Has the C library take blocks of this size and more from the system, and give them back when they are freed. By itself glibc
 /// stops doing so for blocks of up to 32 MiB as soon as one has been freed, and weights are such blocks.
-const OWN_MAPPING: i32 = 4 << 20;
+pub const LARGE_BLOCK: usize = 4 << 20;
 
-/// See [`OWN_MAPPING`]; for the whole process.
+/// See [`LARGE_BLOCK`]; for the whole process.
 pub fn map_large_blocks() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: may be called at any time from any thread.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_MAPPING);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BLOCK as i32);
+        // Arrays of a step that lie at the end of the heap are not to be returned after every operation.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 * LARGE_BLOCK as i32);
     }
 }
 

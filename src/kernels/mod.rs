@@ -5,12 +5,13 @@
 
 /// What kernels compute, as a number: to be increased whenever keys or values come out differently, so that stored ones
 /// of before are not used.
-pub const NUMERICS: u32 = 2;
+pub const NUMERICS: u32 = 3;
 
 pub mod cpu;
 pub mod gpu;
 mod node;
 mod ops;
+mod texts;
 mod transfer;
 
 pub use cpu::attention::{AttentionKind, Segment};
@@ -19,4 +20,5 @@ pub use cpu::sample::Draw;
 pub use gpu::Gpu;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};
+pub use texts::{Columns, TextAttentionKind};
 pub use transfer::read_array;

@@ -60,8 +60,8 @@ impl Backend {
 /// The CPU kernels with the threads they run on. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Cpu {
-    isa: Isa,
-    workers: Workers,
+    pub(super) isa: Isa,
+    pub(super) workers: Workers,
     precision: Precision,
 }
 
@@ -83,6 +83,8 @@ pub enum Join<'a> {
     Add(&'a Array),
     /// `silu(first) * second`: `[T, rows]`.
     SwiGlu,
+    /// The Gaussian error linear unit of the only one: `[T, rows]`.
+    Gelu,
 }
 
 /// The rotation of [`Cpu::rotate`].
@@ -163,7 +165,7 @@ impl Cpu {
             operands.iter().map(|operand| MatrixLayout::new(operand, &mut inputs)).collect::<Result<Vec<_>>>()?;
         let width = match join {
             Join::Concat => layouts.iter().map(|layout| layout.rows).sum(),
-            Join::Add(_) | Join::SwiGlu => layouts.first().map_or(0, |layout| layout.rows),
+            Join::Add(_) | Join::SwiGlu | Join::Gelu => layouts.first().map_or(0, |layout| layout.rows),
         };
         let finish = match join {
             Join::Concat => Ending::Concat,
@@ -172,6 +174,7 @@ impl Cpu {
                 Ending::Add
             }
             Join::SwiGlu => Ending::SwiGlu,
+            Join::Gelu => Ending::Gelu,
         };
         let rows = x.dim(0);
         node(Linear { cpu: self.clone(), norm, layouts, finish }, &inputs, &[rows, width as i32], Dtype::Float32)
@@ -298,7 +301,7 @@ impl MatrixLayout {
 }
 
 /// The last output that is left.
-fn last<'a>(outputs: &mut Vec<Output<'a>>) -> Result<FloatsMut<'a>> {
+pub(super) fn last<'a>(outputs: &mut Vec<Output<'a>>) -> Result<FloatsMut<'a>> {
     outputs.pop().ok_or_else(|| Error::internal("a kernel without output"))?.into_floats()
 }
 
@@ -307,6 +310,7 @@ enum Ending {
     Concat,
     Add,
     SwiGlu,
+    Gelu,
 }
 
 struct Linear {
@@ -333,6 +337,7 @@ impl CpuKernel for Linear {
             Ending::Concat => Finish::Concat,
             Ending::Add => Finish::Add(&residual),
             Ending::SwiGlu => Finish::SwiGlu,
+            Ending::Gelu => Finish::Gelu,
         };
         let precision = self.cpu.precision;
         let product = MatMul { x: &x, projections: &projections, experts: None, stacked: 1, finish, precision };

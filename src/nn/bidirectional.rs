@@ -8,8 +8,8 @@ use mlx_rs::ops::concatenate;
 use super::linear::Joined;
 use super::{Linear, PackedTexts, Rope, RopeSpec, Run};
 use crate::error::Result;
-use crate::kernels::{Backend, Cpu, Join, Operand};
-use crate::mlx::{self, Matrix};
+use crate::kernels::{Backend, Columns, TextAttentionKind};
+use crate::mlx;
 use crate::weights::Weights;
 
 /// What an architecture declares about the attention of an encoder layer.
@@ -51,8 +51,8 @@ pub struct Bidirectional {
 /// 64 MiB in f32: where MLX has no fused kernel, it keeps all of them.
 const SCORES: usize = 1 << 24;
 
-/// Products of a head from which on our kernels compute them: MLX's own on the CPU are slow, but one operation.
-const KERNEL_SCORES: usize = 32 * 32;
+/// Bytes of them.
+pub const ATTENTION_BYTES: usize = SCORES * size_of::<f32>();
 
 /// Least queries of a long text that are computed together.
 const LEAST_QUERIES: usize = 16;
@@ -80,14 +80,28 @@ impl Bidirectional {
 
     /// `residual + attention(x)`, all `[T, hidden]`.
     pub fn forward_onto(&self, x: &Array, residual: &Array, texts: &PackedTexts) -> Result<Array> {
-        let BidirectionalSpec { heads, head_dim, .. } = self.spec;
-        let all = self.input.project(x)?.reshape(&[x.dim(0), 3 * heads as i32, head_dim as i32])?;
+        let BidirectionalSpec { heads, head_dim, window, .. } = self.spec;
+        let joined = self.input.project(x)?;
+        let all = joined.reshape(&[x.dim(0), 3 * heads as i32, head_dim as i32])?;
         let part = |index: usize| mlx::heads(&all, index * heads, (index + 1) * heads);
-        let rotated = |heads: Array| match &self.rope {
-            Some(rope) => rope.forward(&heads, &texts.positions),
-            None => Ok(heads),
+        let rotated = |index: usize| match &self.rope {
+            Some(rope) => rope.forward(&part(index)?, &texts.positions),
+            None => part(index),
         };
-        let inputs = [rotated(part(0)?)?, rotated(part(1)?)?, part(2)?];
+        if let Backend::Cpu(cpu) = &self.backend {
+            let kind = TextAttentionKind { heads, width: head_dim, scale: (head_dim as f32).powf(-0.5), window };
+            let columns = |index: usize| Columns { array: &joined, first: index * heads * head_dim };
+            let attended = match &self.rope {
+                None => cpu.attend_texts([columns(0), columns(1), columns(2)], kind, texts.segments())?,
+                Some(_) => {
+                    let turned = [rotated(0)?, rotated(1)?];
+                    let [q, k] = turned.each_ref().map(|array| Columns { array, first: 0 });
+                    cpu.attend_texts([q, k, columns(2)], kind, texts.segments())?
+                }
+            };
+            return self.output.forward_onto(&attended, residual);
+        }
+        let inputs = [rotated(0)?, rotated(1)?, part(2)?];
         let mut attended = Vec::new();
         for run in texts.runs() {
             self.attend_run(&inputs, run, &mut attended)?;
@@ -160,18 +174,6 @@ impl Bidirectional {
         count: usize,
         mask: Option<&Array>,
     ) -> Result<Array> {
-        if let Backend::Cpu(cpu) = &self.backend
-            && queries.len() / count * (keys.len() / count) >= KERNEL_SCORES
-        {
-            let parts = (0..count).map(|text| {
-                let own = |rows: &Range<usize>| {
-                    let length = rows.len() / count;
-                    rows.start + text * length..rows.start + (text + 1) * length
-                };
-                self.attend_by_kernels(cpu, [q, k, v], own(&queries), own(&keys), mask)
-            });
-            return Ok(concatenate(&parts.collect::<Result<Vec<_>>>()?, 0)?);
-        }
         let BidirectionalSpec { heads, head_dim, .. } = self.spec;
         let (heads, head_dim) = (heads as i32, head_dim as i32);
         let stacked = |array: &Array, rows: &Range<usize>| -> Result<Array> {
@@ -186,36 +188,6 @@ impl Bidirectional {
         };
         Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[queries.len() as i32, heads * head_dim])?)
     }
-
-    /// The same for one text, each head as two products by the CPU kernels.
-    fn attend_by_kernels(
-        &self,
-        cpu: &Cpu,
-        [q, k, v]: [&Array; 3],
-        queries: Range<usize>,
-        keys: Range<usize>,
-        mask: Option<&Array>,
-    ) -> Result<Array> {
-        let BidirectionalSpec { heads, head_dim, .. } = self.spec;
-        let scale = Array::from_f32((head_dim as f32).powf(-0.5));
-        let times = |x: &Array, matrix: Array| {
-            let matrix = Matrix::Dense(matrix.contiguous()?);
-            cpu.linear(x, None, &[Operand { matrix: &matrix, bias: None }], Join::Concat)
-        };
-        let attended = (0..heads).map(|head| {
-            let part = |array: &Array, rows: &Range<usize>| -> Result<Array> {
-                let rows = mlx::rows(array, rows.start, rows.end)?;
-                Ok(mlx::heads(&rows, head, head + 1)?.reshape(&[rows.dim(0), head_dim as i32])?)
-            };
-            let scores = times(&part(q, &queries)?.multiply(&scale)?, part(k, &keys)?)?;
-            let scores = match mask {
-                Some(seen) => mlx_rs::ops::select(seen, &scores, Array::from_f32(f32::NEG_INFINITY))?,
-                None => scores,
-            };
-            times(&mlx_rs::ops::softmax_axis(&scores, -1, true)?, part(v, &keys)?.transpose()?)
-        });
-        Ok(concatenate(&attended.collect::<Result<Vec<_>>>()?, 1)?)
-    }
 }
 
 #[cfg(test)]
@@ -225,7 +197,7 @@ mod tests {
 
     use super::*;
     use crate::config::ModelConfig;
-    use crate::kernels::Precision;
+    use crate::kernels::{Cpu, Precision};
     use crate::mlx::{Device, init, on_device};
 
     const HIDDEN: usize = 8;

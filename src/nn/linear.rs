@@ -2,7 +2,7 @@
 
 use mlx_rs::Array;
 
-use super::RmsNorm;
+use super::{Activation, RmsNorm};
 use crate::error::Result;
 use crate::kernels::{Backend, Cpu, Join, Operand};
 use crate::mlx::{self, Matrix, QuantizedMatrix};
@@ -38,6 +38,14 @@ impl Linear {
     /// `x [T, input] -> [T, output]`.
     pub fn forward(&self, x: &Array) -> Result<Array> {
         project(&self.backend, self.operand(), x)
+    }
+
+    /// `activation(forward(x))`.
+    pub fn forward_activated(&self, x: &Array, activation: Activation) -> Result<Array> {
+        match Self::kernels(&[self]).filter(|_| activation == Activation::Gelu) {
+            Some(cpu) => cpu.linear(x, None, &[self.operand()], Join::Gelu),
+            None => activation.forward(&self.forward(x)?),
+        }
     }
 
     /// `residual + forward(x)`.

@@ -71,14 +71,13 @@ impl Mlp {
 
     /// `residual + mlp(x)`, all `[T, hidden]`.
     pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
-        let inner = self.input.forward(x)?;
         let inner = match self.gate {
-            None => self.activation.forward(&inner)?,
-            Some(width) => self.activation.forward(&mlx::columns(&inner, 0, width)?)?.multiply(mlx::columns(
-                &inner,
-                width,
-                2 * width,
-            )?)?,
+            None => self.input.forward_activated(x, self.activation)?,
+            Some(width) => {
+                let both = self.input.forward(x)?;
+                let part = |from, to| mlx::columns(&both, from, to);
+                self.activation.forward(&part(0, width)?)?.multiply(part(width, 2 * width)?)?
+            }
         };
         self.output.forward_onto(&inner, residual)
     }

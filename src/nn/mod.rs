@@ -21,7 +21,7 @@ mod rope;
 
 pub use activation::Activation;
 pub use attention::{Attention, AttentionSpec};
-pub use bidirectional::{Bidirectional, BidirectionalSpec, InputPaths};
+pub use bidirectional::{ATTENTION_BYTES, Bidirectional, BidirectionalSpec, InputPaths};
 pub use check::{check_paged, compare_paged};
 pub use decoder::{Decoder, DecoderSpec, LayerSpec, Step};
 pub use embedding::Embedding;

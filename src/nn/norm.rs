@@ -41,6 +41,7 @@ pub struct LayerNorm {
     weight: Array,
     bias: Option<Array>,
     eps: f32,
+    backend: Backend,
 }
 
 impl LayerNorm {
@@ -49,11 +50,17 @@ impl LayerNorm {
         let old = weights.contains(&format!("{path}.gamma"));
         let mut take =
             |name, old_name| weights.tensor(&format!("{path}.{}", if old { old_name } else { name }), &[size]);
-        Ok(Self { weight: take("weight", "gamma")?, bias: bias.then(|| take("bias", "beta")).transpose()?, eps })
+        let (weight, bias) = (take("weight", "gamma")?, bias.then(|| take("bias", "beta")).transpose()?);
+        Ok(Self { weight, bias, eps, backend: weights.backend().clone() })
     }
 
     /// `x [.., size]`, same shape out.
     pub fn forward(&self, x: &Array) -> Result<Array> {
-        Ok(mlx_rs::fast::layer_norm(x, &self.weight, self.bias.as_ref(), self.eps)?)
+        match &self.backend {
+            Backend::Mlx | Backend::Gpu(_) => {
+                Ok(mlx_rs::fast::layer_norm(x, &self.weight, self.bias.as_ref(), self.eps)?)
+            }
+            Backend::Cpu(cpu) => cpu.layer_norm(x, &self.weight, self.bias.as_ref(), self.eps),
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Texts of a batch packed without padding.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use mlx_rs::Array;
 
@@ -14,7 +15,7 @@ pub struct PackedTexts {
     pub token_types: Array,
     /// Places in their texts `[T]`, i32.
     pub positions: Array,
-    segments: Vec<Range<usize>>,
+    segments: Arc<[Range<usize>]>,
     order: Vec<usize>,
     runs: Vec<Run>,
 }
@@ -57,15 +58,15 @@ impl PackedTexts {
             tokens: Array::from_slice(&tokens, &shape),
             token_types: Array::from_slice(&types, &shape),
             positions: Array::from_slice(&positions, &shape),
-            segments,
+            segments: segments.into(),
             order,
             runs,
         }
     }
 
     /// Rows of each text, in the order of the rows.
-    pub fn segments(&self) -> &[Range<usize>] {
-        &self.segments
+    pub fn segments(&self) -> Arc<[Range<usize>]> {
+        Arc::clone(&self.segments)
     }
 
     /// Which of the caller's texts each segment is.
@@ -90,7 +91,7 @@ mod tests {
         let texts: Vec<_> = texts.iter().map(|ids| (*ids, &zeros[..ids.len()])).collect();
         let packed = PackedTexts::new(&texts);
         assert_eq!(packed.order(), [1, 3, 0, 2]);
-        assert_eq!(packed.segments(), [0..1, 1..2, 2..5, 5..8]);
+        assert_eq!(packed.segments()[..], [0..1, 1..2, 2..5, 5..8]);
         assert_eq!(packed.runs(), [Run { rows: 0..2, length: 1, count: 2 }, Run { rows: 2..8, length: 3, count: 2 }]);
     }
 }

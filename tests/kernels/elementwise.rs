@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use crate::case::formats;
 use crate::cpu::Isa;
-use crate::cpu::elementwise::{RmsNorm, Rotary, take_rows};
+use crate::cpu::elementwise::{LayerNorm, RmsNorm, Rotary, take_rows};
 use crate::cpu::floats::Rows;
 use crate::guard::{EDGES, Edge, Guarded};
 use crate::numbers::{Numbers, Placed, TYPES, Type, bits, cases, rounded};
@@ -170,6 +170,47 @@ proptest! {
                 let alone = norm(isa, &x[row * width..(row + 1) * width], &weight, eps, (Edge::End, Type::F32), 1);
                 prop_assert_eq!(alone, Numbers::F32(found[row * width..(row + 1) * width].to_vec()), "{:?}", isa);
             }
+        }
+    }
+
+    #[test]
+    fn layer_norms_are_within_the_bound(
+        (rows, width) in prop_oneof![4 => (0usize..12, 2usize..150), 1 => (1usize..4, 150usize..3000)],
+        kind in prop::sample::select(&TYPES[..]),
+        (biased, mean, eps) in (any::<bool>(), 0f32..10.0, prop::sample::select(&[1e-12f32, 1e-5, 1.0][..])),
+        (threads, seed) in (1usize..=3, any::<u64>()),
+    ) {
+        let mut random = Random(seed);
+        let mut numbers = |around: f64| Numbers::new(kind, (0..width).map(|_| around + random.normal()));
+        let (weight, bias) = (numbers(1.0), numbers(0.0));
+        let x: Vec<f32> = random.normals(rows * width).iter().map(|x| x + mean).collect();
+        // The mean loses bits of numbers around it.
+        let of_row = |x: &[f32]| -> Vec<Expected> {
+            let x = widened(x);
+            let mean = x.iter().sum::<f64>() / width as f64;
+            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64;
+            let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+            let size = x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+            let one = |(i, x): (usize, &f64)| {
+                let added = if biased { bias.get(i) } else { 0.0 };
+                let value = (x - mean) * scale * weight.get(i) + added;
+                let relative = 2e-6 * (width as f64).sqrt();
+                let bound = relative * (size * scale * weight.get(i)).abs() * (1.0 + size * scale) + 1e-6 * value.abs();
+                Expected { value, bound: bound + 1e-6 * added.abs() }
+            };
+            x.iter().enumerate().map(one).collect()
+        };
+        let expected: Vec<Expected> = x.chunks_exact(width).flat_map(of_row).collect();
+        for isa in Isa::available() {
+            let run = |edge, kind| {
+                let (x, weight, bias) = (Guarded::new(&x, edge), weight.place(edge), bias.place(edge));
+                let mut out = Placed::output(kind, x.len(), edge);
+                let norm = LayerNorm { weight: weight.floats(), bias: biased.then(|| bias.floats()), eps };
+                norm.run(isa, &workers(threads), &x, out.floats_mut());
+                out.numbers()
+            };
+            let found = outputs(TYPES[1 + seed as usize % 2], run)?;
+            within(isa, &found, &expected, width)?;
         }
     }
 

@@ -16,4 +16,5 @@ mod matmul;
 mod numbers;
 mod reference;
 mod sample;
+mod texts;
 mod threads;

@@ -74,15 +74,37 @@ proptest! {
         }
     }
 
-    /// Dense weights know one precision.
+    /// Of few rows dense weights know one precision. Many rows have bits of their own, which do not depend on other rows either.
     #[test]
-    fn dense_products_are_exact_in_both_modes(plan in plans(prop::sample::select(&TYPES[..]).prop_map(Format::Dense))) {
+    fn dense_rows_do_not_depend_on_others_in_fast_mode(
+        plan in plans(prop::sample::select(&TYPES[..]).prop_map(Format::Dense)),
+        more in 0usize..40,
+    ) {
+        let plan = Plan { m: if more % 2 == 0 { plan.m.min(63) } else { 64 + more }, ..plan };
         let (model, inputs) = plan.build(Weights::random);
         let placed = model.place(Edge::End);
         for isa in Isa::available() {
-            let run = |precision| bits(&placed.run_f32(&inputs, How { isa, precision, threads: plan.threads }));
-            prop_assert_eq!(run(Precision::Fast), run(Precision::Exact), "{:?}", isa);
+            let run = |inputs: &Inputs, precision, threads| placed.run_f32(inputs, How { isa, precision, threads });
+            let fast = run(&inputs, Precision::Fast, plan.threads);
+            if plan.m < 64 || plan.routing != Routing::None {
+                prop_assert_eq!(bits(&fast), bits(&run(&inputs, Precision::Exact, plan.threads)), "{:?}", isa);
+            } else {
+                let some: Vec<usize> = (0..plan.m).rev().take(64).collect();
+                let apart = run(&inputs.select(&model, &some), Precision::Fast, 1);
+                for (&row, apart) in some.iter().zip(apart.chunks_exact(model.width())) {
+                    prop_assert_eq!(bits(&fast[row * model.width()..(row + 1) * model.width()]), bits(apart), "{:?}", isa);
+                }
+            }
         }
+    }
+
+    /// What many rows of dense weights give, within the bound of exact products.
+    #[test]
+    fn many_rows_are_within_the_bound(
+        plan in plans(prop::sample::select(&TYPES[..]).prop_map(Format::Dense)),
+        more in 0usize..70,
+    ) {
+        check(&Plan { m: 64 + more, routing: Routing::None, stacked: 1, ..plan }, Precision::Fast)?;
     }
 
     /// Of normal activations and weights with a mean of zero. Rounding to 8 bits moves an activation by at most a
@@ -289,6 +311,7 @@ fn sizes_that_do_not_agree_are_refused() {
         ("a short residual", MatMul { finish: Finish::Add(&x[..3]), ..good() }, 4),
         ("two projections to add", MatMul { projections: &two, finish: Finish::Add(&long[..8]), ..good() }, 8),
         ("a gate alone", MatMul { finish: Finish::SwiGlu, ..good() }, 4),
+        ("two projections to activate", MatMul { projections: &two, finish: Finish::Gelu, ..good() }, 8),
         ("7 bits", MatMul { x: &long[..32], projections: &seven, ..good() }, 1),
         ("groups of 8", MatMul { x: &long[..32], projections: &small, ..good() }, 1),
         ("half a group", MatMul { x: &long, projections: &half, ..good() }, 1),

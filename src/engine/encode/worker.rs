@@ -21,14 +21,11 @@ use crate::fault;
 use crate::kernels::{self, PANIC_MARK};
 use crate::ledger::{Account, Uses};
 use crate::models::ModelKind;
-use crate::models::encoder::{self, EmbeddingModel, EmbeddingOptions, RerankModel};
+use crate::models::encoder::{BatchPlan, EmbeddingModel, EmbeddingOptions, RerankModel};
 use crate::panics;
 use crate::sync::lock;
 use crate::text::TextTokens;
 use crate::weights::Weights;
-
-/// Tokens of a batch at most: enough that weights are read for many rows at once, few enough that a cancel is heard soon.
-const BATCH_TOKENS: usize = 4096;
 
 /// Tokens of a batch at least, however slow the machine.
 const LEAST_TOKENS: usize = 32;
@@ -80,7 +77,7 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared)
 
 fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared, account: &Account) -> Result<()> {
     let started = Instant::now();
-    let (model, memory) = load(options, shared, account)?;
+    let (model, batch_tokens, memory) = load(options, shared, account)?;
     let info = LoadedInfo { weight_bytes: model.weight_bytes(), load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
     let metrics = EngineMetrics {
@@ -88,8 +85,16 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared, ac
         workspace_bytes: memory.workspace() as usize,
         ..EngineMetrics::default()
     };
-    let mut worker =
-        Worker { options, shared, model, jobs: Jobs::default(), seat: options.turns.seat(), rate: None, metrics };
+    let mut worker = Worker {
+        options,
+        shared,
+        model,
+        batch_tokens,
+        jobs: Jobs::default(),
+        seat: options.turns.seat(),
+        rate: None,
+        metrics,
+    };
     worker.publish();
     shared.ready(&options.id, info);
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
@@ -102,14 +107,21 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared, ac
     defect.map_or(Ok(()), Err)
 }
 
-fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> Result<(Model, EngineMemory<'a>)> {
+fn load<'a>(
+    options: &EngineOptions,
+    shared: &Shared,
+    account: &'a Account,
+) -> Result<(Model, usize, EngineMemory<'a>)> {
     let ModelSource::Folder(folder) = &options.source else {
         return Err(Error::unsupported("encoders with random weights are not supported"));
     };
     let config = ModelConfig::load(folder)?;
     let weights = Weights::open(folder, &config, options.dtype)?;
     let planned = weights.planned();
-    let workspace = encoder::workspace(&config, BATCH_TOKENS)?.max(planned.largest) + OVERHEAD;
+    let plan = BatchPlan::new(&config, options.device)?;
+    let batch_tokens = plan.batch(options.device);
+    // One text may be longer.
+    let workspace = plan.bytes(batch_tokens.max(plan.max_tokens)).max(planned.largest) + OVERHEAD;
     let uses = Uses { weights: planned.bytes as u64, workspace: workspace as u64, ..Uses::default() };
     let failure = Arc::clone(&shared.failure);
     let memory = EngineMemory::begin(account, uses, || failure.get().cloned())
@@ -118,17 +130,17 @@ fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> R
     crate::mlx::return_free_memory();
     let weights = weights.computed_by(options.backend.clone()).watched_by(shared.watch(planned.bytes));
     let model = match options.kind {
-        ModelKind::Reranker => Model::Reranker(RerankModel::load(folder, &config, weights)?),
-        _ => Model::Embedding(EmbeddingModel::load(folder, &config, weights)?),
+        ModelKind::Reranker => Model::Reranker(Box::new(RerankModel::load(folder, &config, weights)?)),
+        _ => Model::Embedding(Box::new(EmbeddingModel::load(folder, &config, weights)?)),
     };
     crate::mlx::return_free_memory();
     memory.loaded(model.weight_bytes() as u64);
-    Ok((model, memory))
+    Ok((model, batch_tokens, memory))
 }
 
 enum Model {
-    Embedding(EmbeddingModel),
-    Reranker(RerankModel),
+    Embedding(Box<EmbeddingModel>),
+    Reranker(Box<RerankModel>),
 }
 
 impl Model {
@@ -193,6 +205,8 @@ struct Worker<'a> {
     options: &'a EngineOptions,
     shared: &'a Shared,
     model: Model,
+    /// Tokens of a batch at most.
+    batch_tokens: usize,
     jobs: Jobs,
     seat: Seat,
     /// Tokens a second, once measured.
@@ -233,7 +247,8 @@ impl Worker<'_> {
     /// Computes the next batch, if any text waits.
     fn step(&mut self) -> Result<()> {
         let turn = self.seat.take();
-        let batch = self.jobs.next_batch(budget(self.rate, turn.shared, self.options.target_latency));
+        let batch =
+            self.jobs.next_batch(budget(self.batch_tokens, self.rate, turn.shared, self.options.target_latency));
         let texts: Vec<TextTokens> = batch.iter().filter_map(|&place| self.jobs.text(place).cloned()).collect();
         if texts.is_empty() {
             return Ok(());
@@ -293,12 +308,12 @@ impl Worker<'_> {
     }
 }
 
-/// Tokens of the next batch: as many as pay, or as can be computed in `latency` where others wait for the cores.
-fn budget(rate: Option<f64>, shared: bool, latency: Duration) -> usize {
+/// Tokens of the next batch: `most`, or as many as can be computed in `latency` where others wait for the cores.
+fn budget(most: usize, rate: Option<f64>, shared: bool, latency: Duration) -> usize {
     match (shared, rate) {
-        (false, _) => BATCH_TOKENS,
+        (false, _) => most,
         (true, None) => LEAST_TOKENS,
-        (true, Some(rate)) => ((rate * latency.as_secs_f64()) as usize).clamp(LEAST_TOKENS, BATCH_TOKENS),
+        (true, Some(rate)) => ((rate * latency.as_secs_f64()) as usize).clamp(LEAST_TOKENS, most),
     }
 }
 
@@ -306,14 +321,17 @@ fn budget(rate: Option<f64>, shared: bool, latency: Duration) -> usize {
 mod tests {
     use super::*;
 
+    /// Tokens of a batch where nobody else waits.
+    const MOST: usize = 4096;
+
     #[test]
     fn batches_are_short_where_others_wait() {
         let latency = Duration::from_millis(50);
-        assert_eq!(budget(None, false, latency), BATCH_TOKENS);
-        assert_eq!(budget(None, true, latency), LEAST_TOKENS);
-        assert_eq!(budget(Some(10_000.0), true, latency), 500);
-        assert_eq!(budget(Some(10.0), true, latency), LEAST_TOKENS);
-        assert_eq!(budget(Some(1e9), true, latency), BATCH_TOKENS);
-        assert_eq!(budget(Some(10.0), false, latency), BATCH_TOKENS);
+        assert_eq!(budget(MOST, None, false, latency), MOST);
+        assert_eq!(budget(MOST, None, true, latency), LEAST_TOKENS);
+        assert_eq!(budget(MOST, Some(10_000.0), true, latency), 500);
+        assert_eq!(budget(MOST, Some(10.0), true, latency), LEAST_TOKENS);
+        assert_eq!(budget(MOST, Some(1e9), true, latency), MOST);
+        assert_eq!(budget(MOST, Some(10.0), false, latency), MOST);
     }
 }

@@ -1,4 +1,4 @@
-//! Row by row operations: RMS norm, rotary positions, rows of an embedding table.
+//! Row by row operations: norms, rotary positions, rows of an embedding table.
 
 use super::dot::{UnpackRow, load_tail};
 use super::floats::{Floats, FloatsMut, Rows, SharedMut};
@@ -86,6 +86,83 @@ impl Work for NormRows<'_> {
             self.norm.row(simd, &mut row);
             // SAFETY: this row is this task's.
             unsafe { self.out.write((self.first + i) * width, &row) };
+        }
+    }
+}
+
+/// Layer norm of rows (Ba et al. 2016): `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerNorm<'a> {
+    /// `[width]`.
+    pub weight: Floats<'a>,
+    /// `[width]`.
+    pub bias: Option<Floats<'a>>,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl LayerNorm<'_> {
+    /// Rows of `x [T, width]` into `out`, of the same shape. Panics if the sizes do not agree.
+    pub fn run(&self, isa: Isa, workers: &Workers, x: &[f32], mut out: FloatsMut<'_>) {
+        let width = self.weight.len();
+        assert!(x.len() == out.len() && x.len().is_multiple_of(width.max(1)), "rows of {width}");
+        assert!(self.bias.is_none_or(|bias| bias.len() == width), "size of a bias");
+        let out = SharedMut::new(&mut out);
+        for_rows(workers, x.len() / width.max(1), width, &|rows| {
+            let x = &x[rows.start * width..rows.end * width];
+            isa.run(LayerNormRows { norm: self, x, first: rows.start, out });
+        });
+    }
+}
+
+struct LayerNormRows<'a> {
+    norm: &'a LayerNorm<'a>,
+    x: &'a [f32],
+    first: usize,
+    out: SharedMut,
+}
+
+impl Work for LayerNormRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { norm, x, first, out } = self;
+        let width = norm.weight.len();
+        let (mut weight, mut bias, mut row) = (vec![0f32; width], vec![0f32; width], vec![0f32; width]);
+        norm.weight.widen(simd, &mut weight);
+        if let Some(given) = &norm.bias {
+            given.widen(simd, &mut bias);
+        }
+        let whole = width / LANES * LANES;
+        for (i, x) in x.chunks_exact(width).enumerate() {
+            let mut sum = load_tail(simd, &x[whole..]);
+            let mut at = 0;
+            while at < whole {
+                // SAFETY: sixteen numbers from `at` on.
+                sum = simd.add(sum, unsafe { simd.load(x.as_ptr().add(at)) });
+                at += LANES;
+            }
+            let mean = simd.sum(sum) / width as f32;
+            let means = simd.splat(mean);
+            let mut squares = simd.splat(0.0);
+            let mut at = 0;
+            while at < whole {
+                // SAFETY: sixteen numbers from `at` on.
+                let apart = simd.sub(unsafe { simd.load(x.as_ptr().add(at)) }, means);
+                squares = simd.fma(apart, apart, squares);
+                at += LANES;
+            }
+            let mut variance = simd.sum(squares);
+            for x in &x[whole..] {
+                variance += (x - mean) * (x - mean);
+            }
+            let scale = 1.0 / (variance / width as f32 + norm.eps).sqrt();
+            for j in 0..width {
+                row[j] = (x[j] - mean) * scale * weight[j] + bias[j];
+            }
+            // SAFETY: this row is this task's.
+            unsafe { out.write((first + i) * width, &row) };
         }
     }
 }

@@ -242,6 +242,26 @@ impl SharedMut {
         }
     }
 
+    /// Writes sixteen values from element `at` on.
+    ///
+    /// # Safety
+    /// As for [`write`](Self::write).
+    #[inline(always)]
+    pub unsafe fn write_lanes<S: Simd>(&self, simd: S, at: usize, values: S::F) {
+        // SAFETY: in bounds where it is stored at once; exclusive by contract.
+        unsafe {
+            if matches!(self.kind, Kind::F32) {
+                let room = self.len.checked_sub(LANES);
+                assert!(room.is_some_and(|room| at <= room), "a kernel writes past its output");
+                simd.store(self.data.cast::<f32>().add(at), values);
+            } else {
+                let mut numbers = [0f32; LANES];
+                simd.store(numbers.as_mut_ptr(), values);
+                self.write(at, &numbers);
+            }
+        }
+    }
+
     /// Writes `values` from element `at` on.
     ///
     /// # Safety

@@ -28,6 +28,24 @@ pub fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
     simd.div(x, simd.add(simd.splat(1.0), exp(simd, simd.sub(simd.splat(0.0), x))))
 }
 
+/// `x / 2 (1 + erf(x / sqrt(2)))` (Hendrycks and Gimpel 2016), to 2e-7 times `|x|` absolutely.
+#[inline(always)]
+pub fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
+    // erf(z) = 1 - (a1 t + ... + a5 t^5) e^(-z^2), t = 1 / (1 + p z), for z >= 0 (Abramowitz and Stegun 7.1.26).
+    let (zero, one) = (simd.splat(0.0), simd.splat(1.0));
+    let size = simd.max(x, simd.sub(zero, x));
+    let z = simd.mul(size, simd.splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = simd.div(one, simd.fma(z, simd.splat(0.327_591_1), one));
+    let mut series = simd.splat(1.061_405_4);
+    for coefficient in [-1.453_152_0, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+        series = simd.fma(series, t, simd.splat(coefficient));
+    }
+    let rest = simd.mul(simd.mul(series, t), exp(simd, simd.sub(zero, simd.mul(z, z))));
+    // x/2 + |x|/2 erf(z), because erf is odd.
+    let half = simd.splat(0.5);
+    simd.mul(half, simd.add(x, simd.mul(size, simd.sub(one, rest))))
+}
+
 /// Hyperbolic tangent, to 1e-7 absolutely.
 #[inline(always)]
 pub fn tanh<S: Simd>(simd: S, x: S::F) -> S::F {

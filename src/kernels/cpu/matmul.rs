@@ -1,13 +1,15 @@
 //! Products of activations with weight matrices: `y = x W^T` for one or several matrices over the same input.
 //!
 //! Work is cut into units of two panels of 16 weight rows. A unit computes its columns for all rows of activations into
-//! a block of f32 (`integer.rs`: packed weights times quantised activations; `dot.rs`: everything in f32), and then
-//! finishes them: bias, activation function, residual.
+//! a block of f32 (`integer.rs`: packed weights times quantised activations; `dot.rs`: everything in f32; `gemm.rs`: the same
+//! for many rows), and then finishes them: bias, activation function, residual.
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-use super::floats::{Floats, FloatsMut, SharedMut};
+use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
+use super::gemm::{PackLanes, TimesPanel, WIDTH};
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
 use super::quantize::{Order, Quantize, QuantizedRows, RowParts};
@@ -24,10 +26,20 @@ pub const PAIR: usize = 2;
 /// Larger buffers are not kept: threads of MLX's never end, and neither would what they keep.
 const KEPT_BYTES: usize = 8 << 20;
 
+/// Rows from which on dense weights are laid out for `gemm.rs`.
+const MANY_ROWS: usize = 64;
+
+/// Rows of a task of such a product.
+const TASK_ROWS: usize = 48;
+
+/// Bytes of weights that are laid out at once: all threads read them from the cache that they share, or from their own.
+const LAID_OUT: usize = 3 << 19;
+
 /// How products with packed weights are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Precision {
-    /// Activations are rounded to 8 bits per group. Dense weights are not affected.
+    /// Activations are rounded to 8 bits per group. With dense weights they are not, but from some number of rows on sums are
+    /// added in another order, which is faster.
     #[default]
     Fast,
     /// Activations as they are, f32 accumulation in a fixed order: a row's bits do not depend on the other rows.
@@ -52,6 +64,8 @@ pub enum Finish<'a> {
     Add(&'a [f32]),
     /// Of two projections of the same shape, `silu(first) * second`: `[M, rows]`.
     SwiGlu,
+    /// Of one projection, the Gaussian error linear unit of it: `[M, rows]`.
+    Gelu,
 }
 
 /// A product to compute.
@@ -92,6 +106,8 @@ struct Panel {
 thread_local! {
     /// Quantised activations, kept for the next product unless they are large.
     static QUANTIZED: RefCell<Vec<QuantizedRows>> = const { RefCell::new(Vec::new()) };
+    /// Weights as they are laid out.
+    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// Accumulators of a unit, `[M, PAIR * PANEL]`.
     static ACCUMULATORS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -101,7 +117,7 @@ impl MatMul<'_> {
     pub fn width(&self) -> usize {
         match self.finish {
             Finish::Concat => self.projections.iter().map(|p| p.matrix.rows).sum(),
-            Finish::Add(_) | Finish::SwiGlu => self.projections[0].matrix.rows,
+            Finish::Add(_) | Finish::SwiGlu | Finish::Gelu => self.projections[0].matrix.rows,
         }
     }
 
@@ -121,6 +137,9 @@ impl MatMul<'_> {
             return;
         }
         let (segments, units) = (self.segments(), self.units());
+        if self.has_many_rows() {
+            return self.run_laid_out(isa, workers, &units, SharedMut::new(&mut out));
+        }
         QUANTIZED.with_borrow_mut(|kept| {
             let quantized = self.quantize(isa, workers, kept);
             let out = SharedMut::new(&mut out);
@@ -134,10 +153,52 @@ impl MatMul<'_> {
                 let first = task % runs * per_task;
                 let units = &units[first..(first + per_task).min(units.len())];
                 let rows = rows.clone();
-                isa.run(Units { product: self, quantized: &quantized, units, expert: *expert, rows, out });
+                let laid_out = None;
+                isa.run(Units { product: self, quantized: &quantized, laid_out, units, expert: *expert, rows, out });
             });
             kept.retain(|rows| rows.bytes.capacity() <= KEPT_BYTES);
         });
+    }
+
+    /// Whether weights are worth laying out.
+    fn has_many_rows(&self) -> bool {
+        let dense = |projection: &Projection<'_>| matches!(projection.matrix.storage, Storage::Dense(_));
+        self.rows() >= MANY_ROWS
+            && self.precision == Precision::Fast
+            && self.experts.is_none()
+            && self.projections.iter().all(dense)
+    }
+
+    /// Lays out the weights of some units after the other, and multiplies all rows with them.
+    fn run_laid_out(&self, isa: Isa, workers: &Workers, units: &[Unit], out: SharedMut) {
+        let size = self.columns() * WIDTH;
+        let at_once = (LAID_OUT / (size * size_of::<f32>()).max(1)).max(workers.count()).min(units.len());
+        let mut kept = PANELS.take();
+        if kept.len() < at_once * size {
+            kept.resize(at_once * size, 0.0);
+        }
+        let blocks = self.rows().div_ceil(TASK_ROWS);
+        for units in units.chunks(at_once) {
+            let parts: Vec<_> = kept.chunks_exact_mut(size).zip(units).map(Mutex::new).collect();
+            workers.run(units.len(), &|unit| {
+                let (panel, unit) = &mut *parts[unit].lock().unwrap_or_else(PoisonError::into_inner);
+                isa.run(LayOut { product: self, unit, panel });
+            });
+            drop(parts);
+            // Many tasks a thread, so that they end together; where rows are few, columns are divided, too.
+            let per_task = units.len().div_ceil((workers.count() * 16).div_ceil(blocks));
+            let runs = units.len().div_ceil(per_task);
+            workers.run(blocks * runs, &|task| {
+                let rows = task / runs * TASK_ROWS..((task / runs + 1) * TASK_ROWS).min(self.rows());
+                let first = task % runs * per_task;
+                let units = &units[first..(first + per_task).min(units.len())];
+                let laid_out = Some(&kept[first * size..]);
+                isa.run(Units { product: self, quantized: &[], laid_out, units, expert: 0, rows, out });
+            });
+        }
+        if kept.capacity() * size_of::<f32>() <= KEPT_BYTES {
+            PANELS.set(kept);
+        }
     }
 
     fn check(&self, out: usize) {
@@ -151,6 +212,7 @@ impl MatMul<'_> {
         assert_eq!(out, self.rows() * self.width(), "size of the output");
         match self.finish {
             Finish::Concat => {}
+            Finish::Gelu => assert!(self.projections.len() == 1, "one projection"),
             Finish::Add(residual) => {
                 assert!(self.projections.len() == 1 && residual.len() == out, "a residual of the output's size");
             }
@@ -250,10 +312,44 @@ impl MatMul<'_> {
     }
 }
 
+/// Lays out the weights of a unit as one panel of `gemm.rs`.
+struct LayOut<'a> {
+    product: &'a MatMul<'a>,
+    unit: &'a Unit,
+    panel: &'a mut [f32],
+}
+
+impl Work for LayOut<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { product, unit, panel } = self;
+        let depth = product.columns();
+        for (at, part) in unit.panels.iter().enumerate() {
+            let panel = &mut panel[at * PANEL..];
+            let (count, numbers) = match part {
+                Some(part) => match &product.projections[part.projection].matrix.storage {
+                    Storage::Dense(numbers) => (part.rows, numbers.slice(part.first * depth, part.rows * depth)),
+                    Storage::Packed(_) => unreachable!("packed weights are not laid out"),
+                },
+                None => (0, Floats::F32(&[])),
+            };
+            match numbers {
+                Floats::F32(rows) => PackLanes { rows, stride: depth, count, depth, panel }.run(simd),
+                Floats::F16(rows) => PackLanes { rows: as_f16(rows), stride: depth, count, depth, panel }.run(simd),
+                Floats::Bf16(rows) => PackLanes { rows: as_bf16(rows), stride: depth, count, depth, panel }.run(simd),
+            }
+        }
+    }
+}
+
 /// Some units for the rows of one expert.
 struct Units<'a> {
     product: &'a MatMul<'a>,
     quantized: &'a [(Order, &'a QuantizedRows)],
+    /// The units' weights, if they are laid out.
+    laid_out: Option<&'a [f32]>,
     units: &'a [Unit],
     expert: usize,
     rows: Range<usize>,
@@ -270,7 +366,12 @@ impl Work for Units<'_> {
         if acc.len() < self.rows.len() * PAIR * PANEL {
             acc.resize(self.rows.len() * PAIR * PANEL, 0.0);
         }
-        for unit in self.units {
+        for (at, unit) in self.units.iter().enumerate() {
+            if let Some(panels) = self.laid_out {
+                let size = self.product.columns() * WIDTH;
+                self.compute_laid_out(simd, unit, &panels[at * size..(at + 1) * size], &mut acc);
+                continue;
+            }
             match unit.panels {
                 [Some(a), Some(b)] if self.alike(&a, &b) => self.compute(simd, &[a, b], 0, &mut acc),
                 [Some(a), Some(b)] => {
@@ -336,10 +437,44 @@ impl Units<'_> {
         }
     }
 
+    /// All of a unit whose weights are laid out: sums begin with what is added.
+    #[inline(always)]
+    fn compute_laid_out<S: Simd>(&self, simd: S, unit: &Unit, panel: &[f32], acc: &mut [f32]) {
+        let (depth, rows) = (self.product.columns(), self.rows.len());
+        let mut biases = [0f32; WIDTH];
+        for (part, biases) in unit.panels.iter().flatten().zip(biases.chunks_exact_mut(PANEL)) {
+            if let Some(bias) = &self.product.projections[part.projection].bias {
+                bias.slice(part.first, part.rows).widen(simd, &mut biases[..part.rows]);
+            }
+        }
+        for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
+            for (at, part) in unit.panels.iter().enumerate() {
+                let half = &mut acc[at * PANEL..(at + 1) * PANEL];
+                // SAFETY: sixteen biases, and room for sixteen numbers.
+                unsafe { simd.store(half.as_mut_ptr(), simd.load(biases[at * PANEL..].as_ptr())) };
+                if let (Finish::Add(residual), Some(part)) = (self.product.finish, part) {
+                    let from = row * self.product.width() + part.first;
+                    let residual = &residual[from..from + part.rows];
+                    for i in 0..part.rows {
+                        half[i] += residual[i];
+                    }
+                }
+            }
+        }
+        let a = &self.product.x[self.rows.start * depth..self.rows.end * depth];
+        {
+            let acc = &mut acc[..];
+            TimesPanel { a, a_stride: depth, rows, depth, panel, acc, acc_stride: WIDTH }.run(simd);
+        }
+        for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
+            self.activate(simd, acc);
+            self.write(simd, row, unit, acc);
+        }
+    }
+
     /// Adds biases, applies the finish and writes the unit's columns.
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, unit: &Unit, acc: &mut [f32]) {
-        let width = self.product.width();
         let projections = self.product.projections;
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(PAIR * PANEL)) {
             for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
@@ -349,28 +484,56 @@ impl Units<'_> {
                     }
                 }
             }
-            if matches!(self.product.finish, Finish::SwiGlu) {
-                let (gate, up) = acc.split_at_mut(PANEL);
-                // SAFETY: two panels of 16.
-                unsafe {
-                    let gated = math::silu(simd, simd.load(gate.as_ptr()));
-                    simd.store(gate.as_mut_ptr(), simd.mul(gated, simd.load(up.as_ptr())));
-                }
-            }
-            let written = if matches!(self.product.finish, Finish::SwiGlu) { 1 } else { PAIR };
-            for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)).take(written) {
-                let before: usize = match self.product.finish {
-                    Finish::Concat => projections[..panel.projection].iter().map(|p| p.matrix.rows).sum(),
-                    Finish::Add(_) | Finish::SwiGlu => 0,
-                };
-                let at = row * width + before + panel.first;
-                if let Finish::Add(residual) = self.product.finish {
+            self.activate(simd, acc);
+            if let Finish::Add(residual) = self.product.finish {
+                for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
+                    let at = row * self.product.width() + panel.first;
                     for (acc, residual) in acc.iter_mut().zip(&residual[at..at + panel.rows]) {
                         *acc += residual;
                     }
                 }
-                // SAFETY: every column of every row belongs to one unit, and `run` waits for all of them.
-                unsafe { self.out.write(at, &acc[..panel.rows]) };
+            }
+            self.write(simd, row, unit, acc);
+        }
+    }
+
+    /// Applies the activation function to a row of a unit.
+    #[inline(always)]
+    fn activate<S: Simd>(&self, simd: S, acc: &mut [f32]) {
+        if matches!(self.product.finish, Finish::SwiGlu) {
+            let (gate, up) = acc.split_at_mut(PANEL);
+            // SAFETY: two panels of 16.
+            unsafe {
+                let gated = math::silu(simd, simd.load(gate.as_ptr()));
+                simd.store(gate.as_mut_ptr(), simd.mul(gated, simd.load(up.as_ptr())));
+            }
+        }
+        if matches!(self.product.finish, Finish::Gelu) {
+            for half in acc.chunks_exact_mut(PANEL) {
+                // SAFETY: a panel of 16.
+                unsafe { simd.store(half.as_mut_ptr(), math::gelu(simd, simd.load(half.as_ptr()))) };
+            }
+        }
+    }
+
+    /// Writes a row of a unit.
+    #[inline(always)]
+    fn write<S: Simd>(&self, simd: S, row: usize, unit: &Unit, acc: &[f32]) {
+        let projections = self.product.projections;
+        let written = if matches!(self.product.finish, Finish::SwiGlu) { 1 } else { PAIR };
+        for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact(PANEL)).take(written) {
+            let before: usize = match self.product.finish {
+                Finish::Concat => projections[..panel.projection].iter().map(|p| p.matrix.rows).sum(),
+                Finish::Add(_) | Finish::SwiGlu | Finish::Gelu => 0,
+            };
+            let at = row * self.product.width() + before + panel.first;
+            // SAFETY: every column of every row belongs to one unit, and `run` waits for all of them; a panel has 16 numbers.
+            unsafe {
+                if panel.rows == PANEL {
+                    self.out.write_lanes(simd, at, simd.load(acc.as_ptr()));
+                } else {
+                    self.out.write(at, &acc[..panel.rows]);
+                }
             }
         }
     }

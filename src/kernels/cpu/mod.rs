@@ -13,6 +13,7 @@ mod avx512;
 mod dot;
 pub mod elementwise;
 pub mod floats;
+mod gemm;
 mod integer;
 mod math;
 pub mod matmul;
@@ -23,6 +24,7 @@ mod quantize;
 pub mod sample;
 pub mod scalar;
 pub mod simd;
+pub mod texts;
 pub mod threads;
 
 pub use simd::Isa;

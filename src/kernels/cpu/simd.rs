@@ -20,6 +20,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const INT_ROWS: usize;
     /// Rows of activations in a register tile of the dot product; it has four rows of weights.
     const DOT_ROWS: usize;
+    /// Rows of activations in a register tile of the product with panels; it has two vectors of columns.
+    const GEMM_ROWS: usize;
     /// Sixteen f32.
     type F: Copy;
     /// Sixteen i32, or 64 bytes in groups of four.

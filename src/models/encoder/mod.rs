@@ -11,6 +11,7 @@ mod roberta;
 
 use mlx_rs::Array;
 
+use bert::MAX_SIZE;
 pub use embedding::{EmbeddingModel, EmbeddingOptions};
 pub use head::ClassificationHead;
 pub use pipeline::Pipeline;
@@ -19,7 +20,8 @@ pub use rerank::RerankModel;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
-use crate::nn::{EncoderStack, PackedTexts};
+use crate::mlx::{self, Device};
+use crate::nn::{ATTENTION_BYTES, EncoderStack, PackedTexts};
 use crate::text::TextTokens;
 use crate::weights::Weights;
 
@@ -135,11 +137,49 @@ pub fn max_tokens(config: &ModelConfig) -> Result<usize> {
     most.ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\" is too small"))
 }
 
-/// Bytes that a batch of `tokens` tokens takes besides the weights; from experience, on the safe side.
-pub fn workspace(config: &ModelConfig, tokens: usize) -> Result<usize> {
-    let number = |key: &str| config.integer(key).unwrap_or(0);
-    let _ = find(config)?;
-    Ok((64 << 20) + 4 * tokens * (10 * number("hidden_size") + 4 * number("intermediate_size")))
+/// What batches of an encoder take besides its weights; measured on the CPU, on the safe side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchPlan {
+    /// Bytes however small the batch: what the CPU kernels lay out; on a GPU products of queries and keys, where MLX keeps them.
+    pub fixed: usize,
+    /// Bytes for each token: hidden states, projections, and the wide layer before and after its activation.
+    pub per_token: usize,
+    /// Bytes of the widest array for each token.
+    pub widest: usize,
+    /// Tokens of the longest text.
+    pub max_tokens: usize,
+}
+
+impl BatchPlan {
+    /// Of the encoder that `config` names, on `device`.
+    pub fn new(config: &ModelConfig, device: Device) -> Result<Self> {
+        let max_tokens = max_tokens(config)?;
+        let number = |key: &str| {
+            let number = config.integer(key).filter(|&n| n < MAX_SIZE);
+            number.ok_or_else(|| Error::invalid_model(format!("config.json: \"{key}\" is missing or too large")))
+        };
+        let (hidden, inner) = (number("hidden_size")?, number("intermediate_size")?);
+        let widest = 4 * inner.max(3 * hidden);
+        let fixed = match device {
+            Device::Cpu => 16 << 20,
+            Device::Gpu => 4 * ATTENTION_BYTES,
+        };
+        Ok(Self { fixed, per_token: 4 * (16 * hidden + 6 * inner), widest, max_tokens })
+    }
+
+    /// Tokens of a batch that pay. On the CPU 256 are enough for the kernels, and arrays that are not large
+    /// are not returned to the system after every operation; on a GPU an operation has its price, however small.
+    pub fn batch(&self, device: Device) -> usize {
+        match device {
+            Device::Cpu => (mlx::LARGE_BLOCK / 8 * 7 / self.widest.max(1)).clamp(256, 2048),
+            Device::Gpu => 8192,
+        }
+    }
+
+    /// Bytes of a batch of `tokens` tokens.
+    pub fn bytes(&self, tokens: usize) -> usize {
+        self.fixed + self.per_token * tokens
+    }
 }
 
 /// The encoder that `config` names, with a classification head of `labels` labels if there is to be one, and the bytes of

@@ -1,0 +1,175 @@
+//! Products with many rows, in f32: register tiles over panels that were laid out for them (Goto and van de Geijn 2008,
+//! "Anatomy of High-Performance Matrix Multiplication").
+//!
+//! Every output is one chain of fused multiplications and additions over the columns, first to last: its bits do not depend on
+//! other rows. They are other bits than those of `dot.rs`, which adds in sixteen lanes.
+
+use super::dot::load_tail;
+use super::floats::Element;
+use super::simd::{LANES, Simd, WORDS, Work};
+
+/// Vectors of a panel.
+const VECTORS: usize = 2;
+
+/// Columns of a panel.
+pub const WIDTH: usize = VECTORS * LANES;
+
+/// Depth that is computed at once: a panel of it and a tile's rows stay in the caches.
+const DEPTH: usize = 512;
+
+/// Lays out up to sixteen rows of a matrix as lanes of a panel: element `k` of row `i` goes to `panel[k * WIDTH + i]`.
+/// Rows begin `stride` elements apart, and have `depth` of them.
+pub struct PackLanes<'a, T> {
+    pub rows: &'a [T],
+    pub stride: usize,
+    pub count: usize,
+    pub depth: usize,
+    pub panel: &'a mut [f32],
+}
+
+impl<T: Element> Work for PackLanes<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { rows, stride, count, depth, panel } = self;
+        assert!(count <= LANES && (count == 0 || rows.len() >= (count - 1) * stride + depth));
+        assert!(depth == 0 || panel.len() >= (depth - 1) * WIDTH + LANES);
+        let mut square = [[0f32; LANES]; LANES];
+        let mut k = 0;
+        while k < depth {
+            let columns = LANES.min(depth - k);
+            if size_of::<T>() == size_of::<f32>() && count == LANES && columns == LANES {
+                // SAFETY: sixteen rows with sixteen elements of 32 bits from `k` on, as was asserted.
+                unsafe { turn(simd, rows.as_ptr().add(k).cast(), stride, columns, &mut panel[k * WIDTH..]) };
+            } else {
+                for i in 0..count {
+                    let row = &rows[i * stride + k..i * stride + k + columns];
+                    let numbers = if columns == LANES {
+                        // SAFETY: sixteen elements.
+                        unsafe { T::load(simd, row.as_ptr()) }
+                    } else {
+                        load_tail(simd, row)
+                    };
+                    // SAFETY: sixteen numbers.
+                    unsafe { simd.store(square[i].as_mut_ptr(), numbers) };
+                }
+                // SAFETY: sixteen rows of sixteen numbers.
+                unsafe { turn(simd, square.as_ptr().cast(), LANES, columns, &mut panel[k * WIDTH..]) };
+            }
+            k += columns;
+        }
+    }
+}
+
+/// Columns of sixteen rows of f32, which begin `stride` numbers apart, as lanes of the rows of a panel.
+///
+/// # Safety
+/// Sixteen readable numbers in each row.
+#[inline(always)]
+unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize, panel: &mut [f32]) {
+    assert!(columns <= LANES && panel.len() >= (columns - 1) * WIDTH + LANES);
+    let mut first = 0;
+    while first < columns {
+        // SAFETY: eight of the sixteen numbers of each row; the panel has room for the lanes of every column.
+        unsafe {
+            let words = simd.load_words(rows.add(first).cast(), stride * size_of::<f32>());
+            for w in 0..WORDS {
+                if first + w < columns {
+                    simd.store(panel.as_mut_ptr().add((first + w) * WIDTH), simd.float_of_bits(words[w]));
+                }
+            }
+        }
+        first += WORDS;
+    }
+}
+
+/// Rows of `a` times a panel, added to rows of [`WIDTH`] numbers.
+pub struct TimesPanel<'a> {
+    /// Row `m` begins at `m * a_stride` and has `depth` numbers.
+    pub a: &'a [f32],
+    pub a_stride: usize,
+    pub rows: usize,
+    pub depth: usize,
+    /// `[depth, WIDTH]`.
+    pub panel: &'a [f32],
+    /// Row `m` begins at `m * acc_stride`.
+    pub acc: &'a mut [f32],
+    pub acc_stride: usize,
+}
+
+impl Work for TimesPanel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { a, a_stride, rows, depth, panel, acc, acc_stride } = self;
+        assert!(rows == 0 || a.len() >= (rows - 1) * a_stride + depth);
+        assert!(panel.len() >= depth * WIDTH && (rows == 0 || acc.len() >= (rows - 1) * acc_stride + WIDTH));
+        let mut first = 0;
+        while first < depth {
+            let depth = DEPTH.min(depth - first);
+            let panel = &panel[first * WIDTH..(first + depth) * WIDTH];
+            let mut row = 0;
+            while row < rows {
+                let a = &a[row * a_stride + first..];
+                let acc = &mut acc[row * acc_stride..];
+                row += match rows - row {
+                    12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12> { a, a_stride, panel, acc, acc_stride }),
+                    8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8> { a, a_stride, panel, acc, acc_stride }),
+                    4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4> { a, a_stride, panel, acc, acc_stride }),
+                    2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2> { a, a_stride, panel, acc, acc_stride }),
+                    _ => simd.call(Tile::<1> { a, a_stride, panel, acc, acc_stride }),
+                };
+            }
+            first += depth;
+        }
+    }
+}
+
+/// `M` rows with a panel; returns `M`.
+struct Tile<'a, const M: usize> {
+    a: &'a [f32],
+    a_stride: usize,
+    panel: &'a [f32],
+    acc: &'a mut [f32],
+    acc_stride: usize,
+}
+
+impl<const M: usize> Work for Tile<'_, M> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> usize {
+        let Self { a, a_stride, panel, acc, acc_stride } = self;
+        let depth = panel.len() / WIDTH;
+        assert!(a.len() >= (M - 1) * a_stride + depth && acc.len() >= (M - 1) * acc_stride + WIDTH);
+        let mut sums = [[simd.splat(0.0); VECTORS]; M];
+        // SAFETY: rows of `a`, of `acc` and of the panel are in bounds, as was asserted.
+        unsafe {
+            for m in 0..M {
+                for v in 0..VECTORS {
+                    sums[m][v] = simd.load(acc.as_ptr().add(m * acc_stride + v * LANES));
+                }
+            }
+            for k in 0..depth {
+                let mut b = [simd.splat(0.0); VECTORS];
+                for v in 0..VECTORS {
+                    b[v] = simd.load(panel.as_ptr().add(k * WIDTH + v * LANES));
+                }
+                for m in 0..M {
+                    let x = simd.splat(*a.as_ptr().add(m * a_stride + k));
+                    for v in 0..VECTORS {
+                        sums[m][v] = simd.fma(x, b[v], sums[m][v]);
+                    }
+                }
+            }
+            for m in 0..M {
+                for v in 0..VECTORS {
+                    simd.store(acc.as_mut_ptr().add(m * acc_stride + v * LANES), sums[m][v]);
+                }
+            }
+        }
+        M
+    }
+}
