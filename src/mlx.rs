@@ -407,6 +407,16 @@ pub enum QuantMode {
 }
 
 impl QuantMode {
+    /// Its name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            QuantMode::Affine => "affine",
+            QuantMode::Mxfp4 => "mxfp4",
+            QuantMode::Mxfp8 => "mxfp8",
+            QuantMode::Nvfp4 => "nvfp4",
+        }
+    }
+
     fn c_name(self) -> &'static CStr {
         match self {
             QuantMode::Affine => c"affine",

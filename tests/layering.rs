@@ -27,7 +27,13 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sync", "text", "weights",
         ],
     ),
-    ("pool", &["cache", "config", "engine", "error", "hub", "kernels", "ledger", "mlx", "models", "panics", "sync"]),
+    (
+        "pool",
+        &[
+            "cache", "config", "engine", "error", "hub", "kernels", "ledger", "mlx", "models", "panics", "sync",
+            "weights",
+        ],
+    ),
     ("capi", &["engine", "error", "fault", "hub", "kernels", "mlx", "panics", "pool", "sync"]),
     ("lib", &[]),
 ];

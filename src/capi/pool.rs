@@ -134,6 +134,11 @@ pub struct omlx_pool_options {
     pub ttl_seconds: u32,
     /// A file that keeps what `omlx_model_configure` settles. It need not exist. NULL forgets it when the pool is closed.
     pub settings_file: *const c_char,
+    /// A folder in which tools of the Hugging Face hub keep models (`models--org--name/snapshots`): those are in the pool,
+    /// too, as `org/name`, unless `models_dir` has that id. An empty text is the standard folder, which need not exist:
+    /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`. NULL looks into none. Nothing is written
+    /// there.
+    pub hub_cache: *const c_char,
 }
 
 impl Default for omlx_pool_options {
@@ -165,6 +170,7 @@ impl Default for omlx_pool_options {
             memory_percent: 0,
             ttl_seconds: 0,
             settings_file: std::ptr::null(),
+            hub_cache: std::ptr::null(),
         }
     }
 }
@@ -204,13 +210,14 @@ impl omlx_pool_options {
         let nonzero = |n: u32| (n > 0).then_some(n as usize);
         let bytes = |n: u64| (n > 0).then_some(n);
         // SAFETY: passed on to the caller.
-        let (models_dir, default_model, cache_dir, namespace, settings_file) = unsafe {
+        let (models_dir, default_model, cache_dir, namespace, settings_file, hub_cache) = unsafe {
             (
                 optional_string(self.models_dir, "models_dir")?,
                 optional_string(self.default_model, "default_model")?,
                 optional_string(self.cache_dir, "cache_dir")?,
                 optional_string(self.cache_namespace, "cache_namespace")?,
                 optional_string(self.settings_file, "settings_file")?,
+                optional_string(self.hub_cache, "hub_cache")?,
             )
         };
         Ok(PoolOptions {
@@ -241,6 +248,7 @@ impl omlx_pool_options {
             memory: memory_limit(self.memory_limit, self.memory_percent)?,
             ttl: (self.ttl_seconds > 0).then(|| Duration::from_secs(self.ttl_seconds.into())),
             settings_file: settings_file.map(PathBuf::from),
+            hub_cache: hub_cache.map(PathBuf::from),
             target_latency: (self.target_latency_ms > 0).then(|| Duration::from_millis(self.target_latency_ms.into())),
         })
     }

@@ -31,3 +31,4 @@ mod url;
 pub use control::{OnProgress, Progress, State};
 pub use download::{Arrival, Download, Tuning};
 pub use request::{DownloadRequest, Token};
+pub use settings::standard_cache;

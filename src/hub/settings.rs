@@ -57,14 +57,29 @@ fn environments_token(variable: Environment<'_>) -> Result<Option<Token>> {
     if let Some(token) = variable("HF_TOKEN") {
         return Token::new(&token).map(Some).map_err(|e| e.context("HF_TOKEN"));
     }
-    let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
-        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
-        Some(cache.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache")))?.join("huggingface"))
-    });
-    let file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home?.join("token")));
+    let file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home(variable)?.join("token")));
     // Nobody has to be logged in: a file that is not there or cannot be read is no token.
     let text = file.and_then(|file| std::fs::read_to_string(file).ok()).filter(|text| !text.trim().is_empty());
     text.map(|text| Token::new(&text).map_err(|e| e.context("the hub's token file"))).transpose()
+}
+
+/// Where the hub's tools keep what they keep.
+fn home(variable: Environment<'_>) -> Option<PathBuf> {
+    variable("HF_HOME").map(PathBuf::from).or_else(|| {
+        let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        Some(cache.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache")))?.join("huggingface"))
+    })
+}
+
+/// Where the hub's tools keep models by the environment: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, by default
+/// `~/.cache/huggingface`. `None` without a home.
+pub fn standard_cache() -> Option<PathBuf> {
+    cache(&|name| std::env::var(name).ok())
+}
+
+fn cache(environment: Environment<'_>) -> Option<PathBuf> {
+    let variable = |name: &str| environment(name).filter(|value| !value.trim().is_empty());
+    variable("HF_HUB_CACHE").map(PathBuf::from).or_else(|| Some(home(&variable)?.join("hub")))
 }
 
 #[cfg(test)]
@@ -109,6 +124,20 @@ mod tests {
             assert_eq!(token(&resolve(r#"{"repo":"a/b"}"#, &[variables])), Some("hf_file"));
         }
         assert_eq!(token(&resolve(r#"{"repo":"a/b"}"#, &[("HF_HOME", "/nowhere")])), None);
+    }
+
+    #[test]
+    fn the_environment_says_where_the_cache_is() {
+        let cache = |variables: &[(&str, &str)]| {
+            cache(&|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()))
+        };
+        let all = [("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h"), ("XDG_CACHE_HOME", "/x"), ("HOME", "/u")];
+        let expected = ["/c", "/h/hub", "/x/huggingface/hub", "/u/.cache/huggingface/hub"];
+        for (at, expected) in expected.iter().enumerate() {
+            assert_eq!(cache(&all[at..]), Some(PathBuf::from(expected)));
+        }
+        assert_eq!(cache(&[("HF_HUB_CACHE", " "), ("HF_HOME", "/h")]), Some(PathBuf::from("/h/hub")));
+        assert_eq!(cache(&[]), None);
     }
 
     #[test]

@@ -21,6 +21,16 @@ pub enum ModelKind {
 }
 
 impl ModelKind {
+    /// Its name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llm => "llm",
+            Self::Embedding => "embedding",
+            Self::Reranker => "reranker",
+            Self::Vision => "vision",
+        }
+    }
+
     /// The kind of the model in `folder`, from its config and the files of sentence-transformers. It says what a model is meant
     /// for, not whether this build can load it.
     pub fn detect(folder: &Path, config: &ModelConfig) -> Self {

@@ -75,7 +75,7 @@ fn list(state: &Mutex<State>, arrival: &Arrival) {
     if !arrival.folder.join("config.json").is_file() {
         return;
     }
-    let entry = super::ModelEntry::listed(arrival.id.clone(), arrival.folder.clone());
+    let entry = super::ModelEntry::listed(arrival.id.clone(), &arrival.folder);
     let mut state = lock(state);
     if !arrival.changed && state.catalogue.find(&arrival.id).is_ok() {
         return;

@@ -5,6 +5,7 @@ mod download;
 mod keeper;
 mod memory;
 mod metrics;
+mod models;
 mod policy;
 mod settings;
 mod status;
@@ -13,21 +14,21 @@ mod tiers;
 pub use crate::cache::ssd::Codec;
 pub use catalogue::{Catalogue, ModelEntry};
 pub use memory::{Machine, MemoryLimit, Reading, ThisMachine};
+pub use models::ModelInfo;
 pub use policy::Pressure;
-pub use settings::ModelSettings;
+pub use settings::{KindSetting, ModelSettings};
 pub use tiers::{TierLimits, TierOptions, TierSet};
 
+use catalogue::ModelFolders;
 use settings::SettingsFile;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mlx_rs::Dtype;
-use serde_json::Value;
 
-use crate::config::ModelConfig;
 use crate::engine::{
     self, CacheCommand, EncodeRequest, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource,
     Request, RequestState, Tiers, Turns,
@@ -82,6 +83,8 @@ pub struct PoolOptions {
     pub ttl: Option<Duration>,
     /// File that keeps what is settled about models; `None` forgets it when the pool closes.
     pub settings_file: Option<PathBuf>,
+    /// A cache of the Hugging Face hub whose models are in the pool, too; empty is the standard one, which need not exist.
+    pub hub_cache: Option<PathBuf>,
 }
 
 /// Prompt tokens in one forward pass by default: enough that weights are read and unpacked for many rows at once. On
@@ -126,6 +129,8 @@ pub struct EnginePool {
     turns: Arc<Turns>,
     default_model: Option<String>,
     downloads: download::Downloads,
+    /// Looked into by one thread at a time.
+    folders: Mutex<ModelFolders>,
     /// What the hot tier takes of the ledger, where it lies in the same memory.
     hot: Account,
     shared: Arc<Shared>,
@@ -209,10 +214,10 @@ impl EnginePool {
         if options.max_sequences == Some(0) || options.queue_length == Some(0) {
             return Err(Error::invalid_argument("at least one sequence must run, and one request wait"));
         }
-        let catalogue = match &options.models_dir {
-            Some(folder) => Catalogue::scan(folder)?,
-            None => Catalogue::default(),
-        };
+        let settings = SettingsFile::open(options.settings_file)?;
+        let folders = ModelFolders { models: options.models_dir.clone(), hub_cache: options.hub_cache };
+        let mut catalogue = Catalogue::new(&settings);
+        catalogue.update(folders.scan()?, &[], |_| false);
         let block_tokens = options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS);
         let reading = machine.read();
         let ledger = Ledger::new(keeper::first_limit(options.memory, device, &reading)?);
@@ -220,7 +225,7 @@ impl EnginePool {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 catalogue,
-                settings: SettingsFile::open(options.settings_file)?,
+                settings,
                 engines: HashMap::new(),
                 draining: Vec::new(),
                 retiring: Vec::new(),
@@ -265,6 +270,7 @@ impl EnginePool {
             turns: Turns::new(device == Device::Gpu),
             default_model: options.default_model,
             downloads: download::Downloads::new(options.models_dir),
+            folders: Mutex::new(folders),
             shared,
             wake,
         };
@@ -291,25 +297,6 @@ impl EnginePool {
     /// Where this pool computes.
     pub fn device(&self) -> Device {
         self.device
-    }
-
-    /// Adds the model in `folder` under `id`, by default the folder's name; returns the id.
-    pub fn add_model(&self, folder: &Path, id: Option<&str>) -> Result<String> {
-        // Read before locking: a slow disk must not hold up `generate`.
-        let entry = ModelEntry::from_folder(folder, id)?;
-        lock(&self.shared.state).catalogue.add(entry)
-    }
-
-    /// Adds a model with random weights of `config`, for benchmarks.
-    pub fn add_random_model(&self, id: &str, config: ModelConfig) -> Result<()> {
-        lock(&self.shared.state).catalogue.add(ModelEntry::random(id, config)?).map(|_| ())
-    }
-
-    /// All models with what is known of them, and whether each is loaded.
-    pub fn models(&self) -> Vec<(ModelEntry, Option<LoadedInfo>)> {
-        let state = lock(&self.shared.state);
-        let loaded = |id: &str| state.engines.get(id)?.engine.as_ref()?.loaded();
-        state.catalogue.entries().map(|entry| (entry.clone(), loaded(&entry.id))).collect()
     }
 
     /// Accepts a request and returns at once; loading, rendering and tokenising happen on the engine's threads.
@@ -360,32 +347,6 @@ impl EnginePool {
         let freed = engine.join_stopped();
         lock(&self.shared.state).retiring.retain(|other| !Arc::ptr_eq(other, &engine));
         Ok(freed)
-    }
-
-    /// Changes what is settled about a model, by a JSON object (RFC 7396): see [`ModelSettings`]. It holds from the next
-    /// request on, and is in the settings file when this returns.
-    pub fn configure(&self, id: &str, patch: &Value) -> Result<()> {
-        let mut state = lock(&self.shared.state);
-        let id = self.resolve_id(&state, Some(id))?;
-        let settings = state.settings.get(&id).patched(patch)?;
-        let defaults = Arc::new(settings.request()?);
-        if let Some(alias) = settings.alias.as_deref().filter(|&alias| state.catalogue.find(alias).is_ok()) {
-            return Err(Error::invalid_argument(format!("{alias:?} is the id of a model")));
-        }
-        state.settings.set(&id, settings)?;
-        if let Some(slot) = state.engines.get_mut(&id) {
-            slot.defaults = defaults;
-        }
-        // A shorter time may be up.
-        let _ = self.wake.try_send(());
-        Ok(())
-    }
-
-    /// What is settled about a model.
-    pub fn settings(&self, id: &str) -> Result<ModelSettings> {
-        let state = lock(&self.shared.state);
-        let id = self.resolve_id(&state, Some(id))?;
-        Ok(state.settings.get(&id))
     }
 
     /// Changes the memory that all models may take; what is beyond it goes as soon as it can.

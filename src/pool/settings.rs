@@ -22,6 +22,18 @@ const VERSION: u64 = 1;
 /// Seconds that a model may stay without requests at most: far from where times overflow.
 const MAX_TTL: f64 = 1e9;
 
+/// What a model is used for, whatever its files say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KindSetting {
+    /// It continues texts.
+    Llm,
+    /// It gives vectors of texts.
+    Embedding,
+    /// It gives scores of pairs of texts.
+    Reranker,
+}
+
 /// What is settled about one model; `Default` is nothing.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -41,6 +53,9 @@ pub struct ModelSettings {
     /// Tokens of a prompt and its answer at most, where that is less than the model can.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<usize>,
+    /// What it is used for, where its files tell something else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<KindSetting>,
     /// For requests that do not say, written as in a request: "temperature", "max_tokens", "chat_template_kwargs", …
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub defaults: Map<String, Value>,

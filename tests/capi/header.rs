@@ -60,6 +60,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "omlx_pool_models",
             "omlx_pool_add_model",
+            "omlx_pool_rescan",
             "omlx_model_load",
             "omlx_model_unload",
             "omlx_model_configure",
