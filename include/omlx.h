@@ -279,10 +279,15 @@ typedef struct omlx_pool_options {
     uint32_t ttl_seconds;
     /// A file that keeps what `omlx_model_configure` settles. It need not exist. NULL forgets it when the pool is closed.
     const char *settings_file;
+    /// A folder in which tools of the Hugging Face hub keep models (`models--org--name/snapshots`): those are in the pool,
+    /// too, as `org/name`, unless `models_dir` has that id. An empty text is the standard folder, which need not exist:
+    /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`. NULL looks into none. Nothing is written
+    /// there.
+    const char *hub_cache;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL, NULL }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;
@@ -338,9 +343,25 @@ void omlx_pool_release(omlx_pool *pool);
 
 // Models ----------------------------------------------------------------------------------------------------
 
-/// All models of the pool as a JSON array, ordered by id. Each object has "id", "loaded", "file_bytes" and, where
-/// known, "folder", "model_type", "context_length" (tokens), "quantization_bits"; "problem" says why a model cannot be
-/// loaded; a loaded one has "device" ("cpu" or "gpu"), "weight_bytes" and "load_seconds". More keys may come.
+/// All models of the pool as a JSON array, ordered by id. Each object has "id", "loaded", "file_bytes" (of the weight files)
+/// and, where known:
+///
+///   "alias"            another name for it in requests
+///   "folder"           its path
+///   "kind"             "llm", "embedding", "reranker" or "vision": settled by `omlx_model_configure`, else detected
+///   "model_type"       the architecture
+///   "context_length"   tokens
+///   "quantization"     an object with "bits", "group_size" and "mode" ("affine", "mxfp4", "mxfp8" or "nvfp4"), but for
+///                      exceptions of single layers; "quantization_bits" is the first
+///   "license"          as its README.md names it
+///   "license_file"     path of the file with its text
+///   "problem"          why it cannot be used: the config is damaged, weights are missing or have another format, the
+///                      architecture is not supported; of a vision model it begins with "unsupported: vision"
+///   "problem_status"   the class of that, such as "OMLX_E_UNSUPPORTED": requests for the model fail with it
+///   "device"           of a loaded one, "cpu" or "gpu"
+///   "weight_bytes", "load_seconds"   of a loaded one
+///
+/// Folders that only look like models are listed with their problem, too. More keys may come.
 omlx_status omlx_pool_models(omlx_pool *pool, omlx_string **models_json, omlx_error **error);
 
 /// Adds the model in `folder` under `id`; an `id` of NULL takes the folder's name. Loads nothing, but reads the model's
@@ -349,6 +370,13 @@ omlx_status omlx_pool_models(omlx_pool *pool, omlx_string **models_json, omlx_er
 /// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_MODEL` (damaged config), `OMLX_E_UNSUPPORTED` (unknown type; the
 /// message lists the known ones), `OMLX_E_INVALID_ARGUMENT` (id in use).
 omlx_status omlx_pool_add_model(omlx_pool *pool, const char *folder, const char *id, omlx_error **error);
+
+/// Looks into the pool's `models_dir` and `hub_cache` again: models that are new or have changed come in, and those that are
+/// gone go out, also of those that were added or downloaded. Loaded ones stay as they are. If a folder cannot be read,
+/// nothing changes. Blocking while the folders are read.
+///
+/// Errors: `OMLX_E_NOT_FOUND` (a folder is gone), `OMLX_E_IO`, `OMLX_E_CLOSED`.
+omlx_status omlx_pool_rescan(omlx_pool *pool, omlx_error **error);
 
 /// Loads a model and waits until it is ready. Requests load their model by themselves; this does it before them.
 /// Blocking.
@@ -375,6 +403,8 @@ omlx_status omlx_model_unload(
 ///   "preload"         true: it is loaded when the pool is opened
 ///   "ttl_seconds"     it is unloaded after so many seconds without a request; below 0: only when its memory is needed
 ///   "context_length"  tokens of a prompt and its answer at most, where that is less than the model can
+///   "kind"            "llm", "embedding" or "reranker": what it is used for, where its folder tells something else. If it is
+///                     loaded, it ends the requests it has; the next one loads it anew
 ///   "defaults"        for requests that do not say: "max_tokens", "temperature", "top_p", "top_k", "min_p",
 ///                     "repetition_penalty", "presence_penalty", "frequency_penalty" and "chat_template_kwargs"
 ///
@@ -570,6 +600,8 @@ typedef struct omlx_request omlx_request;
 ///
 /// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
 /// function returns.
+///
+/// Parts of messages other than text (pictures, sounds, films, files, also in results of tools) are `OMLX_E_UNSUPPORTED`.
 ///
 /// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_BUSY` (too many wait:
 /// `omlx_error_retry_after_ms`), `OMLX_E_CLOSED`. A prompt that the KV cache cannot hold ends with `OMLX_E_OUT_OF_MEMORY`.

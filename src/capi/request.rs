@@ -96,6 +96,8 @@ impl Drop for omlx_request {
 /// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
 /// function returns.
 ///
+/// Parts of messages other than text (pictures, sounds, films, files, also in results of tools) are `OMLX_E_UNSUPPORTED`.
+///
 /// Errors: `OMLX_E_INVALID_REQUEST`, `OMLX_E_UNSUPPORTED`, `OMLX_E_NOT_FOUND` (model), `OMLX_E_BUSY` (too many wait:
 /// `omlx_error_retry_after_ms`), `OMLX_E_CLOSED`. A prompt that the KV cache cannot hold ends with `OMLX_E_OUT_OF_MEMORY`.
 #[unsafe(no_mangle)]

@@ -20,6 +20,9 @@ const MAX_TOP_LOGPROBS: usize = 20;
 /// Answers to one prompt at most.
 const MAX_CHOICES: usize = 16;
 
+/// Keys beside the text of a message or prompt that other APIs have for pictures, sounds and films.
+const MEDIA_KEYS: [&str; 6] = ["image", "images", "audio", "audios", "video", "videos"];
+
 /// Before whom a request runs; within a class the first to come is first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -198,6 +201,10 @@ impl Request {
         let raw: RawRequest = serde_ignored::deserialize(&mut reader, |path| unknown.push(path.to_string()))
             .and_then(|raw| reader.end().map(|()| raw))
             .map_err(|e| Error::invalid_request(format!("the request is not valid: {e}")))?;
+        // A lenient host does not mean these.
+        if let Some(key) = unknown.iter().find(|key| MEDIA_KEYS.contains(&key.as_str())) {
+            return Err(Error::unsupported(format!("{key:?}: only text is supported")));
+        }
         if !lenient && !unknown.is_empty() {
             unknown.truncate(8);
             return Err(Error::invalid_request(format!("unknown keys: {}", unknown.join(", "))));
@@ -244,6 +251,32 @@ fn within(name: &str, value: Option<f32>, low: f32, high: f32) -> Result<Option<
         }
         other => Ok(other),
     }
+}
+
+/// What of a message a text model would not see, by its name.
+fn other_than_text(message: &Value) -> Option<String> {
+    let has = |key: &&str| match message.get(key) {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Array(items)) => !items.is_empty(),
+        Some(_) => true,
+    };
+    let beside = MEDIA_KEYS.iter().find(|key| has(key)).map(|key| format!("{key:?}"));
+    beside.or_else(|| message.get("content").and_then(other_part))
+}
+
+/// The type of the first part in `content` that is not text; of results of tools it is what they hold. JSON that could be
+/// read is not nested deeply.
+fn other_part(content: &Value) -> Option<String> {
+    let parts = match content {
+        Value::Array(parts) => &parts[..],
+        Value::Object(_) => std::slice::from_ref(content),
+        _ => return None,
+    };
+    parts.iter().find_map(|part| match part.get("type").and_then(Value::as_str) {
+        Some("text") => None,
+        Some(kind) => part.get("content").and_then(other_part).or_else(|| Some(format!("a part of type {kind:?}"))),
+        None => Some("a part without a type".to_owned()),
+    })
 }
 
 impl RawRequest {
@@ -307,14 +340,10 @@ impl RawRequest {
         if !matches!(format, None | Some(Some("text"))) {
             return Err(Error::unsupported("\"response_format\" other than text is not supported"));
         }
-        let has_image = |message: &Value| {
-            let parts = message.get("content").and_then(Value::as_array);
-            parts.is_some_and(|parts| parts.iter().any(|p| p.get("type").and_then(Value::as_str) != Some("text")))
-        };
-        if self.messages.iter().flatten().any(has_image) {
-            return Err(Error::unsupported("message parts other than text are not supported"));
+        match self.messages.iter().flatten().find_map(other_than_text) {
+            Some(what) => Err(Error::unsupported(format!("{what} in a message: only text is supported"))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn checked_logprobs(&self) -> Result<Option<usize>> {
@@ -415,6 +444,53 @@ mod tests {
         let json = r#"{"prompt":"x","store":true}"#;
         assert!(parse(json).unwrap_err().message().contains("store"));
         assert!(Request::from_json(json.as_bytes(), true).is_ok());
+    }
+
+    #[test]
+    fn what_is_not_text_is_refused_by_its_name() {
+        let refused = |message: Value, name: &str| {
+            let text = serde_json::json!({ "role": "user", "content": [{ "type": "text", "text": "before" }] });
+            let json = serde_json::json!({ "messages": [text, message] }).to_string();
+            for lenient in [false, true] {
+                let error = Request::from_json(json.as_bytes(), lenient).expect_err(&json);
+                assert_eq!(error.status(), Status::Unsupported, "{json}: {error}");
+                assert!(error.message().contains(name), "{json}: {error}");
+            }
+        };
+        let text = || serde_json::json!({ "type": "text", "text": "see" });
+        for kind in [
+            "image_url",
+            "input_image",
+            "image",
+            "input_audio",
+            "audio",
+            "audio_url",
+            "video",
+            "video_url",
+            "file",
+            "input_file",
+            "document",
+        ] {
+            let part = || serde_json::json!({ "type": kind, "source": { "type": "base64", "data": "AA==" } });
+            let message = |role: &str, content: Value| serde_json::json!({ "role": role, "content": content });
+            let name = format!("\"{kind}\"");
+            refused(message("user", serde_json::json!([text(), part()])), &name);
+            refused(message("user", part()), &name);
+            refused(message("tool", serde_json::json!([text(), part()])), &name);
+            let result =
+                |content| serde_json::json!([{ "type": "tool_result", "tool_use_id": "1", "content": content }]);
+            refused(message("user", result(serde_json::json!([text(), part()]))), &name);
+        }
+        for key in MEDIA_KEYS {
+            refused(serde_json::json!({ "role": "user", "content": "see", key: ["AA=="] }), key);
+            let beside = format!(r#"{{"prompt":"see","{key}":["AA=="]}}"#);
+            assert_eq!(Request::from_json(beside.as_bytes(), true).unwrap_err().status(), Status::Unsupported);
+        }
+        refused(serde_json::json!({ "role": "user", "content": [{ "image_url": "x" }] }), "without a type");
+        // What says that there is none is no picture.
+        let none =
+            r#"{"messages":[{"role":"assistant","content":[{"type":"text","text":"x"}],"audio":null,"images":[]}]}"#;
+        assert!(parse(none).is_ok());
     }
 
     #[test]

@@ -52,13 +52,16 @@ impl EnginePool {
     pub fn rescan(&self) -> Result<()> {
         let folders = lock(&self.folders);
         // Read before locking, as above.
-        let added = lock(&self.shared.state).catalogue.added();
+        let added = {
+            let state = lock(&self.shared.state);
+            if state.closed {
+                return Err(closed());
+            }
+            state.catalogue.added()
+        };
         let gone: Vec<_> = added.into_iter().filter(|(_, folder)| !folder.is_dir()).map(|(id, _)| id).collect();
         let found = folders.scan()?;
         let mut state = lock(&self.shared.state);
-        if state.closed {
-            return Err(closed());
-        }
         let State { catalogue, engines, .. } = &mut *state;
         // The text side was read from what was there before.
         engines.retain(|_, slot| slot.engine.is_some());

@@ -257,6 +257,21 @@ mod tests {
     }
 
     #[test]
+    fn a_kind_is_written_as_it_is_read() {
+        let settle = |kind: Value| ModelSettings::default().patched(&json!({ "kind": kind }));
+        for (name, kind) in
+            [("llm", KindSetting::Llm), ("embedding", KindSetting::Embedding), ("reranker", KindSetting::Reranker)]
+        {
+            let settings = settle(json!(name)).unwrap();
+            assert_eq!((settings.kind, settings.to_json().unwrap()), (Some(kind), json!({ "kind": name })));
+        }
+        assert_eq!(settle(Value::Null).unwrap(), ModelSettings::default());
+        for bad in [json!("vision"), json!("LLM"), json!(1)] {
+            assert_eq!(settle(bad).unwrap_err().status(), Status::InvalidArgument);
+        }
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused() {
         let settings = ModelSettings::default();
         for bad in [

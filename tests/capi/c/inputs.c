@@ -1,6 +1,9 @@
 /* What hosts pass in, good and bad, and what the text functions make of it. Argument: the folder of the models. */
 #include "harness.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 static const char *models_dir;
 
 /* Expects `omlx_generate` to refuse `len` bytes, to run the destroy function, and to leave the output alone. */
@@ -41,6 +44,8 @@ static void bad_requests(omlx_pool *pool) {
     refused(pool, "{\"prompt\":\"x\",\"max_tokens\":99999999999999999999999999}", OMLX_E_INVALID_REQUEST);
     refused(pool, "{\"prompt\":\"x\",\"n\":17}", OMLX_E_INVALID_REQUEST);
     refused(pool, "{\"prompt\":\"x\",\"unheard_of\":1}", OMLX_E_INVALID_REQUEST);
+    refused(pool, "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"x\"},"
+                  "{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:,\"}}]}]}", OMLX_E_UNSUPPORTED);
     memset(deep, '[', sizeof deep - 1);
     refused(pool, deep, OMLX_E_INVALID_REQUEST);
     memcpy(deep, "{\"messages\":", 12);
@@ -194,6 +199,72 @@ static int models_contain(omlx_pool *pool, const char *what) {
     return found;
 }
 
+static void configure(omlx_pool *pool, const char *id, const char *json) {
+    omlx_error *error = NULL;
+    CHECK_STATUS(OMLX_OK, omlx_model_configure(pool, id, json, strlen(json), &error));
+}
+
+/* What a pool tells of its models, and what it is for. */
+static void model_facts(void) {
+    const char *unknown = "{\"kind\":\"vision\"}";
+    omlx_pool *pool = open_pool(models_dir);
+    omlx_error *error = NULL;
+    CHECK(models_contain(pool, "\"kind\":\"llm\"") && models_contain(pool, "\"license\":\"apache-2.0\""));
+    CHECK(models_contain(pool, "\"quantization\":{\"bits\":") && models_contain(pool, "\"mode\":\"affine\"}"));
+    CHECK(!models_contain(pool, "\"problem") && !models_contain(pool, "\"alias\""));
+    CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "tiny-chat", &error));
+    configure(pool, "tiny-chat", "{\"alias\":\"chat\",\"kind\":\"embedding\"}");
+    CHECK(models_contain(pool, "\"alias\":\"chat\"") && models_contain(pool, "\"kind\":\"embedding\""));
+    CHECK(models_contain(pool, "\"loaded\":false")); /* What ran was of the other kind. */
+    configure(pool, "chat", "{\"kind\":null}");
+    CHECK(models_contain(pool, "\"kind\":\"llm\""));
+    CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "chat", &error));
+    CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_model_configure(pool, "chat", unknown, strlen(unknown), &error));
+    end_pool(pool);
+}
+
+static void write_file(const char *path, const char *content) {
+    FILE *file = fopen(path, "w");
+    CHECK(file != NULL && fputs(content, file) >= 0 && fclose(file) == 0);
+}
+
+/* A hub's cache that changes while a pool looks at it. */
+static void models_that_come_and_go(void) {
+    omlx_pool_options options = OMLX_POOL_OPTIONS_INIT;
+    char cache[] = "/tmp/omlx-hub-XXXXXX", path[4][256];
+    omlx_error *error = NULL;
+    omlx_pool *pool = NULL;
+    size_t i;
+    CHECK(mkdtemp(cache) != NULL);
+    snprintf(path[0], sizeof path[0], "%s/models--org--new", cache);
+    snprintf(path[1], sizeof path[1], "%s/models--org--new/snapshots", cache);
+    snprintf(path[2], sizeof path[2], "%s/models--org--new/snapshots/0123", cache);
+    snprintf(path[3], sizeof path[3], "%s/models--org--new/snapshots/0123/config.json", cache);
+    options.models_dir = models_dir;
+    options.hub_cache = cache;
+    CHECK_STATUS(OMLX_OK, omlx_pool_open(&options, &pool, &error));
+    for (i = 0; i < 3; i++)
+        CHECK(mkdir(path[i], 0700) == 0);
+    write_file(path[3], "{\"model_type\":\"llava\",\"vision_config\":{},\"max_position_embeddings\":8}");
+    CHECK(!models_contain(pool, "org/new"));
+    CHECK_STATUS(OMLX_OK, omlx_pool_rescan(pool, &error));
+    CHECK(models_contain(pool, "\"id\":\"org/new\"") && models_contain(pool, "\"kind\":\"vision\""));
+    CHECK(models_contain(pool, "\"problem\":\"unsupported: vision"));
+    CHECK(models_contain(pool, "\"problem_status\":\"OMLX_E_UNSUPPORTED\""));
+    refused(pool, "{\"model\":\"org/new\",\"prompt\":\"x\"}", OMLX_E_UNSUPPORTED);
+    CHECK(remove(path[3]) == 0);
+    for (i = 3; i > 0; i--)
+        CHECK(rmdir(path[i - 1]) == 0);
+    CHECK_STATUS(OMLX_OK, omlx_pool_rescan(pool, &error));
+    CHECK(!models_contain(pool, "org/new") && models_contain(pool, "tiny-chat"));
+    CHECK(rmdir(cache) == 0);
+    CHECK_STATUS(OMLX_E_NOT_FOUND, omlx_pool_rescan(pool, &error));
+    CHECK(models_contain(pool, "tiny-chat"));
+    CHECK_STATUS(OMLX_OK, omlx_pool_close(pool, &error));
+    CHECK_STATUS(OMLX_E_CLOSED, omlx_pool_rescan(pool, &error));
+    omlx_pool_release(pool);
+}
+
 static void model_lists(void) {
     omlx_pool *pool = open_pool(models_dir);
     omlx_error *error = NULL;
@@ -278,6 +349,8 @@ int main(int argc, char **argv) {
     late_failures(small);
     end_pool(small);
     model_lists();
+    model_facts();
+    models_that_come_and_go();
     log_hooks();
     return finish("inputs");
 }
