@@ -56,6 +56,8 @@ pub struct Pages {
     block_tokens: usize,
     /// `None` only while an array is being replaced.
     layers: Vec<Option<LayerPool>>,
+    /// Which of them each layer of the model has, where some have the same.
+    shared: Option<Vec<usize>>,
     /// Blocks that all layers have, the spare one aside.
     capacity: usize,
     /// What it will be, and the arrays that still have to get there: keys and values in turn, layer by layer.
@@ -67,13 +69,37 @@ impl Pages {
     /// kernels, which do not look at it, and zeros elsewhere: a masked row must be finite there.
     pub fn new(backend: Backend, layout: &KvLayout, block_tokens: usize) -> Result<Self> {
         let layers = vec![(); layout.layers.len()].into_iter().map(|()| None).collect();
-        let mut pages = Self { backend, layout: layout.clone(), block_tokens, layers, capacity: 0, resize: None };
+        let layout = layout.clone();
+        let mut pages = Self { backend, layout, block_tokens, layers, shared: None, capacity: 0, resize: None };
         for layer in 0..pages.layers.len() {
             let pool = LayerPool { keys: pages.empty(layer, 0)?, values: pages.empty(layer, 0)?, order: None };
             mlx_rs::transforms::eval([&pool.keys, &pool.values])?;
             pages.layers[layer] = Some(pool);
         }
         Ok(pages)
+    }
+
+    /// Pools of `blocks` blocks for sequences that pass the model in one go: layers of the same shape share theirs, because
+    /// none reads what another has written.
+    pub fn shared(backend: Backend, layout: &KvLayout, block_tokens: usize, blocks: usize) -> Result<Self> {
+        let mut shapes: Vec<(usize, usize)> = Vec::new();
+        let pools = layout.layers.iter().map(|shape| {
+            shapes.iter().position(|known| known == shape).unwrap_or_else(|| {
+                shapes.push(*shape);
+                shapes.len() - 1
+            })
+        });
+        let pools = pools.collect();
+        let mut pages = Self::new(backend, &KvLayout { layers: shapes, ..layout.clone() }, block_tokens)?;
+        pages.shared = Some(pools);
+        pages.resize(blocks);
+        pages.resize_all()?;
+        Ok(pages)
+    }
+
+    /// Which pool `layer` has.
+    fn pool_of(&self, layer: usize) -> usize {
+        self.shared.as_ref().map_or(layer, |pools| pools[layer])
     }
 
     /// What a token stores.
@@ -174,13 +200,14 @@ impl Pages {
 
     /// Blocks of keys and of values of `layer`, which kernels write to in place.
     pub fn layer(&self, layer: usize) -> Result<(&Array, &Array)> {
-        let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
+        let pool =
+            self.layers[self.pool_of(layer)].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
         Ok((&pool.keys, &pool.values))
     }
 
     /// Keys and values of `layer` for the GPU kernels, which write to them in place.
     pub fn pool(&mut self, layer: usize) -> Result<Pool<'_>> {
-        let dtype = self.layout.dtype;
+        let (dtype, layer) = (self.layout.dtype, self.pool_of(layer));
         let pool = self.layers[layer].as_mut().ok_or_else(|| Error::internal("a layer without a pool"))?;
         let order = match &mut pool.order {
             Some(order) => order,
@@ -192,6 +219,7 @@ impl Pages {
     /// Copies whole blocks of `layer` and then writes rows `[T, heads, width]` to it, all in the places that `writes`
     /// names.
     pub fn append(&mut self, layer: usize, writes: &Writes, keys: &Array, values: &Array) -> Result<(&Array, &Array)> {
+        let layer = self.pool_of(layer);
         // Taken out, so that each operation holds the only handle and MLX writes in place.
         let LayerPool { keys: old_keys, values: old_values, order } =
             self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;

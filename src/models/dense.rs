@@ -2,9 +2,9 @@
 
 use serde::Deserialize;
 
-use super::Plan;
+use super::{Plan, Scope};
 use crate::error::{Error, Result};
-use crate::nn::{AttentionSpec, DecoderSpec, LayerSpec, RopeSpec};
+use crate::nn::{AttentionSpec, DecoderSpec, LayerSpec, OutputHead, RopeSpec};
 use crate::weights::Weights;
 
 /// The shared fields of `config.json`.
@@ -104,7 +104,7 @@ impl DenseConfig {
     /// window of a layer by its index where the config has no `layer_types`. Other traits are set by the caller.
     pub fn decoder(
         &self,
-        context: usize,
+        scope: &Scope,
         weights: &Weights,
         default_window: impl Fn(usize) -> Option<usize>,
     ) -> Result<DecoderSpec> {
@@ -131,12 +131,22 @@ impl DenseConfig {
             hidden: self.hidden_size,
             vocab: self.vocab_size,
             norm_eps: self.rms_norm_eps,
-            // Families disagree on the default; the checkpoint itself does not.
-            tied_head: self.tie_word_embeddings.unwrap_or_else(|| !weights.contains("lm_head.weight")),
-            context,
+            head: match (scope.head, self.tied_head(weights)) {
+                (false, _) => OutputHead::None,
+                (true, true) => OutputHead::Tied,
+                (true, false) => OutputHead::Own,
+            },
+            // Without a head the model is saved by itself, and the names begin with its parts.
+            prefix: if weights.contains("embed_tokens.weight") { "" } else { "model." },
+            context: scope.context,
             rope: self.rope.clone(),
             layers,
         })
+    }
+
+    /// Whether the embedding table is also the output head. Families disagree on the default; the checkpoint itself does not.
+    pub fn tied_head(&self, weights: &Weights) -> bool {
+        self.tie_word_embeddings.unwrap_or_else(|| !weights.contains("lm_head.weight"))
     }
 
     /// Qwen's rule: with `use_sliding_window`, the layers from `max_window_layers` on slide.

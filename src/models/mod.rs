@@ -42,6 +42,9 @@ pub trait Model {
         self.pass(self.embed(tokens)?, 0..self.depth(), step)
     }
 
+    /// `hidden [T, hidden]` behind the last layer to what heads take of it: the same shape.
+    fn final_norm(&self, hidden: &Array) -> Result<Array>;
+
     /// Logits `[n, vocab]` of the rows `wanted [n]` (i32) of `hidden [T, hidden]`; of all of them without it.
     fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array>;
 }
@@ -59,16 +62,28 @@ impl Model for Decoder {
         Decoder::pass(self, x, layers, step)
     }
 
+    fn final_norm(&self, hidden: &Array) -> Result<Array> {
+        Decoder::final_norm(self, hidden)
+    }
+
     fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array> {
         Decoder::logits(self, hidden, wanted)
     }
 }
 
+/// What of a model is wanted.
+struct Scope {
+    /// Tokens of a sequence that the engine will serve.
+    context: usize,
+    /// Whether it is to give logits.
+    head: bool,
+}
+
 /// One supported `model_type`.
 struct Architecture {
     model_type: &'static str,
-    /// Takes the model's tensors; the second argument is the context the engine will serve, in tokens.
-    load: fn(&ModelConfig, usize, &mut Weights) -> Result<Box<dyn Model>>,
+    /// Takes the model's tensors.
+    load: fn(&ModelConfig, &Scope, &mut Weights) -> Result<Box<dyn Model>>,
 }
 
 const ARCHITECTURES: &[Architecture] = &[
@@ -148,7 +163,7 @@ pub struct Loaded {
 /// Builds the model that `config` names from `weights`, every tensor of which must be used.
 pub fn load(config: &ModelConfig, context: usize, mut weights: Weights) -> Result<Loaded> {
     let architecture = find(config)?;
-    let model = (architecture.load)(config, context, &mut weights)?;
+    let model = (architecture.load)(config, &Scope { context, head: true }, &mut weights)?;
     let weight_bytes = weights.bytes();
     weights.finish()?;
     Ok(Loaded { model, weight_bytes })

@@ -7,7 +7,7 @@ use mlx_rs::Array;
 
 use super::{Attention, AttentionSpec, Embedding, Gathers, Linear, PagedIndex, RmsNorm, RopeSpec, SwiGlu};
 use crate::cache::{GroupKind, KvLayout, Pages};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::Placement;
 use crate::weights::Weights;
 
@@ -49,14 +49,27 @@ pub struct DecoderSpec {
     pub vocab: usize,
     /// Epsilon of the RMS norms.
     pub norm_eps: f32,
-    /// Whether the embedding table is also the output head.
-    pub tied_head: bool,
+    /// Where logits come from.
+    pub head: OutputHead,
+    /// What precedes the names of all tensors but the head's.
+    pub prefix: &'static str,
     /// Positions the engine serves.
     pub context: usize,
     /// Rotary embedding.
     pub rope: RopeSpec,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
+}
+
+/// What makes logits of the last hidden states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputHead {
+    /// The embedding table.
+    Tied,
+    /// A matrix of its own.
+    Own,
+    /// Nothing: hidden states are all that is wanted.
+    None,
 }
 
 /// One decoder layer.
@@ -84,21 +97,23 @@ pub struct Decoder {
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Option<Linear>,
+    /// Without it the embedding table, if there are logits at all.
+    own_head: Option<Linear>,
+    head: OutputHead,
     layout: KvLayout,
 }
 
 impl Decoder {
     /// Takes all weights that `spec` describes.
     pub fn load(weights: &mut Weights, spec: &DecoderSpec) -> Result<Self> {
-        let hidden = spec.hidden;
+        let DecoderSpec { hidden, prefix, head, .. } = *spec;
         // Old exports carry the rotary tables, and some tied models a copy of their head.
-        weights
-            .discard(|name| name.ends_with("rotary_emb.inv_freq") || (spec.tied_head && name.starts_with("lm_head.")));
-        let embedding = Embedding::load(weights, "model.embed_tokens", spec.vocab, hidden)?;
+        let tied = head == OutputHead::Tied;
+        weights.discard(|name| name.ends_with("rotary_emb.inv_freq") || (tied && name.starts_with("lm_head.")));
+        let embedding = Embedding::load(weights, &format!("{prefix}embed_tokens"), spec.vocab, hidden)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (index, layer) in spec.layers.iter().enumerate() {
-            let path = format!("model.layers.{index}");
+            let path = format!("{prefix}layers.{index}");
             let rope = spec.rope.build(layer.attention.head_dim, spec.context)?;
             let norm = |weights: &mut Weights, name: &str| {
                 RmsNorm::load(weights, &format!("{path}.{name}"), hidden, spec.norm_eps)
@@ -117,12 +132,11 @@ impl Decoder {
                 mlp: SwiGlu::load(weights, &format!("{path}.mlp"), hidden, layer.mlp, layer.mlp_bias)?,
             });
         }
-        let norm = RmsNorm::load(weights, "model.norm", hidden, spec.norm_eps)?;
-        let head =
-            (!spec.tied_head).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false)).transpose()?;
+        let norm = RmsNorm::load(weights, &format!("{prefix}norm"), hidden, spec.norm_eps)?;
+        let own_head = (head == OutputHead::Own).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false));
         let layers_kv = spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect();
         let layout = KvLayout { groups: vec![GroupKind::Full], layers: layers_kv, dtype: weights.float_type() };
-        Ok(Self { embedding, layers, norm, head, layout })
+        Ok(Self { embedding, layers, norm, own_head: own_head.transpose()?, head, layout })
     }
 
     /// What a token keeps.
@@ -148,15 +162,21 @@ impl Decoder {
         Ok(x)
     }
 
+    /// `hidden [T, hidden]` behind the last layer to what the head takes of it.
+    pub fn final_norm(&self, hidden: &Array) -> Result<Array> {
+        self.norm.forward(hidden)
+    }
+
     /// Logits `[n, vocab]` of the rows `wanted [n]` (i32) of `hidden [T, hidden]`; of all of them without it.
     pub fn logits(&self, hidden: &Array, wanted: Option<&Array>) -> Result<Array> {
         let normed = match wanted {
             Some(wanted) => self.norm.forward(&hidden.take_axis(wanted, 0)?)?,
             None => self.norm.forward(hidden)?,
         };
-        match &self.head {
-            Some(head) => head.forward(&normed),
-            None => self.embedding.as_head(&normed),
+        match (&self.own_head, self.head) {
+            (Some(head), _) => head.forward(&normed),
+            (None, OutputHead::None) => Err(Error::internal("this model was loaded without its output head")),
+            (None, _) => self.embedding.as_head(&normed),
         }
     }
 }
