@@ -17,6 +17,7 @@
 mod decoding;
 pub mod detokenizer;
 mod encoder_input;
+mod pair_format;
 mod special;
 pub mod stop;
 pub mod template;
@@ -28,6 +29,7 @@ use serde::de::DeserializeOwned;
 
 pub use detokenizer::Detokenizer;
 pub use encoder_input::{TextInput, TextLimits, TextTokens};
+pub use pair_format::PairFormat;
 pub use special::SpecialTokens;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatInput, ChatTemplates, LocalTime};

@@ -26,8 +26,10 @@ impl EncoderText<'_> {
                 let texts: Result<Vec<_>> = texts.iter().enumerate().map(|(at, text)| self.text(at, text)).collect();
                 (texts, Output::Embeddings { dimensions: *dimensions, normalize: *normalize, base64: *base64 })
             }
-            EncodeTask::Rerank { query, documents, top, .. } => {
-                let pair = |(at, document): (usize, &String)| self.input(at, TextInput::Pair(query, document));
+            EncodeTask::Rerank { query, documents, instruction, top } => {
+                let instruction = instruction.as_deref();
+                let pair =
+                    |(at, document): (usize, &String)| self.input(at, TextInput::Pair { instruction, query, document });
                 (documents.iter().enumerate().map(pair).collect(), Output::Scores { top: *top })
             }
         };
