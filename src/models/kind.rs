@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::encoder;
-use crate::config::ModelConfig;
+use super::encoder::{self, AnswerTokens};
+use crate::config::{ModelConfig, read_json};
 
 /// What a model does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,9 +34,7 @@ impl ModelKind {
     /// The kind of the model in `folder`, from its config and the files of sentence-transformers. It says what a model is meant
     /// for, not whether this build can load it.
     pub fn detect(folder: &Path, config: &ModelConfig) -> Self {
-        let architectures = config.raw().get("architectures").and_then(Value::as_array);
-        let mut architectures = architectures.into_iter().flatten().filter_map(Value::as_str);
-        if architectures.any(|name| name.ends_with("ForSequenceClassification")) {
+        if encoder::is_classifier(config) || is_cross_encoder(folder) {
             Self::Reranker
         } else if encoder::is_supported(config) || folder.join("modules.json").is_file() {
             Self::Embedding
@@ -46,6 +44,13 @@ impl ModelKind {
             Self::Llm
         }
     }
+}
+
+/// Whether the files of sentence-transformers (from 5 on) say so. Files that cannot be read say nothing.
+fn is_cross_encoder(folder: &Path) -> bool {
+    let own = read_json(&folder.join("config_sentence_transformers.json"));
+    own.is_ok_and(|own| own.get("model_type").and_then(Value::as_str) == Some("CrossEncoder"))
+        || AnswerTokens::declared(folder)
 }
 
 #[cfg(test)]
@@ -70,5 +75,14 @@ mod tests {
         assert_eq!(kind(qwen()), ModelKind::Llm);
         std::fs::write(folder.path().join("modules.json"), "[]").unwrap();
         assert_eq!(kind(qwen()), ModelKind::Embedding);
+        let modules = json!([{"path": "", "type": "Transformer"}, {"path": "1_LogitScore", "type": "x.LogitScore"}]);
+        std::fs::write(folder.path().join("modules.json"), modules.to_string()).unwrap();
+        assert_eq!(kind(qwen()), ModelKind::Reranker);
+        std::fs::remove_file(folder.path().join("modules.json")).unwrap();
+        let own = folder.path().join("config_sentence_transformers.json");
+        std::fs::write(&own, r#"{"model_type": "SentenceTransformer"}"#).unwrap();
+        assert_eq!(kind(qwen()), ModelKind::Llm);
+        std::fs::write(&own, r#"{"model_type": "CrossEncoder"}"#).unwrap();
+        assert_eq!(kind(qwen()), ModelKind::Reranker);
     }
 }

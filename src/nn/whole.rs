@@ -51,7 +51,7 @@ impl WholeTexts {
         layers: impl Fn(Array, Range<usize>, &mut Step<'_>) -> Result<Array>,
     ) -> Result<Array> {
         let block_tokens = self.backend.gpu().map_or(BLOCK_TOKENS, |gpu| gpu.block_tokens);
-        let (pieces, blocks) = pieces(texts.segments(), self.most, block_tokens);
+        let (pieces, blocks) = pieces(&texts.segments(), self.most, block_tokens);
         let mut pages = Pages::shared(self.backend.clone(), layout, block_tokens, blocks)?;
         let passes = pieces.iter().map(|pieces| Pass::new(pieces, block_tokens)).collect::<Result<Vec<_>>>()?;
         let depth = layout.layers.len();

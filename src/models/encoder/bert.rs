@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::{ClassificationHead, Encoder, EncoderShape, Loaded, Pooling};
+use super::{ClassificationHead, Encoder, EncoderShape, Pooling, StackedEncoder};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::{
@@ -103,7 +103,7 @@ impl BertConfig {
             token_types: self.type_vocab_size,
             max_tokens,
         };
-        Ok(Box::new(Loaded { stack: EncoderStack::load(weights, &spec)?, shape }))
+        Ok(Box::new(StackedEncoder { stack: EncoderStack::load(weights, &spec)?, shape }))
     }
 }
 

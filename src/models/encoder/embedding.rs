@@ -5,7 +5,7 @@ use std::path::Path;
 use mlx_rs::ops::concatenate;
 
 use super::pooling::normalize;
-use super::{Encoder, EncoderShape, Pipeline, load, pack, rows_in_order};
+use super::{Encoder, EncoderShape, Loaded, Pipeline, Pooling, is_causal, load, pack, rows_in_order};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::mlx;
@@ -31,8 +31,9 @@ pub struct EmbeddingOptions {
 impl EmbeddingModel {
     /// The model in `folder`: its encoder from `weights`, what follows from the files of sentence-transformers.
     pub fn load(folder: &Path, config: &ModelConfig, weights: Weights) -> Result<Self> {
-        let pipeline = Pipeline::load(folder)?;
-        let (encoder, _, weight_bytes) = load(config, None, weights)?;
+        let pooling = if is_causal(config) { Pooling::LastToken } else { Pooling::Mean };
+        let pipeline = Pipeline::load(folder, Pipeline { poolings: vec![pooling], normalize: false })?;
+        let Loaded { encoder, weight_bytes, .. } = load(config, None, weights)?;
         Ok(Self { encoder, pipeline, weight_bytes })
     }
 

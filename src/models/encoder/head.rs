@@ -1,10 +1,29 @@
-//! Classification heads of cross-encoders.
+//! Heads of cross-encoders.
 
 use mlx_rs::{Array, Dtype};
 
-use super::Pooling;
+use super::{LastTokenHead, Pooling};
 use crate::error::Result;
 use crate::nn::{Activation, LayerNorm, Linear, PackedTexts};
+
+/// What makes logits of hidden states.
+#[derive(Debug)]
+pub enum Head {
+    /// Of an encoder.
+    Classification(Box<ClassificationHead>),
+    /// Of a decoder.
+    LastToken(LastTokenHead),
+}
+
+impl Head {
+    /// `hidden [T, width]` to logits `[texts, labels]`, f32, texts in the order of their rows.
+    pub fn forward(&self, hidden: &Array, texts: &PackedTexts) -> Result<Array> {
+        match self {
+            Self::Classification(head) => head.forward(hidden, texts),
+            Self::LastToken(head) => head.forward(hidden, texts),
+        }
+    }
+}
 
 /// `classifier(norm(activation(dense(pooled))))`, the norm if there is one.
 #[derive(Debug)]

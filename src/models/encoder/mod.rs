@@ -1,6 +1,9 @@
-//! Encoder-only architectures: one file each, one line each in [`ARCHITECTURES`]; embeddings and relevance scores from them.
+//! Encoder-only architectures: one file each, one line each in [`ARCHITECTURES`]; embeddings and relevance scores from them, and
+//! from the decoders of [`models`](crate::models).
 
+mod answers;
 mod bert;
+mod causal;
 mod embedding;
 mod head;
 mod modernbert;
@@ -9,11 +12,15 @@ mod pooling;
 mod rerank;
 mod roberta;
 
+use causal::CausalEncoder;
 use mlx_rs::Array;
+use serde_json::Value;
 
+pub use answers::AnswerTokens;
 use bert::MAX_SIZE;
+pub use causal::LastTokenHead;
 pub use embedding::{EmbeddingModel, EmbeddingOptions};
-pub use head::ClassificationHead;
+pub use head::{ClassificationHead, Head};
 pub use pipeline::Pipeline;
 pub use pooling::Pooling;
 pub use rerank::RerankModel;
@@ -47,12 +54,12 @@ pub struct EncoderShape {
     pub max_tokens: usize,
 }
 
-struct Loaded {
+struct StackedEncoder {
     stack: EncoderStack,
     shape: EncoderShape,
 }
 
-impl Encoder for Loaded {
+impl Encoder for StackedEncoder {
     fn shape(&self) -> &EncoderShape {
         &self.shape
     }
@@ -125,13 +132,28 @@ pub fn is_supported(config: &ModelConfig) -> bool {
 fn find(config: &ModelConfig) -> Result<&'static Architecture> {
     let wanted = config.model_type();
     ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
-        let known: Vec<_> = supported_types().collect();
+        let known: Vec<_> = supported_types().chain(super::supported_types()).collect();
         Error::unsupported(format!("unknown encoder type {wanted:?}; known types: {}", known.join(", ")))
     })
 }
 
+/// Whether `config` names a decoder, which is an encoder without its output head.
+pub fn is_causal(config: &ModelConfig) -> bool {
+    !is_supported(config) && super::check_supported(config).is_ok()
+}
+
+/// Whether the model was saved with a classification head.
+pub(super) fn is_classifier(config: &ModelConfig) -> bool {
+    let architectures = config.raw().get("architectures").and_then(Value::as_array);
+    let mut architectures = architectures.into_iter().flatten().filter_map(Value::as_str);
+    architectures.any(|name| name.ends_with("ForSequenceClassification"))
+}
+
 /// Tokens that a text has at most, special ones included, by the config.
 pub fn max_tokens(config: &ModelConfig) -> Result<usize> {
+    if is_causal(config) {
+        return super::context_length(config, None);
+    }
     let spare = (find(config)?.spare_positions)(config);
     let most = super::context_length(config, None)?.checked_sub(spare).filter(|&most| most > 0);
     most.ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\" is too small"))
@@ -154,6 +176,9 @@ impl BatchPlan {
     /// Of the encoder that `config` names, on `device`.
     pub fn new(config: &ModelConfig, device: Device) -> Result<Self> {
         let max_tokens = max_tokens(config)?;
+        if is_causal(config) {
+            return causal::batch_plan(config, max_tokens);
+        }
         let number = |key: &str| {
             let number = config.integer(key).filter(|&n| n < MAX_SIZE);
             number.ok_or_else(|| Error::invalid_model(format!("config.json: \"{key}\" is missing or too large")))
@@ -182,27 +207,63 @@ impl BatchPlan {
     }
 }
 
-/// The encoder that `config` names, with a classification head of `labels` labels if there is to be one, and the bytes of
-/// both on the device. Every tensor must be used, but for those of other heads.
-fn load(
-    config: &ModelConfig,
-    labels: Option<usize>,
-    mut weights: Weights,
-) -> Result<(Box<dyn Encoder>, Option<ClassificationHead>, usize)> {
+/// Where the logits of a cross-encoder come from.
+#[derive(Debug, Clone, Copy)]
+enum HeadKind {
+    /// A classification head of so many labels.
+    Labels(usize),
+    /// The output head of a language model.
+    Answers(AnswerTokens),
+}
+
+struct Loaded {
+    encoder: Box<dyn Encoder>,
+    /// If one was wanted.
+    head: Option<Head>,
+    /// Bytes of both on the device.
+    weight_bytes: usize,
+}
+
+/// The encoder that `config` names, with a head if there is to be one. Every tensor must be used, but for those of other heads.
+fn load(config: &ModelConfig, head: Option<HeadKind>, mut weights: Weights) -> Result<Loaded> {
+    if is_causal(config) {
+        return load_causal(config, head, weights);
+    }
     let architecture = find(config)?;
     let prefix = match architecture.prefix {
         prefix if weights.any(|name| name.starts_with(prefix)) => prefix,
         _ => "",
     };
     let encoder = (architecture.encoder)(config, prefix, &mut weights)?;
-    let head = labels.map(|labels| (architecture.head)(config, prefix, labels, &mut weights)).transpose()?;
+    let head = match head {
+        None => None,
+        Some(HeadKind::Labels(labels)) => Some((architecture.head)(config, prefix, labels, &mut weights)?),
+        Some(HeadKind::Answers(_)) => return Err(Error::internal("an encoder does not answer")),
+    };
     weights.discard(|name| {
         let bare = name.strip_prefix(prefix).unwrap_or(name);
         architecture.unused.iter().any(|unused| bare.starts_with(unused))
     });
-    let bytes = weights.bytes();
+    let weight_bytes = weights.bytes();
     weights.finish()?;
-    Ok((encoder, head, bytes))
+    Ok(Loaded { encoder, head: head.map(|head| Head::Classification(Box::new(head))), weight_bytes })
+}
+
+/// The same of a decoder.
+fn load_causal(config: &ModelConfig, head: Option<HeadKind>, mut weights: Weights) -> Result<Loaded> {
+    let encoder = CausalEncoder::load(config, &mut weights)?;
+    let weight_bytes = weights.bytes();
+    let head = match head {
+        None => None,
+        Some(HeadKind::Labels(labels)) => {
+            Some(LastTokenHead::classification(encoder.shape().hidden, labels, &mut weights)?)
+        }
+        Some(HeadKind::Answers(answers)) => Some(LastTokenHead::answers(&encoder, config, answers, &mut weights)?),
+    };
+    weights.discard(|name| name.starts_with("lm_head."));
+    weights.finish()?;
+    let weight_bytes = weight_bytes + head.as_ref().map_or(0, LastTokenHead::bytes);
+    Ok(Loaded { encoder: Box::new(encoder), head: head.map(Head::LastToken), weight_bytes })
 }
 
 /// Packs `texts` after checking what the encoder would not: MLX reads any row it is told to.

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::bert::{MAX_SIZE, check_sizes};
-use super::{ClassificationHead, Encoder, EncoderShape, Loaded, Pooling};
+use super::{ClassificationHead, Encoder, EncoderShape, Pooling, StackedEncoder};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::{
@@ -151,7 +151,7 @@ pub(super) fn encoder(config: &ModelConfig, prefix: &'static str, weights: &mut 
         prefix,
     };
     let shape = EncoderShape { hidden, vocab, token_types: 0, max_tokens };
-    Ok(Box::new(Loaded { stack: EncoderStack::load(weights, &spec)?, shape }))
+    Ok(Box::new(StackedEncoder { stack: EncoderStack::load(weights, &spec)?, shape }))
 }
 
 /// `ModernBertForSequenceClassification`.

@@ -25,19 +25,19 @@ impl Default for Pipeline {
 }
 
 impl Pipeline {
-    /// Reads `modules.json` in `folder` and the configs it points to; without it the [default](Self::default).
+    /// Reads `modules.json` in `folder` and the configs it points to; without it `bare`.
     ///
     /// A module that is not an encoder, a pooling or a normalisation is `Unsupported`.
-    pub fn load(folder: &Path) -> Result<Self> {
+    pub fn load(folder: &Path, bare: Self) -> Result<Self> {
         let path = folder.join("modules.json");
-        let Some(modules) = optional(&path)? else { return Ok(Self::default()) };
+        let Some(modules) = optional(&path)? else { return Ok(bare) };
         let invalid = |what: &str| Error::invalid_model(format!("{}: {what}", path.display()));
         let modules = modules.as_array().ok_or_else(|| invalid("it must be a list"))?;
         let mut pipeline = Self { poolings: Vec::new(), normalize: false };
         for module in modules {
             let kind = module.get("type").and_then(Value::as_str).ok_or_else(|| invalid("a module has no type"))?;
             let place = module.get("path").and_then(Value::as_str).unwrap_or_default();
-            if Path::new(place).components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+            if is_outside(place) {
                 return Err(invalid("a module lies outside of the model's folder"));
             }
             match kind.rsplit('.').next().unwrap_or_default() {
@@ -82,7 +82,13 @@ fn poolings(path: &Path) -> Result<Vec<Pooling>> {
     }
 }
 
-fn optional(path: &Path) -> Result<Option<Value>> {
+/// Whether `place` may lie outside of the folder that it is joined to.
+pub(super) fn is_outside(place: &str) -> bool {
+    Path::new(place).components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
+}
+
+/// The content of the JSON file at `path`, if there is one.
+pub(super) fn optional(path: &Path) -> Result<Option<Value>> {
     match read_json(path) {
         Ok(value) => Ok(Some(value)),
         Err(e) if e.status() == Status::NotFound => Ok(None),
@@ -117,16 +123,20 @@ mod tests {
         let pooling = json!({"pooling_mode_cls_token": true, "pooling_mode_lasttoken": true});
         let both = folder(modules("Normalize"), pooling);
         let expected = Pipeline { poolings: vec![Pooling::Cls, Pooling::LastToken], normalize: true };
-        assert_eq!(Pipeline::load(both.path()).unwrap(), expected);
+        let load = |folder: &Path| Pipeline::load(folder, Pipeline::default()).unwrap();
+        assert_eq!(load(both.path()), expected);
         let named = folder(modules("Dropout"), json!({"pooling_mode": "max"}));
-        assert_eq!(Pipeline::load(named.path()).unwrap().poolings, [Pooling::Max]);
-        assert_eq!(Pipeline::load(&named.path().join("1_Pooling")).unwrap(), Pipeline::default());
+        assert_eq!(load(named.path()).poolings, [Pooling::Max]);
+        let last = || Pipeline { poolings: vec![Pooling::LastToken], normalize: false };
+        assert_eq!(Pipeline::load(&named.path().join("1_Pooling"), last()).unwrap(), last());
     }
 
     #[test]
     fn what_is_not_computed_is_refused() {
         let mean = || json!({"pooling_mode_mean_tokens": true});
-        let status = |modules, pooling| Pipeline::load(folder(modules, pooling).path()).unwrap_err().status();
+        let status = |modules, pooling| {
+            Pipeline::load(folder(modules, pooling).path(), Pipeline::default()).unwrap_err().status()
+        };
         assert_eq!(status(modules("Dense"), mean()), Status::Unsupported);
         assert_eq!(
             status(modules("Normalize"), json!({"pooling_mode_weightedmean_tokens": true})),
