@@ -93,7 +93,7 @@ fn texts(words: std::ops::Range<usize>, count: usize) -> Vec<String> {
 
 #[test]
 fn vectors_are_those_of_the_reference() {
-    for name in ["bert", "xlm-roberta", "modernbert"] {
+    for name in ["bert", "xlm-roberta", "modernbert", "qwen3-embedding"] {
         let folder = fixtures().join("encoders").join(name);
         let pool = pool(&[name]);
         let inputs = read_json(&folder.join("inputs.json")).unwrap();
@@ -122,15 +122,30 @@ fn vectors_are_those_of_the_reference() {
 
 #[test]
 fn scores_are_those_of_the_reference() {
-    for name in ["bert-rerank", "xlm-roberta-rerank", "modernbert-rerank"] {
+    let encoders = ["bert-rerank", "xlm-roberta-rerank", "modernbert-rerank"];
+    for name in encoders.into_iter().chain(["qwen3-rerank-causal", "qwen3-rerank-classification", "llama-rerank"]) {
         let folder = fixtures().join("encoders").join(name);
-        let pool = pool(&[name]);
+        let (pool, copy) = (pool(&[]), tempfile::tempdir().unwrap());
+        if name == "qwen3-rerank-causal" {
+            // Its own files do not say that it is one.
+            for entry in std::fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+                std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+            }
+            let kind = copy.path().join("config_sentence_transformers.json");
+            std::fs::write(kind, r#"{"model_type": "CrossEncoder"}"#).unwrap();
+            pool.add_model(copy.path(), Some(name)).unwrap();
+        } else {
+            pool.add_model(&folder, None).unwrap();
+        }
         let inputs = read_json(&folder.join("inputs.json")).unwrap();
         let logits = &tensors(&folder)["logits"];
         for (pair, logit) in inputs.as_array().unwrap().iter().zip(logits) {
             // Twice in one request, beside another document: the better one comes first.
-            let body =
-                json!({ "query": pair[0], "documents": [pair[1], { "text": "another one" }, pair[1]], "top_n": 2 });
+            let documents = json!([pair[1], { "text": "another one" }, pair[1]]);
+            let mut body = json!({ "query": pair[0], "documents": documents, "top_n": 2 });
+            if let Some(instruction) = pair.get(2) {
+                body["instruction"] = instruction.clone();
+            }
             let Event::Scores(given) = read(&rerank(&pool, &body).unwrap()).unwrap().0 else { panic!("no scores") };
             let expected = 1.0 / (1.0 + (-logit).exp());
             assert!((given.values[0] - expected).abs() <= TOLERANCE, "{name}: {} is not {expected}", given.values[0]);

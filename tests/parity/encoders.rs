@@ -23,15 +23,17 @@ const TOLERANCE: f32 = 1e-5;
 /// The same for a text in a batch against the text alone: sums in another order.
 const BATCH_TOLERANCE: f32 = 2e-6;
 
-enum Loaded {
+pub(super) enum Loaded {
     Embedding(EmbeddingModel),
     Reranker(Box<RerankModel>),
 }
 
 impl Loaded {
-    fn open(folder: &Path, config: &ModelConfig, backend: &Backend) -> Result<Self> {
+    pub fn open(folder: &Path, config: &ModelConfig, backend: &Backend) -> Result<Self> {
         let weights = Weights::open(folder, config, Some(Dtype::Float32))?.computed_by(backend.clone());
-        Ok(match ModelKind::detect(folder, config) {
+        // What its own files do not say: some rerankers are saved as plain language models.
+        let reranker = folder.file_name().is_some_and(|name| name == "qwen3-rerank-causal");
+        Ok(match if reranker { ModelKind::Reranker } else { ModelKind::detect(folder, config) } {
             ModelKind::Embedding => Self::Embedding(EmbeddingModel::load(folder, config, weights)?),
             ModelKind::Reranker => Self::Reranker(Box::new(RerankModel::load(folder, config, weights)?)),
             kind => panic!("{} is taken for {kind:?}", folder.display()),
@@ -45,8 +47,15 @@ impl Loaded {
         }
     }
 
+    pub fn weight_bytes(&self) -> usize {
+        match self {
+            Self::Embedding(model) => model.weight_bytes(),
+            Self::Reranker(model) => model.weight_bytes(),
+        }
+    }
+
     /// A vector or logits for each text.
-    fn rows(&self, texts: &[TextTokens]) -> Vec<Vec<f32>> {
+    pub fn rows(&self, texts: &[TextTokens]) -> Vec<Vec<f32>> {
         match self {
             Self::Embedding(model) => model.encode(texts).unwrap(),
             Self::Reranker(model) => model.logits(texts).unwrap(),
@@ -54,7 +63,7 @@ impl Loaded {
     }
 }
 
-fn root() -> PathBuf {
+pub(super) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders")
 }
 
@@ -65,14 +74,18 @@ fn fixtures() -> Vec<PathBuf> {
 }
 
 /// The tokens of the fixture's inputs.
-fn tokens(folder: &Path, max_tokens: usize) -> Vec<TextTokens> {
+pub(super) fn tokens(folder: &Path, max_tokens: usize) -> Vec<TextTokens> {
     let tokenizer = Tokenizer::load(folder).unwrap().unwrap();
     let limits = TextLimits::load(folder, max_tokens).unwrap();
     let inputs = read_json(&folder.join("inputs.json")).unwrap();
     let encode = |input: &Value| {
         let input = match input {
             Value::String(text) => TextInput::One(text),
-            pair => TextInput::Pair(pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+            pair => TextInput::Pair {
+                instruction: pair.get(2).and_then(Value::as_str),
+                query: pair[0].as_str().unwrap(),
+                document: pair[1].as_str().unwrap(),
+            },
         };
         limits.encode(&tokenizer, input).unwrap()
     };
@@ -170,6 +183,8 @@ fn a_wrong_encoder_fails_the_comparison() {
         ("modernbert", json!({"local_attention": 10}), "embeddings"),
         ("modernbert", json!({"rope_parameters": ropes}), "embeddings"),
         ("modernbert-rerank", json!({"classifier_pooling": "cls"}), "logits"),
+        ("qwen3-embedding", json!({"rope_parameters": rope(1e6)}), "embeddings"),
+        ("qwen3-rerank-causal", json!({"rms_norm_eps": 1e-2}), "logits"),
     ];
     on_cpu(|| {
         for (name, changes, key) in cases {
@@ -238,12 +253,38 @@ fn tokens_that_the_model_does_not_have_are_refused() {
 fn tensors_that_nobody_knows_are_refused() {
     on_cpu(|| {
         // The head of a cross-encoder is not what an embedding model leaves out.
-        let folder = root().join("xlm-roberta-rerank");
-        let config = ModelConfig::load(&folder).unwrap();
-        let weights = Weights::open(&folder, &config, None).unwrap();
-        let error = EmbeddingModel::load(&folder, &config, weights).err().unwrap();
-        assert_eq!(error.status(), Status::InvalidModel);
-        assert!(error.to_string().contains("classifier"), "{error}");
+        for (name, head) in [("xlm-roberta-rerank", "classifier"), ("qwen3-rerank-classification", "score")] {
+            let folder = root().join(name);
+            let config = ModelConfig::load(&folder).unwrap();
+            let weights = Weights::open(&folder, &config, None).unwrap();
+            let error = EmbeddingModel::load(&folder, &config, weights).err().unwrap();
+            assert_eq!(error.status(), Status::InvalidModel);
+            assert!(error.to_string().contains(head), "{error}");
+        }
+    });
+}
+
+#[test]
+fn decoders_that_nobody_can_ask_are_refused() {
+    on_cpu(|| {
+        // A language model without a prompt for pairs, and one without the tokens of an answer.
+        let source = root().join("qwen3-rerank-causal");
+        let load = |kind: &str, keep: &[&str]| {
+            let folder = tempfile::tempdir().unwrap();
+            for name in keep {
+                std::fs::copy(source.join(name), folder.path().join(name)).unwrap();
+            }
+            let mut config = read_json(&source.join("config.json")).unwrap();
+            config["model_type"] = kind.into();
+            std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+            let config = ModelConfig::from_value(config).unwrap();
+            let weights = Weights::open(folder.path(), &config, None).unwrap();
+            RerankModel::load(folder.path(), &config, weights).map(|model| model.labels())
+        };
+        assert_eq!(load("qwen3", &["model.safetensors", "tokenizer.json"]).unwrap(), 1);
+        let status = |kind, keep| load(kind, keep).unwrap_err().status();
+        assert_eq!(status("llama", &["model.safetensors", "tokenizer.json"]), Status::Unsupported);
+        assert_eq!(status("qwen3", &["model.safetensors"]), Status::Unsupported);
     });
 }
 
@@ -274,6 +315,11 @@ fn damaged_configs_are_errors() {
         ("modernbert", json!({"layer_types": ["full_attention"]}), Status::InvalidModel),
         ("modernbert", json!({"local_attention": 0}), Status::InvalidModel),
         ("modernbert-rerank", json!({"classifier_pooling": "max"}), Status::Unsupported),
+        ("qwen3-embedding", json!({"hidden_size": 18}), Status::InvalidModel),
+        ("qwen3-embedding", json!({"num_hidden_layers": 1}), Status::InvalidModel),
+        ("qwen3-embedding", json!({"max_position_embeddings": 0}), Status::InvalidModel),
+        ("qwen3-rerank-classification", json!({"id2label": {"0": "a", "1": "b"}}), Status::InvalidModel),
+        ("llama-rerank", json!({"vocab_size": 100}), Status::InvalidModel),
     ];
     on_cpu(|| {
         for (name, changes, expected) in cases {
@@ -287,7 +333,7 @@ fn half_precision_stays_near() {
     /// bfloat16 has 8 bits: a few of them are lost on the way through two to four layers of random weights.
     const NEAR: f32 = 0.1;
     on_cpu(|| {
-        for name in ["bert", "roberta", "modernbert", "modernbert-rerank"] {
+        for name in ["bert", "roberta", "modernbert", "modernbert-rerank", "qwen3-embedding", "llama-rerank"] {
             let folder = root().join(name);
             let config = ModelConfig::load(&folder).unwrap();
             let expected = Expected::load(&folder);

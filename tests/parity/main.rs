@@ -3,5 +3,6 @@
 mod encoders;
 mod minilm;
 mod models;
+mod quantized;
 mod templates;
 mod tiny_chat;
