@@ -34,12 +34,13 @@ impl ModelKind {
     /// The kind of the model in `folder`, from its config and the files of sentence-transformers. It says what a model is meant
     /// for, not whether this build can load it.
     pub fn detect(folder: &Path, config: &ModelConfig) -> Self {
-        if encoder::is_classifier(config) || is_cross_encoder(folder) {
+        // First of all: what gives vectors of pictures is nothing that this build can load either.
+        if config.raw().get("vision_config").is_some_and(Value::is_object) {
+            Self::Vision
+        } else if encoder::is_classifier(config) || is_cross_encoder(folder) {
             Self::Reranker
         } else if encoder::is_supported(config) || folder.join("modules.json").is_file() {
             Self::Embedding
-        } else if config.raw().get("vision_config").is_some_and(Value::is_object) {
-            Self::Vision
         } else {
             Self::Llm
         }
@@ -72,6 +73,9 @@ mod tests {
         let head = json!(["XLMRobertaForSequenceClassification"]);
         assert_eq!(kind(json!({"model_type": "xlm-roberta", "architectures": head})), ModelKind::Reranker);
         assert_eq!(kind(json!({"model_type": "qwen2_vl", "vision_config": {"depth": 2}})), ModelKind::Vision);
+        let seeing =
+            json!({"model_type": "qwen2_vl", "vision_config": {}, "architectures": ["XForSequenceClassification"]});
+        assert_eq!(kind(seeing), ModelKind::Vision);
         assert_eq!(kind(qwen()), ModelKind::Llm);
         std::fs::write(folder.path().join("modules.json"), "[]").unwrap();
         assert_eq!(kind(qwen()), ModelKind::Embedding);

@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 use mlx_rs::Dtype;
 
 use crate::engine::{
-    self, CacheCommand, EncodeRequest, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo, ModelSource,
-    Request, RequestState, Tiers, Turns,
+    self, CacheCommand, EncodeRequest, EncodeTask, Engine, EngineMetrics, EngineOptions, LazyText, LoadedInfo,
+    ModelSource, Request, RequestState, Tiers, Turns,
 };
 use crate::error::{Error, Result, Status};
 use crate::kernels::{Backend, Cpu, Gpu, Precision};
@@ -319,7 +319,12 @@ impl EnginePool {
     /// Accepts texts for an embedding model or a reranker, likewise. Its events are one result and the end.
     pub fn encode(&self, mut request: EncodeRequest) -> Result<Arc<RequestState>> {
         let mut state = lock(&self.shared.state);
-        let (id, engine) = self.engine_of(&mut state, request.model.as_deref())?;
+        let kind = match request.task {
+            EncodeTask::Embed { .. } => ModelKind::Embedding,
+            EncodeTask::Rerank { .. } => ModelKind::Reranker,
+        };
+        let id = self.meant(&state, request.model.as_deref(), kind)?;
+        let (id, engine) = self.engine_of(&mut state, Some(&id))?;
         request.context_limit = state.settings.get(&id).context_length;
         engine.encode(request)
     }
@@ -602,10 +607,19 @@ impl EnginePool {
 
     /// The id of the model that a request means by an id, an alias, or nothing.
     fn resolve_id(&self, state: &State, id: Option<&str>) -> Result<String> {
+        self.meant(state, id, ModelKind::Llm)
+    }
+
+    /// The same for a request to a model of this kind; the default model counts where it is one.
+    fn meant(&self, state: &State, id: Option<&str>, kind: ModelKind) -> Result<String> {
         if state.closed {
             return Err(closed());
         }
-        let Some(id) = id.or(self.default_model.as_deref()) else { return Ok(state.catalogue.only()?.id.clone()) };
+        let is_kind =
+            |id: &&str| kind == ModelKind::Llm || state.catalogue.find(id).is_ok_and(|e| e.kind == Some(kind));
+        let Some(id) = id.or(self.default_model.as_deref().filter(is_kind)) else {
+            return Ok(state.catalogue.only(kind)?.id.clone());
+        };
         match state.catalogue.find(id) {
             Ok(entry) => Ok(entry.id.clone()),
             Err(error) => state.settings.aliased(id).map(str::to_owned).ok_or(error),

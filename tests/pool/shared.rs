@@ -1,15 +1,16 @@
-//! Hundreds of requests over four models under a limit that holds two, in a process of its own whose memory is read from
+//! Hundreds of requests over four models (two language models, one for embeddings, one for scores) under a limit that holds two, in a process of its own whose memory is read from
 //! outside. `OMLX_POOL_REQUESTS` sets their number.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use omlx::engine::{EncodeRequest, Event};
 use omlx::pool::EnginePool;
 use serde_json::{Value, json};
 
-use crate::folders::{Random, model};
-use crate::{MB, MIB, answer, body, open, options, peak, read, request, room_for, used};
+use crate::folders::{Random, encoder, model};
+use crate::{MB, MIB, PATIENCE, body, open, options, peak, read, request, room_for, used};
 
 /// Tells the other process what to do.
 const TASK: &str = "OMLX_TEST_POOL";
@@ -20,7 +21,7 @@ const REQUESTS: usize = 60;
 /// Requests at the same time.
 const CONCURRENCY: usize = 12;
 
-const MODELS: [(&str, usize); 4] = [("a", 3), ("b", 2), ("c", 3), ("d", 2)];
+const MODELS: [(&str, usize); 4] = [("a", 3), ("embedder", 3), ("c", 3), ("reranker", 2)];
 
 /// Bytes of a process that lie in memory.
 fn resident(process: u32) -> Option<u64> {
@@ -37,18 +38,18 @@ fn asks_many_models() {
     let requests = task["requests"].as_u64().unwrap() as usize;
     let limit = task["limit"].as_u64().unwrap();
     let mut random = Random(11);
-    let bodies: Vec<Value> = (0..24).map(|at| body(MODELS[at % MODELS.len()].0, &mut random)).collect();
+    let bodies: Vec<Value> = (0..24).map(|at| body_for(MODELS[at % MODELS.len()].0, &mut random)).collect();
     let say = |word: &str| std::fs::write(folder.join("said"), word).unwrap();
     let pool = open(folder, room_for(limit));
     // What MLX and the first answer take once and for all.
-    answer(&pool, &bodies[0]).unwrap();
+    ask(&pool, &bodies[0]).read();
     let freed = pool.unload("a", false).unwrap();
     assert!(freed > 40 * MB, "{freed}");
     std::thread::sleep(Duration::from_millis(300));
     say("base");
     std::thread::sleep(Duration::from_millis(500));
     say("alone");
-    let expected: Vec<_> = bodies.iter().map(|body| answer(&pool, body).unwrap()).collect();
+    let expected: Vec<_> = bodies.iter().map(|body| ask(&pool, body).read()).collect();
     say("shared");
     ask_all(&pool, &bodies, &expected, requests, &mut random);
     let status = pool.status();
@@ -63,25 +64,87 @@ fn asks_many_models() {
     say("end");
 }
 
-fn ask_all(pool: &EnginePool, bodies: &[Value], expected: &[Vec<u32>], requests: usize, random: &mut Random) {
+/// A request in the shape that its model takes.
+fn body_for(model: &str, random: &mut Random) -> Value {
+    let mut text =
+        || (0..1 + random.below(40)).map(|_| ["river", "stone", "fox"][random.below(3)]).collect::<Vec<_>>().join(" ");
+    match model {
+        "embedder" => json!({ "model": model, "input": (0..3).map(|_| text()).collect::<Vec<_>>() }),
+        "reranker" => {
+            json!({ "model": model, "query": text(), "documents": (0..3).map(|_| text()).collect::<Vec<_>>() })
+        }
+        _ => body(model, random),
+    }
+}
+
+/// What a request gave.
+enum Given {
+    Tokens(Vec<u32>),
+    Numbers(Vec<f32>),
+}
+
+impl Given {
+    /// The same tokens; or numbers that differ by the order of sums, which depends on what shares a batch.
+    fn is(&self, other: &Given) -> bool {
+        match (self, other) {
+            (Given::Tokens(a), Given::Tokens(b)) => a == b,
+            (Given::Numbers(a), Given::Numbers(b)) => {
+                let most = b.iter().fold(0f32, |most, x| most.max(x.abs()));
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-4 * most)
+            }
+            _ => false,
+        }
+    }
+}
+
+struct Asked(std::sync::Arc<omlx::engine::RequestState>, bool);
+
+fn ask(pool: &EnginePool, body: &Value) -> Asked {
+    let json = body.to_string();
+    let encode = |request| pool.encode(request).unwrap();
+    match (body.get("input"), body.get("documents")) {
+        (Some(_), _) => Asked(encode(EncodeRequest::embed_from_json(json.as_bytes(), false).unwrap()), true),
+        (_, Some(_)) => Asked(encode(EncodeRequest::rerank_from_json(json.as_bytes(), false).unwrap()), true),
+        _ => Asked(pool.generate(request(body)).unwrap(), false),
+    }
+}
+
+impl Asked {
+    fn read(&self) -> Given {
+        if !self.1 {
+            return Given::Tokens(read(&self.0).unwrap());
+        }
+        let mut numbers = Vec::new();
+        loop {
+            match self.0.next(PATIENCE).expect("an event") {
+                Event::Embeddings(given) => numbers = given.values,
+                Event::Scores(given) => numbers = given.values,
+                Event::Done(done) => return done.error.map_or(Given::Numbers(numbers), |error| panic!("{error}")),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+fn ask_all(pool: &EnginePool, bodies: &[Value], expected: &[Given], requests: usize, random: &mut Random) {
     let mut running = std::collections::VecDeque::new();
     for _ in 0..requests {
         if running.len() == CONCURRENCY {
             finish(&mut running, expected);
         }
         let which = random.below(bodies.len());
-        running.push_back((which, pool.generate(request(&bodies[which])).unwrap()));
+        running.push_back((which, ask(pool, &bodies[which])));
     }
     while !running.is_empty() {
         finish(&mut running, expected);
     }
 }
 
-type Running = std::collections::VecDeque<(usize, std::sync::Arc<omlx::engine::RequestState>)>;
+type Running = std::collections::VecDeque<(usize, Asked)>;
 
-fn finish(running: &mut Running, expected: &[Vec<u32>]) {
-    let (which, state) = running.pop_front().unwrap();
-    assert_eq!(read(&state).unwrap(), expected[which], "request {which}");
+fn finish(running: &mut Running, expected: &[Given]) {
+    let (which, asked) = running.pop_front().unwrap();
+    assert!(asked.read().is(&expected[which]), "request {which}");
 }
 
 #[test]
@@ -89,7 +152,10 @@ fn many_models_share_a_limit_that_holds_two() {
     let requests = std::env::var("OMLX_POOL_REQUESTS").ok().and_then(|n| n.parse().ok()).unwrap_or(REQUESTS);
     let folder = tempfile::tempdir().unwrap();
     for (seed, (name, layers)) in MODELS.into_iter().enumerate() {
-        model(folder.path(), name, layers, seed as u64);
+        match name {
+            "embedder" | "reranker" => encoder(folder.path(), name, layers, seed as u64, name == "reranker"),
+            _ => model(folder.path(), name, layers, seed as u64),
+        };
     }
     let one = |name: &str| {
         let pool = open(folder.path(), options(10_000 * MB));

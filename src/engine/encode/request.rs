@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::engine::request::Priority;
 use crate::error::{Error, Result};
@@ -95,18 +96,11 @@ enum EncodingFormat {
 struct RawRerank {
     model: Option<String>,
     query: String,
-    documents: Vec<Document>,
+    documents: Vec<Value>,
     instruction: Option<String>,
     top_n: Option<usize>,
     truncate: Option<bool>,
     priority: Option<Priority>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Document {
-    Text(String),
-    Object { text: String },
 }
 
 impl EncodeRequest {
@@ -138,10 +132,9 @@ impl EncodeRequest {
         if raw.top_n == Some(0) {
             return Err(Error::invalid_request("\"top_n\" must be at least 1"));
         }
-        let text = |document| match document {
-            Document::Text(text) | Document::Object { text } => text,
-        };
-        let documents = raw.documents.into_iter().map(text).collect();
+        let text = |(at, document)| document_text(at, document, lenient);
+        let documents: Result<Vec<String>> = raw.documents.into_iter().enumerate().map(text).collect();
+        let documents = documents?;
         let task = EncodeTask::Rerank { query: raw.query, documents, instruction: raw.instruction, top: raw.top_n };
         Ok(Self::new(raw.model, task, raw.truncate, raw.priority))
     }
@@ -155,6 +148,24 @@ impl EncodeRequest {
             context_limit: None,
             tells_loading: false,
         }
+    }
+}
+
+/// The text of a document: itself, or the "text" of an object. What else an object has is not read.
+fn document_text(at: usize, document: Value, lenient: bool) -> Result<String> {
+    let keys = match document {
+        Value::String(text) => return Ok(text),
+        Value::Object(keys) => keys,
+        _ => return Err(Error::invalid_request(format!("document {at} is neither a text nor an object with one"))),
+    };
+    const MEDIA: [&str; 3] = ["image", "audio", "video"];
+    if let Some(key) = keys.keys().find(|key| MEDIA.iter().any(|media| key.starts_with(media))) {
+        return Err(Error::unsupported(format!("document {at} has {key:?}: only texts are supported")));
+    }
+    match keys.get("text") {
+        Some(Value::String(text)) if lenient || keys.len() == 1 => Ok(text.clone()),
+        Some(Value::String(_)) => Err(Error::invalid_request(format!("document {at} has other keys than \"text\""))),
+        _ => Err(Error::invalid_request(format!("document {at} has no \"text\""))),
     }
 }
 
@@ -250,8 +261,15 @@ mod tests {
             r#"{"query":"q","documents":[1]}"#,
             r#"{"query":"q","documents":["a"],"top_n":0}"#,
             r#"{"query":"q","documents":["a"],"more":1}"#,
+            r#"{"query":"q","documents":[{"title":"a"}]}"#,
+            r#"{"query":"q","documents":[{"text":"a","title":"b"}]}"#,
         ] {
             assert_eq!(rerank(json).map_err(|e| e.status()), Err(Status::InvalidRequest), "{json}");
         }
+        let titled = br#"{"query":"q","documents":[{"text":"a","title":"b"}]}"#;
+        assert!(EncodeRequest::rerank_from_json(titled, true).is_ok());
+        let picture = r#"{"query":"q","documents":[{"text":"a","image_url":"b"}]}"#;
+        assert_eq!(rerank(picture).map_err(|e| e.status()), Err(Status::Unsupported));
+        assert!(EncodeRequest::rerank_from_json(picture.as_bytes(), true).is_err(), "a picture is not left out");
     }
 }

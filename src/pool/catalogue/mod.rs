@@ -130,9 +130,14 @@ impl Catalogue {
         })
     }
 
-    /// The only usable model, for requests that name none.
-    pub fn only(&self) -> Result<&ModelEntry> {
-        let mut usable = self.entries().filter(|entry| entry.problem.is_none());
+    /// The model for requests that name none: the only usable one of this kind, or else the only usable one.
+    pub fn only(&self, kind: ModelKind) -> Result<&ModelEntry> {
+        let usable = || self.entries().filter(|entry| entry.problem.is_none());
+        let mut of_kind = usable().filter(|entry| entry.kind == Some(kind));
+        if let (Some(only), None) = (of_kind.next(), of_kind.next()) {
+            return Ok(only);
+        }
+        let mut usable = usable();
         match (usable.next(), usable.next()) {
             (Some(only), None) => Ok(only),
             (None, _) => {

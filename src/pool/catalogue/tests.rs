@@ -70,7 +70,7 @@ fn folders_are_found_flat_and_by_organisation() {
     }
     let one = catalogue(&models_in(&at("org/one")));
     assert_eq!(ids(&one), ["one"]);
-    assert_eq!(one.only().unwrap().id, "one");
+    assert_eq!(one.only(ModelKind::Llm).unwrap().id, "one");
     assert_eq!(models_in(&at("nowhere")).scan().unwrap_err().status(), Status::NotFound);
 }
 
@@ -114,7 +114,7 @@ fn what_is_no_usable_model_is_listed_with_the_reason() {
     rejected(&found, "sharded", Status::NotFound, &["model-2.safetensors and 1 more of 3"]);
     rejected(&found, "outside", Status::InvalidModel, &["not a file name"]);
     rejected(&found, "dangling", Status::NotFound, &["model.safetensors is a link"]);
-    assert_eq!(found.only().unwrap().id, "good", "the only one that can be used");
+    assert_eq!(found.only(ModelKind::Llm).unwrap().id, "good", "the only one that can be used");
     assert_eq!(found.find("unknown").unwrap().model_type.as_deref(), Some("gpt9"));
 
     write(&at("sharded/model-2.safetensors"), "x");
@@ -122,10 +122,10 @@ fn what_is_no_usable_model_is_listed_with_the_reason() {
     assert_eq!(catalogue(&models_in(folder.path())).find("sharded").unwrap().problem, None);
     // A folder that is all there is says itself what is wrong with it.
     let alone = catalogue(&models_in(&at("bare-gguf")));
-    assert_eq!(alone.only().unwrap_err().status(), Status::Unsupported);
-    assert_eq!(catalogue(&models_in(&at("torch"))).only().unwrap_err().status(), Status::Unsupported);
+    assert_eq!(alone.only(ModelKind::Llm).unwrap_err().status(), Status::Unsupported);
+    assert_eq!(catalogue(&models_in(&at("torch"))).only(ModelKind::Llm).unwrap_err().status(), Status::Unsupported);
     let empty = tempfile::tempdir().unwrap();
-    assert_eq!(catalogue(&models_in(empty.path())).only().unwrap_err().status(), Status::NotFound);
+    assert_eq!(catalogue(&models_in(empty.path())).only(ModelKind::Llm).unwrap_err().status(), Status::NotFound);
 }
 
 /// macOS has no such names.
