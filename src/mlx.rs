@@ -169,8 +169,6 @@ pub fn map_large_blocks() {
     // SAFETY: may be called at any time from any thread.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BLOCK as i32);
-        // Arrays of a step that lie at the end of the heap are not to be returned after every operation.
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 4 * LARGE_BLOCK as i32);
     }
 }
 
