@@ -317,6 +317,7 @@ fn damaged_configs_are_errors() {
         ("modernbert-rerank", json!({"classifier_pooling": "max"}), Status::Unsupported),
         ("qwen3-embedding", json!({"hidden_size": 18}), Status::InvalidModel),
         ("qwen3-embedding", json!({"num_hidden_layers": 1}), Status::InvalidModel),
+        ("qwen3-embedding", json!({"is_causal": false}), Status::Unsupported),
         ("qwen3-embedding", json!({"max_position_embeddings": 0}), Status::InvalidModel),
         ("qwen3-rerank-classification", json!({"id2label": {"0": "a", "1": "b"}}), Status::InvalidModel),
         ("llama-rerank", json!({"vocab_size": 100}), Status::InvalidModel),

@@ -37,7 +37,7 @@ pub fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
     let z = simd.mul(size, simd.splat(std::f32::consts::FRAC_1_SQRT_2));
     let t = simd.div(one, simd.fma(z, simd.splat(0.327_591_1), one));
     let mut series = simd.splat(1.061_405_4);
-    for coefficient in [-1.453_152_0, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+    for coefficient in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
         series = simd.fma(series, t, simd.splat(coefficient));
     }
     let rest = simd.mul(simd.mul(series, t), exp(simd, simd.sub(zero, simd.mul(z, z))));

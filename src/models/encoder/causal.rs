@@ -1,6 +1,7 @@
 //! Decoders as encoders: hidden states of whole texts, each token's of the text up to it (Zhang et al. 2025, "Qwen3 Embedding").
 
 use mlx_rs::{Array, Dtype};
+use serde_json::Value;
 
 use super::{AnswerTokens, BatchPlan, Encoder, EncoderShape, Pooling};
 use crate::config::ModelConfig;
@@ -34,6 +35,10 @@ pub(super) struct CausalEncoder {
 impl CausalEncoder {
     /// Takes the tensors of the decoder that `config` names.
     pub fn load(config: &ModelConfig, weights: &mut Weights) -> Result<Self> {
+        let flag = |key: &str| config.raw().get(key).and_then(Value::as_bool);
+        if flag("is_causal") == Some(false) || flag("use_bidirectional_attention") == Some(true) {
+            return Err(Error::unsupported("decoders whose tokens see those behind them are not supported"));
+        }
         let context = models::context_length(config, None)?;
         let whole = WholeTexts::new(weights, PASS_ROWS);
         let model = (models::find(config)?.load)(config, &Scope { context, head: false }, weights)?;
