@@ -139,6 +139,8 @@ struct Queue {
     /// At most one word on loading, one delta and one end for each answer, one result and one done: unread deltas merge.
     events: VecDeque<Event>,
     unread_tokens: usize,
+    /// The most bytes that were said to be loaded: threads may come out of order.
+    loaded: u64,
     /// A done event was queued.
     ended: bool,
 }
@@ -281,8 +283,9 @@ impl RequestState {
                         _ => queue.events.push_back(Event::Delta(delta)),
                     }
                 }
-                Event::Loading(..) if queue.ended => {}
-                Event::Loading(..) => {
+                Event::Loading(there, _) if queue.ended || there < queue.loaded => {}
+                Event::Loading(there, _) => {
+                    queue.loaded = there;
                     queue.events.retain(|event| !matches!(event, Event::Loading(..)));
                     queue.events.push_back(event);
                 }

@@ -174,29 +174,37 @@ impl Loading {
 
     /// Tells `request` of the progress from now on.
     fn tell(&self, request: &Arc<RequestState>) {
-        let mut state = lock(&self.state);
-        state.told.push(Arc::downgrade(request));
-        let (there, all) = state.bytes;
-        // While locked: a later number must not come before it.
+        let (there, all) = {
+            let mut state = lock(&self.state);
+            state.told.push(Arc::downgrade(request));
+            state.bytes
+        };
         request.loading(there, all);
     }
 
     fn reached(&self, there: u64, all: u64) {
-        let mut state = lock(&self.state);
-        state.bytes = (there, all);
-        let now = Instant::now();
-        if state.last.is_none_or(|last| now.saturating_duration_since(last) >= TELL) {
+        let told: Vec<_> = {
+            let mut state = lock(&self.state);
+            state.bytes = (there, all);
+            let now = Instant::now();
+            if state.last.is_some_and(|last| now.saturating_duration_since(last) < TELL) {
+                return;
+            }
             state.last = Some(now);
-            state.told.iter().filter_map(Weak::upgrade).for_each(|request| request.loading(there, all));
-        }
+            state.told.iter().filter_map(Weak::upgrade).collect()
+        };
+        // Unlocked: a host that is woken may submit another request.
+        told.iter().for_each(|request| request.loading(there, all));
     }
 
     /// Everything is there, and nobody needs to be told any more.
     fn complete(&self) {
-        let mut state = lock(&self.state);
-        state.bytes.0 = state.bytes.1;
-        let (there, all) = state.bytes;
-        state.told.drain(..).filter_map(|request| request.upgrade()).for_each(|request| request.loading(there, all));
+        let (told, all) = {
+            let mut state = lock(&self.state);
+            state.bytes.0 = state.bytes.1;
+            (std::mem::take(&mut state.told), state.bytes.1)
+        };
+        told.iter().filter_map(Weak::upgrade).for_each(|request| request.loading(all, all));
     }
 }
 
