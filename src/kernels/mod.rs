@@ -7,12 +7,13 @@
 /// of before are not used.
 pub const NUMERICS: u32 = 3;
 
-pub mod cpu;
 pub mod gpu;
 mod node;
 mod ops;
 mod texts;
 mod transfer;
+
+pub use omlx_kernels_cpu as cpu;
 
 pub use cpu::attention::{AttentionKind, Segment};
 pub use cpu::matmul::Precision;
