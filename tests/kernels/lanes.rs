@@ -7,7 +7,7 @@ use proptest::array::uniform16;
 use proptest::num::f32::ANY;
 use proptest::prelude::*;
 
-use crate::cpu::simd::{Isa, LANES, Simd, WORDS, Work};
+use crate::cpu::simd::{FOLD, Isa, LANES, Simd, WORDS, Work};
 use crate::guard::{Edge, Guarded};
 
 /// A method's name and its result. Where it is one number, all lanes have it.
@@ -167,6 +167,8 @@ impl Work for OnIntegers {
             ("lookup", integers(simd, simd.lookup(codes, &self.table))),
             ("dot_u7", integers(simd, simd.dot_u7(a, low, c))),
             ("dot_u8", integers(simd, simd.dot_u8(a, b, c))),
+            ("dot_u4", folded(simd, simd.and(b, simd.splat_i(0x0f0f_0f0f)), c)),
+            ("dot_u4 of the most", folded(simd, simd.splat_i(0x0f0f_0f0f), simd.splat_i(0x8080_8080u32 as i32))),
         ];
         let converted = vec![
             ("float_of_int", floats(simd, simd.float_of_int(a))),
@@ -195,11 +197,23 @@ impl OnIntegers {
             ("lookup", from_fn(|i| i32::from_ne_bytes(a[i].to_ne_bytes().map(entry)))),
             ("dot_u7", from_fn(|i| dot(a[i], b[i] & 0x7f7f_7f7f, c[i]))),
             ("dot_u8", from_fn(|i| dot(a[i], b[i], c[i]))),
+            ("dot_u4", from_fn(|i| FOLD as i32 * dot(0, b[i] & 0x0f0f_0f0f, c[i]))),
+            ("dot_u4 of the most", [FOLD as i32 * 4 * 15 * -128; LANES]),
         ];
         let converted =
             vec![("float_of_int", a.map(|a| a as f32)), ("float_of_f16", a.map(|a| f16_value((a & 0xffff) as u16)))];
         (whole, converted)
     }
+}
+
+/// As many products as an accumulator takes.
+#[inline(always)]
+fn folded<S: Simd>(simd: S, w: S::I, x: S::I) -> [i32; LANES] {
+    let mut acc = simd.splat_i(0);
+    for _ in 0..FOLD {
+        acc = simd.dot_u4(acc, w, x);
+    }
+    integers(simd, simd.fold(acc))
 }
 
 fn dot(acc: i32, w: i32, x: i32) -> i32 {

@@ -224,6 +224,15 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn dot_u4(self, acc: I, w: I, x: I) -> I {
+        // Sums of pairs stay 16 bits wide: half of the multiplications.
+        both!(|acc, w, x| _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)))
+    }
+    #[inline(always)]
+    fn fold(self, acc: I) -> I {
+        both!(|acc| _mm256_madd_epi16(acc, _mm256_set1_epi16(1)))
+    }
+    #[inline(always)]
     unsafe fn load(self, p: *const f32) -> F {
         // SAFETY: the caller's promise.
         unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }

@@ -11,7 +11,7 @@ use super::floats::Floats;
 use super::matmul::{PAIR, PANEL};
 use super::matrix::{Coding, FP4_TABLE, Packed, Scales};
 use super::quantize::{Order, QuantizedRows};
-use super::simd::{LANES, Simd, WORDS, Work};
+use super::simd::{FOLD, LANES, Simd, WORDS, Work};
 
 /// Bytes of a vector.
 const VECTOR: usize = 4 * LANES;
@@ -341,6 +341,9 @@ impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
         let words_per_group = of.group() * BITS / 32;
         let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
         let mut total = simd.splat(0.0);
+        // Codes below 16 are added up in accumulators of their own, a group of them at a time.
+        let small = BITS == 4 && !FP4;
+        assert!(!small || words_per_group <= FOLD);
         // Two chains, since a sum takes several cycles.
         let (mut even, mut odd) = (simd.splat_i(0), simd.splat_i(0));
         let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
@@ -361,14 +364,20 @@ impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
                         (even, odd) = (simd.dot_u8(odd, *word, simd.splat_i(x.read_unaligned())), even);
                     } else {
                         let (mut low, mut high) = (simd.and(*word, mask), simd.and(simd.shr::<4>(*word), mask));
+                        let (first, second) =
+                            (simd.splat_i(x.read_unaligned()), simd.splat_i(x.add(1).read_unaligned()));
                         if FP4 {
                             (low, high) = (simd.lookup(low, &FP4_TABLE), simd.lookup(high, &FP4_TABLE));
+                            (even, odd) = (simd.dot_u7(even, low, first), simd.dot_u7(odd, high, second));
+                        } else {
+                            (even, odd) = (simd.dot_u4(even, low, first), simd.dot_u4(odd, high, second));
                         }
-                        even = simd.dot_u7(even, low, simd.splat_i(x.read_unaligned()));
-                        odd = simd.dot_u7(odd, high, simd.splat_i(x.add(1).read_unaligned()));
                     }
                     left -= 1;
                     if left == 0 {
+                        if small {
+                            (even, odd) = (simd.fold(even), simd.fold(odd));
+                        }
                         let line = scales.as_ptr().add(2 * group);
                         let (scale, bias) = (simd.load(line.cast()), simd.load(line.add(1).cast()));
                         let scaled = simd.mul(simd.float_of_int(simd.add_i(even, odd)), scale);
@@ -440,6 +449,11 @@ fn spread<S: Simd, const BITS: usize, const FP4: bool>(simd: S, words: &[S::I; W
     }
 }
 
+/// Unpacked codes are below 16, below 128, or any bytes.
+const LOW: u8 = 0;
+const MIDDLE: u8 = 1;
+const FULL: u8 = 2;
+
 /// Unpacked panels, to be multiplied with all rows of activations.
 struct Tile<'a, const N: usize> {
     /// `[panel][group of the chunk][four codes]`.
@@ -456,24 +470,36 @@ struct Tile<'a, const N: usize> {
 impl<const N: usize> Tile<'_, N> {
     #[inline(always)]
     fn all_rows<S: Simd>(&self, simd: S, acc: &mut [f32]) {
+        match self.of.packed().coding {
+            Coding::Affine(2..=4) if (self.of.group() / 4).is_multiple_of(FOLD) => {
+                self.all_rows_by::<S, LOW>(simd, acc)
+            }
+            Coding::Affine(8) => self.all_rows_by::<S, FULL>(simd, acc),
+            _ => self.all_rows_by::<S, MIDDLE>(simd, acc),
+        }
+    }
+
+    /// The same for codes of a range.
+    #[inline(always)]
+    fn all_rows_by<S: Simd, const CODES: u8>(&self, simd: S, acc: &mut [f32]) {
         let rows = self.of.x_rows.len();
         let mut row = 0;
         while row < rows {
             let left = rows - row;
             // Register tiles that the instruction set has room for; the others are compiled away.
             row += match left {
-                12.. if S::INT_ROWS >= 12 => simd.call(TileRows::<12, N> { tile: self, row, acc }),
-                8.. if S::INT_ROWS >= 8 => simd.call(TileRows::<8, N> { tile: self, row, acc }),
-                4.. if S::INT_ROWS >= 4 => simd.call(TileRows::<4, N> { tile: self, row, acc }),
-                2.. if S::INT_ROWS >= 2 => simd.call(TileRows::<2, N> { tile: self, row, acc }),
-                _ => simd.call(TileRows::<1, N> { tile: self, row, acc }),
+                12.. if S::INT_ROWS >= 12 => simd.call(TileRows::<12, N, CODES> { tile: self, row, acc }),
+                8.. if S::INT_ROWS >= 8 => simd.call(TileRows::<8, N, CODES> { tile: self, row, acc }),
+                4.. if S::INT_ROWS >= 4 => simd.call(TileRows::<4, N, CODES> { tile: self, row, acc }),
+                2.. if S::INT_ROWS >= 2 => simd.call(TileRows::<2, N, CODES> { tile: self, row, acc }),
+                _ => simd.call(TileRows::<1, N, CODES> { tile: self, row, acc }),
             };
         }
     }
 
     /// `M` rows of activations from `row` on; returns `M`.
     #[inline(always)]
-    fn rows<S: Simd, const M: usize>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
+    fn rows<S: Simd, const M: usize, const CODES: u8>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
         let Integer { columns, x, x_rows, .. } = self.of;
         let (columns, packed) = (*columns, self.of.packed());
         let group = self.of.group();
@@ -485,7 +511,7 @@ impl<const N: usize> Tile<'_, N> {
         let panel_len = self.groups.len() * steps;
         assert!(self.codes.len() >= N * panel_len && self.scales.len() >= N * all_groups * 2);
         assert!(acc.len() >= (row + M - 1) * PAIR * PANEL + N * PANEL && self.groups.end <= all_groups);
-        let full_range = packed.coding == Coding::Affine(8);
+        assert!(CODES != LOW || steps.is_multiple_of(FOLD));
         // Bytes that sixteen rows have for a step. The first rows fetch for all.
         let fetched = if row == 0 { PANEL * 4 * packed.coding.bits() / 8 } else { 0 };
         for (index, group_at) in self.groups.clone().enumerate() {
@@ -495,20 +521,31 @@ impl<const N: usize> Tile<'_, N> {
             unsafe {
                 let codes = self.codes.as_ptr().add(index * steps);
                 let x = bytes.as_ptr().add(group_at * group);
-                for step in 0..steps {
-                    let mut w = [simd.splat_i(0); N];
-                    for (n, w) in w.iter_mut().enumerate() {
-                        simd.prefetch(self.next[n].wrapping_add((index * steps + step) * fetched));
-                        *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
+                // Without codes below 16 there is nothing to fold.
+                let part = if CODES == LOW { FOLD } else { steps };
+                for first in (0..steps).step_by(part) {
+                    let mut part_sums = if CODES == LOW { [[simd.splat_i(0); N]; M] } else { sums };
+                    for step in first..first + part {
+                        let mut w = [simd.splat_i(0); N];
+                        for (n, w) in w.iter_mut().enumerate() {
+                            simd.prefetch(self.next[n].wrapping_add((index * steps + step) * fetched));
+                            *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
+                        }
+                        for m in 0..M {
+                            let four = simd.splat_i(x.add(m * columns + 4 * step).cast::<i32>().read_unaligned());
+                            for n in 0..N {
+                                part_sums[m][n] = match CODES {
+                                    LOW => simd.dot_u4(part_sums[m][n], w[n], four),
+                                    MIDDLE => simd.dot_u7(part_sums[m][n], w[n], four),
+                                    _ => simd.dot_u8(part_sums[m][n], w[n], four),
+                                };
+                            }
+                        }
                     }
                     for m in 0..M {
-                        let four = simd.splat_i(x.add(m * columns + 4 * step).cast::<i32>().read_unaligned());
                         for n in 0..N {
-                            sums[m][n] = if full_range {
-                                simd.dot_u8(sums[m][n], w[n], four)
-                            } else {
-                                simd.dot_u7(sums[m][n], w[n], four)
-                            };
+                            let sum = part_sums[m][n];
+                            sums[m][n] = if CODES == LOW { simd.add_i(sums[m][n], simd.fold(sum)) } else { sum };
                         }
                     }
                 }
@@ -530,17 +567,17 @@ impl<const N: usize> Tile<'_, N> {
 }
 
 /// See [`Tile::rows`].
-struct TileRows<'a, const M: usize, const N: usize> {
+struct TileRows<'a, const M: usize, const N: usize, const CODES: u8> {
     tile: &'a Tile<'a, N>,
     row: usize,
     acc: &'a mut [f32],
 }
 
-impl<const M: usize, const N: usize> Work for TileRows<'_, M, N> {
+impl<const M: usize, const N: usize, const CODES: u8> Work for TileRows<'_, M, N, CODES> {
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        self.tile.rows::<S, M>(simd, self.row, self.acc)
+        self.tile.rows::<S, M, CODES>(simd, self.row, self.acc)
     }
 }

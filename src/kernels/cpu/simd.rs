@@ -14,6 +14,10 @@ pub const LANES: usize = 16;
 /// Rows of 32-bit words that [`Simd::load_words`] transposes, one per lane, and words of each.
 pub const WORDS: usize = 8;
 
+/// Vectors that an accumulator of [`Simd::dot_u4`] takes: pairs of products are at most 2 * 15 * 128, and i16 holds eight of
+/// them.
+pub const FOLD: usize = 8;
+
 /// An instruction set. Floating-point operations round like IEEE 754's; `sum` adds in a fixed order.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Rows of activations in a register tile of the integer product; it has two panels of weights.
@@ -82,6 +86,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn dot_u7(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// The same for all unsigned bytes.
     fn dot_u8(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// The same for bytes below 16, in an accumulator of the instruction set's own, which begins as zeros and takes
+    /// [`FOLD`] vectors at most before it is folded.
+    #[inline(always)]
+    fn dot_u4(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        self.dot_u7(acc, w, x)
+    }
+    /// The lanes' sums in such an accumulator.
+    #[inline(always)]
+    fn fold(self, acc: Self::I) -> Self::I {
+        acc
+    }
 
     /// Sixteen elements.
     ///
