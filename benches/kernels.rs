@@ -241,10 +241,11 @@ fn small_m(criterion: &mut Criterion) {
 
 fn prefill(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("prefill");
-    let format = Format::Affine(4);
-    let weights = Weights::new(format, 3072, 1024);
     group.throughput(Throughput::Elements(512 * 3072 * 1024));
-    product(&mut group, (&weights, format), 512, None);
+    for format in [Format::Affine(4), Format::Bf16] {
+        let weights = Weights::new(format, 3072, 1024);
+        product(&mut group, (&weights, format), 512, None);
+    }
     group.finish();
 }
 
