@@ -285,10 +285,15 @@ typedef struct omlx_pool_options {
     /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`. NULL looks into none. Nothing is written
     /// there.
     const char *hub_cache;
+    /// As `hot_bytes`, as a part of the memory of the host, or of its container, in percent; 0 is none. Not together with
+    /// `hot_bytes`.
+    uint32_t hot_percent;
+    /// Must be 0.
+    uint32_t reserved;
 } omlx_pool_options;
 
 /// Initialiser of `omlx_pool_options`: all defaults.
-#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL, NULL }
+#define OMLX_POOL_OPTIONS_INIT { sizeof(omlx_pool_options), 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL, NULL, 0, 0 }
 
 /// An engine pool: models, and an engine for each one that is loaded. Reference-counted.
 typedef struct omlx_pool omlx_pool;
@@ -858,11 +863,15 @@ omlx_status omlx_render_template(
 
 // Cache -----------------------------------------------------------------------------------------------------
 
-/// State of a loaded model's cache as a JSON object: blocks used, cached and free, the tokens and bytes of one, entries,
-/// prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers, and in
-/// `"cold_total"` that of all models together. A `model` of NULL is the default model.
+/// State of a model's cache as a JSON object: if it is loaded, blocks used, cached and free, the tokens and bytes of one,
+/// entries, prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers
+/// (entries, bytes, tokens found there), and in `"cold_total"` that of all models together. Of files also what was read and
+/// written since the pool was opened: `"read_bytes"` by `"read_seconds"` is the rate of restoring,
+/// `"written_bytes_per_new_token"` the price of a computed token. A `model` of NULL is the default model; it may be the
+/// id of one that is no longer there, but in the files.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, and nothing cached of one), `OMLX_E_UNSUPPORTED` (an embedding model or a
+/// reranker).
 omlx_status omlx_cache_stats(omlx_pool *pool, const char *model, omlx_string **text, omlx_error **error);
 
 /// Where the tokens of a request's prompt are cached, as a JSON object: `"tokens"` (all but the last, which is computed in
@@ -910,10 +919,12 @@ OMLX_ENUM(omlx_cache_tier, uint32_t) {
 };
 
 /// Forgets what is cached of a model (of all models, if `model` is NULL) and neither in use nor pinned. `tiers` is a sum
-/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. Blocking
-/// while files are removed, and while the model loads.
+/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. What is left
+/// of a model that is no longer there is forgotten by its id of before, pinned or not. Blocking while files are written and
+/// removed, and while the model loads.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model).
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, and nothing cached of one), `OMLX_E_TIMEOUT` (files are still being written
+/// after ten seconds; none was removed).
 omlx_status omlx_cache_clear(
     omlx_pool *pool,
     const char *model,
@@ -922,12 +933,12 @@ omlx_status omlx_cache_clear(
     omlx_error **error);
 
 /// Limits of a pool's cache that can change while it is open. Start from `OMLX_CACHE_LIMITS_INIT`; zero leaves a limit as
-/// it is.
+/// it is, and `UINT64_MAX` in `cold_bytes_per_model` ends that one.
 typedef struct omlx_cache_limits {
     /// `sizeof(omlx_cache_limits)`, set by `OMLX_CACHE_LIMITS_INIT`.
     uint32_t struct_size;
-    /// Must be 0.
-    uint32_t reserved;
+    /// As `omlx_pool_options.hot_percent`.
+    uint32_t hot_percent;
     /// As `omlx_pool_options.hot_bytes`.
     uint64_t hot_bytes;
     /// As `omlx_pool_options.cold_bytes`.
@@ -940,6 +951,9 @@ typedef struct omlx_cache_limits {
 #define OMLX_CACHE_LIMITS_INIT { sizeof(omlx_cache_limits), 0, 0, 0, 0 }
 
 /// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.
+///
+/// Errors: `OMLX_E_INVALID_ARGUMENT` (`hot_bytes` and `hot_percent` at once, or more than 100 percent),
+/// `OMLX_E_UNSUPPORTED` (limits on files without a `cache_dir`).
 omlx_status omlx_cache_set_limits(omlx_pool *pool, const omlx_cache_limits *limits, omlx_error **error);
 
 /// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor

@@ -67,6 +67,7 @@ const PURE: &[&str] = &[
     "engine/sequence.rs",
     "engine/shape.rs",
     "engine/turns.rs",
+    "engine/worth.rs",
     "kernels/cpu",
     "pool/policy.rs",
     "pool/settings.rs",

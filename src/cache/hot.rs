@@ -161,6 +161,18 @@ impl HotTier {
         blocks.index.find(&root_key(&model.fingerprint, group), tokens, from)
     }
 
+    /// Whether what is behind the first `at` of `tokens` agrees with the rest; see [`SpanIndex::agrees_behind`].
+    pub fn agrees_behind(&self, model: &HotModel, group: usize, tokens: &[u32], at: usize) -> Option<bool> {
+        let state = lock(&self.state);
+        let blocks = state.blocks.get(&model.block_tokens)?;
+        blocks.index.agrees_behind(&root_key(&model.fingerprint, group), tokens, at)
+    }
+
+    /// Whether it has anything of the models of a name.
+    pub fn knows(&self, model: &str) -> bool {
+        lock(&self.state).stats.get(model).is_some_and(|stats| stats.entries > 0)
+    }
+
     /// The rows of a span that was found, if it is still there.
     pub fn get(&self, span: SpanId) -> Option<Arc<RowBuffer>> {
         lock(&self.state).entries.get(&span).map(|entry| Arc::clone(&entry.rows))

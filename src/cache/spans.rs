@@ -122,6 +122,21 @@ impl SpanIndex {
         best.filter(|&(_, common)| common > 0)
     }
 
+    /// Whether anything that is stored behind the first `at` of `tokens` (whole blocks) agrees with the rest of them, as far
+    /// as both go; `None` if nothing is stored there.
+    pub fn agrees_behind(&self, root: &BlockKey, tokens: &[u32], at: usize) -> Option<bool> {
+        let key = tokens[..at].chunks(self.block_tokens).fold(*root, |key, tokens| chain_key(&key, tokens));
+        let mut children = self.children(key).peekable();
+        children.peek()?;
+        Some(children.any(|(edge, _)| edge.tokens.iter().zip(&tokens[at..]).all(|(one, other)| one == other)))
+    }
+
+    /// Blocks behind a key.
+    fn children(&self, key: BlockKey) -> impl Iterator<Item = (&Edge, &Place)> {
+        let first = Edge { parent: key, tokens: Arc::from([]) };
+        self.blocks.range(first..).take_while(move |(edge, _)| edge.parent == key)
+    }
+
     /// How many of the span's tokens are there already, from its beginning.
     pub fn held(&self, span: &Span) -> usize {
         let mut held = 0;
@@ -186,9 +201,7 @@ impl SpanIndex {
             move |(edge, offset): &(Edge, usize)| self.blocks.get(edge) == Some(&Place { span: id, offset: *offset });
         span.blocks(self.block_tokens).filter(own).flat_map(move |(edge, _)| {
             let key = chain_key(&edge.parent, &edge.tokens);
-            let first = Edge { parent: key, tokens: Arc::from([]) };
-            let children = self.blocks.range(first..).take_while(move |(edge, _)| edge.parent == key);
-            children.map(move |(_, place)| (key, place.span)).filter(move |&(_, span)| span != id)
+            self.children(key).map(move |(_, place)| (key, place.span)).filter(move |&(_, span)| span != id)
         })
     }
 
@@ -242,6 +255,21 @@ mod tests {
         assert_eq!(index.held(&span(&[], &all)), 14);
         assert_eq!(index.held(&span(&first, &[12])), 1);
         assert_eq!(index.held(&span(&first, &[13])), 0);
+    }
+
+    #[test]
+    fn what_follows_agrees_or_not() {
+        let mut index = SpanIndex::new(4);
+        index.insert(1, &span(&[], &[0, 1, 2, 3, 4, 5, 6, 7]));
+        index.insert(2, &span(&[0, 1, 2, 3], &[4, 9]));
+        let agrees = |tokens: &[u32], at| index.agrees_behind(&ROOT, tokens, at);
+        assert_eq!(agrees(&[0, 1, 2, 3, 4, 5, 6, 7, 8], 4), Some(true));
+        assert_eq!(agrees(&[0, 1, 2, 3, 4, 5], 4), Some(true), "as far as both go");
+        assert_eq!(agrees(&[0, 1, 2, 3, 4, 9, 9, 9], 4), Some(true), "as far as both go");
+        assert_eq!(agrees(&[0, 1, 2, 3, 4, 6], 4), Some(false));
+        assert_eq!(agrees(&[1], 0), Some(false));
+        assert_eq!(agrees(&[0, 1, 2, 3, 4, 5, 6, 7, 8], 8), None, "nothing follows");
+        assert_eq!(index.agrees_behind(&[8; 32], &[0, 1], 0), None, "another model");
     }
 
     #[test]

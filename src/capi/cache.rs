@@ -20,11 +20,15 @@ pub enum omlx_cache_tier {
     Cold = 4,
 }
 
-/// State of a loaded model's cache as a JSON object: blocks used, cached and free, the tokens and bytes of one, entries,
-/// prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers, and in
-/// `"cold_total"` that of all models together. A `model` of NULL is the default model.
+/// State of a model's cache as a JSON object: if it is loaded, blocks used, cached and free, the tokens and bytes of one,
+/// entries, prompt tokens computed and found in the cache; in `"hot"` and `"cold"` the model's part of the other tiers
+/// (entries, bytes, tokens found there), and in `"cold_total"` that of all models together. Of files also what was read and
+/// written since the pool was opened: `"read_bytes"` by `"read_seconds"` is the rate of restoring,
+/// `"written_bytes_per_new_token"` the price of a computed token. A `model` of NULL is the default model; it may be the
+/// id of one that is no longer there, but in the files.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model, or not loaded).
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, and nothing cached of one), `OMLX_E_UNSUPPORTED` (an embedding model or a
+/// reranker).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_cache_stats(
     pool: *mut omlx_pool,
@@ -40,10 +44,12 @@ pub unsafe extern "C" fn omlx_cache_stats(
 }
 
 /// Forgets what is cached of a model (of all models, if `model` is NULL) and neither in use nor pinned. `tiers` is a sum
-/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. Blocking
-/// while files are removed, and while the model loads.
+/// of `omlx_cache_tier`, or 0 for all of them. `bytes`, which may be NULL, receives how much room that makes. What is left
+/// of a model that is no longer there is forgotten by its id of before, pinned or not. Blocking while files are written and
+/// removed, and while the model loads.
 ///
-/// Errors: `OMLX_E_NOT_FOUND` (no such model).
+/// Errors: `OMLX_E_NOT_FOUND` (no such model, and nothing cached of one), `OMLX_E_TIMEOUT` (files are still being written
+/// after ten seconds; none was removed).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_cache_clear(
     pool: *mut omlx_pool,
@@ -140,14 +146,14 @@ pub unsafe extern "C" fn omlx_cache_flush(
 }
 
 /// Limits of a pool's cache that can change while it is open. Start from `OMLX_CACHE_LIMITS_INIT`; zero leaves a limit as
-/// it is.
+/// it is, and `UINT64_MAX` in `cold_bytes_per_model` ends that one.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct omlx_cache_limits {
     /// `sizeof(omlx_cache_limits)`, set by `OMLX_CACHE_LIMITS_INIT`.
     pub struct_size: u32,
-    /// Must be 0.
-    pub reserved: u32,
+    /// As `omlx_pool_options.hot_percent`.
+    pub hot_percent: u32,
     /// As `omlx_pool_options.hot_bytes`.
     pub hot_bytes: u64,
     /// As `omlx_pool_options.cold_bytes`.
@@ -160,7 +166,7 @@ impl Default for omlx_cache_limits {
     fn default() -> Self {
         Self {
             struct_size: size_of::<Self>() as u32,
-            reserved: 0,
+            hot_percent: 0,
             hot_bytes: 0,
             cold_bytes: 0,
             cold_bytes_per_model: 0,
@@ -174,6 +180,9 @@ unsafe impl SizedOptions for omlx_cache_limits {
 }
 
 /// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.
+///
+/// Errors: `OMLX_E_INVALID_ARGUMENT` (`hot_bytes` and `hot_percent` at once, or more than 100 percent),
+/// `OMLX_E_UNSUPPORTED` (limits on files without a `cache_dir`).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_cache_set_limits(
     pool: *mut omlx_pool,
@@ -191,6 +200,7 @@ pub unsafe extern "C" fn omlx_cache_set_limits(
         let nonzero = |n: u64| (n > 0).then_some(n);
         pool.pool.set_cache_limits(TierLimits {
             hot: nonzero(limits.hot_bytes),
+            hot_percent: (limits.hot_percent > 0).then_some(limits.hot_percent),
             cold: nonzero(limits.cold_bytes),
             cold_per_model: nonzero(limits.cold_bytes_per_model),
         })

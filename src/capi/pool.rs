@@ -140,6 +140,11 @@ pub struct omlx_pool_options {
     /// `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`. NULL looks into none. Nothing is written
     /// there.
     pub hub_cache: *const c_char,
+    /// As `hot_bytes`, as a part of the memory of the host, or of its container, in percent; 0 is none. Not together with
+    /// `hot_bytes`.
+    pub hot_percent: u32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 impl Default for omlx_pool_options {
@@ -172,6 +177,8 @@ impl Default for omlx_pool_options {
             ttl_seconds: 0,
             settings_file: std::ptr::null(),
             hub_cache: std::ptr::null(),
+            hot_percent: 0,
+            reserved: 0,
         }
     }
 }
@@ -244,6 +251,7 @@ impl omlx_pool_options {
                 write_through: self.cache_write_through != 0,
                 namespace: namespace.unwrap_or_default().as_bytes().to_vec(),
                 hot_bytes: bytes(self.hot_bytes),
+                hot_percent: (self.hot_percent > 0).then_some(self.hot_percent),
                 always_restore: false,
             },
             memory: memory_limit(self.memory_limit, self.memory_percent)?,

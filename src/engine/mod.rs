@@ -24,6 +24,7 @@ mod threads;
 mod tiers;
 mod turns;
 mod worker;
+mod worth;
 
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam_channel::Sender;
 
@@ -16,6 +17,7 @@ use super::scheduler::Scheduler;
 use super::sequence::Sequence;
 use super::tiers::{Fetch, ModelTiers, Rows};
 use super::worker::Command;
+use super::worth::MoveRate;
 use crate::cache::{BlockId, Table};
 use crate::error::Result;
 use crate::fault;
@@ -68,6 +70,8 @@ pub struct Restores {
     next: u64,
     /// Bytes that are on their way or have arrived.
     ahead: usize,
+    /// How fast rows get from the host's memory into the pools.
+    moving: MoveRate,
 }
 
 /// A restore that has ended: its tokens, what is to happen now, and how many of the tokens are in the pools.
@@ -101,6 +105,11 @@ impl Restores {
         self.queue.is_empty()
     }
 
+    /// How fast rows have got from the host's memory into the pools.
+    pub fn moving(&self) -> MoveRate {
+        self.moving
+    }
+
     /// Rows have arrived, or will not.
     pub fn arrived(&mut self, id: u64, fetch: usize, rows: Option<Rows>) {
         let Some(restore) = self.queue.iter_mut().find(|restore| restore.id == id) else { return };
@@ -117,7 +126,16 @@ impl Restores {
     /// the others find in the pools what it brings.
     pub fn ask(&mut self, tiers: &ModelTiers, scheduler: &mut Scheduler, inbox: &Sender<Command>) {
         if let Some(first) = self.queue.front_mut().filter(|first| first.table.is_none()) {
-            first.skip_cached(scheduler, &mut self.ahead);
+            let cached = first.cached(scheduler);
+            if cached < first.from {
+                first.give_up(&mut self.ahead);
+                let (limit, seconds) = (first.limit(), scheduler.seconds_per_token(first.tokens.len()));
+                let fetches = tiers.find(&first.tokens[..limit], cached, seconds, self.moving);
+                // What is on its way is for another one.
+                first.begin_again(self.next, cached, fetches);
+                self.next += 1;
+            }
+            first.skip_cached(cached, &mut self.ahead);
         }
         let mut beginnings: Vec<Arc<[u32]>> = Vec::new();
         for (place, restore) in self.queue.iter_mut().enumerate() {
@@ -193,7 +211,9 @@ impl Restores {
         for _ in 0..most {
             let Some(at) = first.next_here() else { break };
             self.ahead -= first.fetches[at].bytes;
-            first.place(at, runner)?;
+            let begun = Instant::now();
+            let bytes = first.place(at, runner)?;
+            self.moving.observe(bytes, begun.elapsed().as_secs_f64());
         }
         if !first.is_over() {
             return Ok(None);
@@ -253,12 +273,28 @@ impl Restore {
         (grows || others_run && blocks.available() < needed).then_some(needed)
     }
 
-    /// Another may have brought some of the rows meanwhile.
-    fn skip_cached(&mut self, scheduler: &mut Scheduler, ahead: &mut usize) {
+    /// Tokens whose rows can be of use: the last one is computed in any case.
+    fn limit(&self) -> usize {
+        self.tokens.len().saturating_sub(1)
+    }
+
+    /// Tokens that the pools have now: whole blocks.
+    fn cached(&self, scheduler: &mut Scheduler) -> usize {
         let blocks = scheduler.blocks();
-        let block_tokens = blocks.block_tokens();
-        let from = blocks.peek(&self.tokens[..self.end()]) / block_tokens * block_tokens;
-        self.from = self.from.max(from);
+        blocks.peek(&self.tokens[..self.end()]) / blocks.block_tokens() * blocks.block_tokens()
+    }
+
+    /// Rows that the pools had were evicted meanwhile: `fetches` are behind those that are left.
+    fn begin_again(&mut self, id: u64, from: usize, fetches: Vec<Fetch>) {
+        self.id = id;
+        self.from = from;
+        self.rows = fetches.iter().map(|_| Arrival::NotAsked).collect();
+        self.fetches = fetches;
+    }
+
+    /// Another may have brought some of the rows meanwhile.
+    fn skip_cached(&mut self, cached: usize, ahead: &mut usize) {
+        self.from = self.from.max(cached);
         for (fetch, rows) in self.fetches.iter_mut().zip(&mut self.rows) {
             let skip = self.from.saturating_sub(fetch.position).min(fetch.tokens);
             fetch.position += skip;
@@ -293,10 +329,10 @@ impl Restore {
         self.rows.iter().position(|rows| matches!(rows, Arrival::Here(_)))
     }
 
-    /// Moves the rows of a fetch to their blocks.
-    fn place(&mut self, at: usize, runner: &mut Runner) -> Result<()> {
-        let Arrival::Here(rows) = std::mem::replace(&mut self.rows[at], Arrival::InPlace) else { return Ok(()) };
-        let (Some(table), fetch) = (&self.table, &self.fetches[at]) else { return Ok(()) };
+    /// Moves the rows of a fetch to their blocks; how many bytes that were.
+    fn place(&mut self, at: usize, runner: &mut Runner) -> Result<usize> {
+        let Arrival::Here(rows) = std::mem::replace(&mut self.rows[at], Arrival::InPlace) else { return Ok(0) };
+        let (Some(table), fetch) = (&self.table, &self.fetches[at]) else { return Ok(0) };
         let block_tokens = runner.pages().block_tokens();
         let first = fetch.position / block_tokens;
         let blocks = table.blocks(fetch.group).skip(first).take(fetch.tokens.div_ceil(block_tokens));
@@ -305,7 +341,7 @@ impl Restore {
         if fault::happens("restore.rows", runner.id()) {
             runner.pages().write_rows(&blocks[1..2], &rows, fetch.skip..fetch.skip + block_tokens)?;
         }
-        Ok(())
+        Ok(fetch.tokens * rows.layout().token_bytes())
     }
 
     /// Waits for nothing any more.

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::worth::{MoveRate, Offer, worth_until};
 use super::{EngineOptions, ModelSource};
 use crate::cache::Save;
 use crate::cache::fingerprint::{HashMemory, Identity, fingerprint, stamps};
 use crate::cache::hot::{Evicted, HotModel, HotTier};
 use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
-use crate::cache::spans::{Span, SpanId, root_key};
+use crate::cache::spans::{Piece, Span, SpanId, root_key};
 use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
 use crate::error::{Error, Result, Status};
 use crate::kernels::NUMERICS;
@@ -115,7 +116,7 @@ pub struct Whereabouts {
     pub missing: usize,
     /// Why the match went no further.
     pub stopped_by: Stop,
-    /// Seconds until the rows of the cold tier would be in the pools, by the rate of earlier reads.
+    /// Seconds until the rows of other tiers would be in the pools, by the rates of earlier ones.
     pub restore_seconds: f64,
     /// Seconds until the missing ones would be computed, by the rate of earlier prompts; 0 before there was one.
     pub compute_seconds: f64,
@@ -136,12 +137,34 @@ pub enum Stop {
     NotIdentified,
 }
 
+/// What is known of a prompt without the tiers.
+#[derive(Debug, Clone, Copy)]
+pub struct InPools {
+    /// Tokens of it that the pools have.
+    pub tokens: usize,
+    /// They have other tokens in the place of the next ones.
+    pub others: bool,
+    /// Seconds to compute a token, if that is known.
+    pub token_seconds: Option<f64>,
+}
+
 impl Whereabouts {
-    /// Of `tokens` the pools have `pool`, and nobody else has more.
-    pub fn in_pools(tokens: usize, pool: usize, token_seconds: Option<f64>) -> Self {
-        let missing = tokens - pool;
-        let compute_seconds = token_seconds.unwrap_or_default() * missing as f64;
-        Self { tokens, pool, missing, compute_seconds, ..Self::default() }
+    /// Of `tokens` the pools have some, and nobody else has more.
+    pub fn in_pools(tokens: usize, pools: &InPools) -> Self {
+        let mut found = Self { tokens, pool: pools.tokens, ..Self::default() };
+        found.end(pools, pools.others);
+        found
+    }
+
+    /// Nobody has more; `others`: but other tokens in their place.
+    fn end(&mut self, pools: &InPools, others: bool) {
+        self.missing = self.tokens - self.pool - self.hot - self.cold;
+        self.compute_seconds = pools.token_seconds.unwrap_or_default() * self.missing as f64;
+        self.stopped_by = match self.missing {
+            0 => Stop::Complete,
+            _ if others => Stop::OtherTokens,
+            _ => Stop::NotCached,
+        };
     }
 }
 
@@ -149,6 +172,11 @@ impl Tiers {
     /// Whether rows that leave the pools go anywhere.
     pub fn exist(&self) -> bool {
         self.cold.is_some() || self.hot.limit() > 0
+    }
+
+    /// Whether they have, or had, anything of a model of this name.
+    pub fn know(&self, model: &str) -> bool {
+        self.hot.knows(model) || self.cold.as_ref().is_some_and(|cold| cold.tier.knows(model))
     }
 
     /// The part of a model with this fingerprint, whose groups' tokens store what `layouts` say.
@@ -284,58 +312,79 @@ impl ModelTiers {
 
     /// What other tiers have of `tokens` behind the first `from` (whole blocks) and what is faster to get than to compute,
     /// at `token_seconds` a token if that is known.
-    pub fn find(&self, tokens: &[u32], from: usize, token_seconds: Option<f64>) -> Vec<Fetch> {
-        let groups = (0..self.layouts.len()).map(|group| self.find_in(group, tokens, from));
-        let mut groups: Vec<Vec<Fetch>> = groups.collect();
+    pub fn find(&self, tokens: &[u32], from: usize, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
+        let groups: Vec<Vec<Fetch>> = (0..self.layouts.len()).map(|group| self.find_in(group, tokens, from)).collect();
         // Rows of one group are of use only with those of the others.
-        let end = |fetches: &Vec<Fetch>| fetches.last().map_or(from, |last| last.position + last.tokens);
+        let end = |fetches: &Vec<Fetch>| fetches.last().map_or(from, Fetch::end);
         let common = groups.iter().map(end).min().unwrap_or(from);
-        let rate = self.rate();
-        let token_seconds = token_seconds.filter(|_| !self.tiers.always_restore);
-        let mut fetches = Vec::new();
-        for group in &mut groups {
-            // The last one may be short: reading a whole span for a few tokens is not worth it.
-            for mut fetch in group.drain(..) {
-                fetch.tokens = fetch.tokens.min(common.saturating_sub(fetch.position));
-                let seconds = fetch.seconds(rate);
-                if fetch.tokens == 0 || token_seconds.is_some_and(|token| seconds > token * fetch.tokens as f64) {
-                    break;
-                }
-                fetches.push(fetch);
-            }
+        let mut fetches: Vec<Fetch> = groups.into_iter().flatten().collect();
+        cut(&mut fetches, common);
+        if let Some(token_seconds) = token_seconds.filter(|_| !self.tiers.always_restore) {
+            let reading = self.reading_rate();
+            let offer = |fetch: &Fetch| {
+                let seconds = self.seconds(fetch, reading, moving);
+                Offer { position: fetch.position, seconds }
+            };
+            let mut offers: Vec<Offer> = fetches.iter().map(offer).collect();
+            offers.sort_by_key(|offer| offer.position);
+            cut(&mut fetches, worth_until(&offers, from, common, token_seconds));
         }
         fetches
     }
 
+    /// What the tiers have of a group, without a gap.
     fn find_in(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
         let mut fetches: Vec<Fetch> = Vec::new();
+        let mut at = from;
         loop {
-            let at = fetches.last().map_or(from, |last| last.position + last.tokens);
-            let before = fetches.len();
-            if !at.is_multiple_of(self.hot.block_tokens) {
+            let end = |found: &[Fetch]| found.last().map_or(at, Fetch::end);
+            let whole = |found: &[Fetch]| end(found) / self.hot.block_tokens * self.hot.block_tokens;
+            // A block of which one tier has the beginning may be whole in the other.
+            let hot = self.find_hot(group, tokens, at);
+            let mut next = if whole(&hot) > at {
+                hot
+            } else {
+                let cold = self.find_cold(group, tokens, at);
+                if end(&cold) > end(&hot) { cold } else { hot }
+            };
+            let reached = whole(&next);
+            if reached <= at {
+                fetches.append(&mut next);
                 return fetches;
             }
-            for piece in self.tiers.hot.find(&self.hot, group, tokens, at) {
-                let Some(rows) = self.tiers.hot.get(piece.span) else { break };
-                let (position, skip, tokens) = (piece.position, piece.skip, piece.tokens);
-                fetches.push(Fetch { group, position, skip, tokens, bytes: 0, source: Source::Hot(piece.span, rows) });
-            }
-            let at = fetches.last().map_or(from, |last| last.position + last.tokens);
-            if at.is_multiple_of(self.hot.block_tokens) {
-                for piece in self.cold.iter().flat_map(|cold| cold.find(group, tokens, at)) {
-                    let (position, skip, tokens) = (piece.piece.position, piece.piece.skip, piece.piece.tokens);
-                    let bytes = piece.bytes as usize;
-                    fetches.push(Fetch { group, position, skip, tokens, bytes, source: Source::Cold(piece) });
-                }
-            }
-            if fetches.len() == before {
-                return fetches;
-            }
+            cut(&mut next, reached);
+            fetches.append(&mut next);
+            at = reached;
+        }
+    }
+
+    fn find_hot(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
+        let fetch = |piece: Piece| {
+            let source = Source::Hot(piece.span, self.tiers.hot.get(piece.span)?);
+            Some(Fetch { group, position: piece.position, skip: piece.skip, tokens: piece.tokens, bytes: 0, source })
+        };
+        self.tiers.hot.find(&self.hot, group, tokens, from).into_iter().map_while(fetch).collect()
+    }
+
+    fn find_cold(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
+        let fetch = |found: ColdPiece| {
+            let Piece { position, skip, tokens, .. } = found.piece;
+            Fetch { group, position, skip, tokens, bytes: found.bytes as usize, source: Source::Cold(found) }
+        };
+        self.cold.iter().flat_map(|cold| cold.find(group, tokens, from)).map(fetch).collect()
+    }
+
+    /// How long a fetch takes. Files are read while those before them are moved into the pools.
+    fn seconds(&self, fetch: &Fetch, reading: f64, moving: MoveRate) -> f64 {
+        let moved = moving.seconds(fetch.tokens * self.layouts[fetch.group].token_bytes());
+        match &fetch.source {
+            Source::Hot(..) => moved,
+            Source::Cold(_) => moved.max(FILE_SECONDS + fetch.bytes as f64 / reading),
         }
     }
 
     /// Bytes per second of the cold tier.
-    fn rate(&self) -> f64 {
+    fn reading_rate(&self) -> f64 {
         self.tiers.cold.as_ref().and_then(|cold| cold.tier.stats().read_rate()).unwrap_or(ASSUMED_RATE)
     }
 
@@ -362,36 +411,49 @@ impl ModelTiers {
         }
     }
 
-    /// Where the rows of `tokens` are that the pools have not, which have the first `pool`.
-    pub fn whereabouts(&self, tokens: &[u32], pool: usize, token_seconds: Option<f64>) -> Whereabouts {
-        let from = pool / self.hot.block_tokens * self.hot.block_tokens;
-        let mut found = Whereabouts::in_pools(tokens.len(), pool, token_seconds);
-        let mut reached = pool;
-        for fetch in self.find_in(0, tokens, from) {
-            let new = (fetch.position + fetch.tokens).saturating_sub(reached);
+    /// Where the rows of `tokens` are that the pools have not.
+    pub fn whereabouts(&self, tokens: &[u32], pools: &InPools, moving: MoveRate) -> Whereabouts {
+        let block_tokens = self.hot.block_tokens;
+        let mut found = Whereabouts { tokens: tokens.len(), pool: pools.tokens, ..Whereabouts::default() };
+        let (mut reached, reading) = (pools.tokens, self.reading_rate());
+        for fetch in self.find_in(0, tokens, pools.tokens / block_tokens * block_tokens) {
+            // The pools may have the end of a prompt, too.
+            let new = fetch.end().saturating_sub(reached);
+            if new == 0 {
+                continue;
+            }
             reached += new;
+            found.restore_seconds += self.seconds(&fetch, reading, moving);
             match fetch.source {
                 Source::Hot(..) => found.hot += new,
-                Source::Cold(_) => {
-                    found.cold += new;
-                    found.restore_seconds += fetch.seconds(self.rate());
-                }
+                Source::Cold(_) => found.cold += new,
             }
         }
-        found.missing = tokens.len() - reached;
-        found.compute_seconds = token_seconds.unwrap_or_default() * found.missing as f64;
+        let at = reached / block_tokens * block_tokens;
+        let cold = self.cold.as_ref().and_then(|cold| cold.agrees_behind(0, tokens, at));
+        let there = [self.tiers.hot.agrees_behind(&self.hot, 0, tokens, at), cold];
+        let others = there.contains(&Some(false)) || pools.others && reached == pools.tokens;
+        found.end(pools, others && !there.contains(&Some(true)));
         found
+    }
+
+    /// So many tokens of the model were computed.
+    pub fn count_new(&self, tokens: u64) {
+        self.cold.iter().for_each(|cold| cold.count_new(tokens));
     }
 }
 
 impl Fetch {
-    /// How long it takes at this rate of the cold tier.
-    fn seconds(&self, rate: f64) -> f64 {
-        match &self.source {
-            Source::Hot(..) => 0.0,
-            Source::Cold(_) => FILE_SECONDS + self.bytes as f64 / rate,
-        }
+    /// Tokens of the sequence up to its end.
+    pub fn end(&self) -> usize {
+        self.position + self.tokens
     }
+}
+
+/// Leaves of fetches what is before the token `end` of the sequence.
+fn cut(fetches: &mut Vec<Fetch>, end: usize) {
+    fetches.iter_mut().for_each(|fetch| fetch.tokens = fetch.tokens.min(end.saturating_sub(fetch.position)));
+    fetches.retain(|fetch| fetch.tokens > 0);
 }
 
 /// The span of `tokens` behind the first `start` of them.

@@ -154,6 +154,7 @@ fn serve(
         restores: Restores::default(),
         saving: Saving::default(),
         metrics,
+        told_tokens: 0,
         in_flight: None,
         stepping: false,
         committed: started,
@@ -254,6 +255,8 @@ struct Worker<'a> {
     restores: Restores,
     saving: Saving,
     metrics: EngineMetrics,
+    /// Computed tokens that the tiers have been told of.
+    told_tokens: u64,
     /// The step before the one that is being planned, and when it was launched.
     in_flight: Option<(Launched, Instant)>,
     /// The last turn had a step, so someone may wait for the next one.
@@ -548,6 +551,10 @@ impl Worker<'_> {
         self.metrics.cache_bytes = self.runner.pages().bytes();
         self.metrics.queued_requests = self.shared.queue.waiting();
         *lock(&self.shared.metrics) = self.metrics;
+        if let Some(tiers) = &self.tiers {
+            let computed = self.metrics.prompt_tokens + self.metrics.completion_tokens;
+            tiers.count_new(computed - std::mem::replace(&mut self.told_tokens, computed));
+        }
         self.scheduler.tell_ends();
     }
 }

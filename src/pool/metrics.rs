@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 pub type Numbers = Map<String, Value>;
 
 /// Numbers that only ever grow, of an engine and of a tier.
-const GROWING: [&str; 21] = [
+const GROWING: [&str; 23] = [
     "steps",
     "partial_steps",
     "step_seconds",
@@ -25,6 +25,8 @@ const GROWING: [&str; 21] = [
     "hot_hit_tokens",
     "cold_hit_tokens",
     "cold_read_bytes",
+    "cold_read_seconds",
+    "cold_new_tokens",
     "cold_written_tokens",
     "cold_written_bytes",
     "cold_evicted",
@@ -33,7 +35,7 @@ const GROWING: [&str; 21] = [
     "cold_damaged",
 ];
 
-/// The numbers of each loaded model, and of the pool as a whole.
+/// The numbers of each model that is loaded or has rows in the tiers, and of the pool as a whole.
 #[derive(Debug, Default)]
 pub struct PoolMetrics {
     /// By id, in the order of the ids.

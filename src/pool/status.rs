@@ -1,11 +1,13 @@
 //! What a pool tells about its models and its memory.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
 use super::keeper::unaccounted;
 use super::metrics::{self, Numbers, PoolMetrics};
+use super::tiers::cold_numbers;
 use super::{EnginePool, Slot};
 use crate::engine::EngineMetrics;
 use crate::ledger::Uses;
@@ -47,20 +49,24 @@ impl EnginePool {
     pub(super) fn numbers(&self) -> PoolMetrics {
         let hot = self.tiers.hot.stats();
         let cold = self.tiers.cold.as_ref().map(|cold| cold.tier.stats());
-        let of_model = |(id, engine): (String, EngineMetrics)| {
+        let loaded: BTreeMap<String, EngineMetrics> = self.metrics().into_iter().collect();
+        let of_model = |id: &str| {
             let mut numbers = Numbers::new();
-            metrics::add(&mut numbers, "", &engine);
-            metrics::add(&mut numbers, "hot_", &hot.models.get(id.as_str()).copied().unwrap_or_default());
+            loaded.get(id).into_iter().for_each(|engine| metrics::add(&mut numbers, "", engine));
+            metrics::add(&mut numbers, "hot_", &hot.models.get(id).copied().unwrap_or_default());
             if let Some(cold) = &cold {
-                metrics::add(&mut numbers, "cold_", &cold.models.get(&id).cloned().unwrap_or_default());
+                numbers.extend(cold_numbers("cold_", &cold.models.get(id).cloned().unwrap_or_default()));
             }
-            (id, numbers)
+            (id.to_owned(), numbers)
         };
-        let models: Vec<_> = self.metrics().into_iter().map(of_model).collect();
+        let mut ids: BTreeSet<&str> = loaded.keys().map(String::as_str).collect();
+        ids.extend(hot.models.keys().map(|id| &**id));
+        ids.extend(cold.iter().flat_map(|cold| cold.models.keys()).map(String::as_str));
+        let models: Vec<_> = ids.into_iter().map(of_model).collect();
         let (ledger, reading) = (self.shared.ledger.status(), *lock(&self.shared.reading));
         let mut pool = Numbers::new();
         let mut number = |name: &str, value: u64| drop(pool.insert(name.to_owned(), value.into()));
-        number("models_loaded", models.len() as u64);
+        number("models_loaded", loaded.len() as u64);
         number("memory_limit_bytes", ledger.limit);
         number("memory_used_bytes", ledger.used);
         number("memory_peak_bytes", ledger.peak);
@@ -71,7 +77,7 @@ impl EnginePool {
         number("hot_bytes", hot.bytes);
         if let Some(cold) = &cold {
             number("cold_limit_bytes", cold.limit);
-            number("cold_bytes", cold.sums.bytes);
+            pool.extend(cold_numbers("cold_", &cold.sums));
         }
         PoolMetrics { models, pool }
     }

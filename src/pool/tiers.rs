@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::memory::has_own_memory;
+use super::metrics::{self, Numbers};
 use crate::cache::hot::HotTier;
-use crate::cache::ssd::{Codec, ColdOptions, ColdTier, Folder};
+use crate::cache::ssd::{Codec, ColdModelStats, ColdOptions, ColdTier, Folder};
 use crate::engine::{Cold, EngineMetrics, Tiers};
 use crate::error::{Error, Result};
 use crate::mlx::{self, Device};
@@ -47,6 +48,8 @@ pub struct TierOptions {
     /// Bytes that rows may take in the host's memory besides the pools; `None` is an eighth of it where pools lie in
     /// another memory, and nothing elsewhere: what nobody uses stays in the pools there.
     pub hot_bytes: Option<u64>,
+    /// The same as a part of the host's memory, or of its container's, in percent. Not together with `hot_bytes`.
+    pub hot_percent: Option<u32>,
 }
 
 /// Some of the places where rows are kept.
@@ -70,23 +73,35 @@ impl TierSet {
 pub struct TierLimits {
     /// Of rows in the host's memory.
     pub hot: Option<u64>,
+    /// The same as a part of that memory, in percent.
+    pub hot_percent: Option<u32>,
     /// Of all files.
     pub cold: Option<u64>,
-    /// Of the files of one model.
+    /// Of the files of one model; `u64::MAX` is none.
     pub cold_per_model: Option<u64>,
 }
 
+/// Bytes of the hot tier, if they are settled, of `memory` bytes.
+fn hot_limit(bytes: Option<u64>, percent: Option<u32>, memory: u64) -> Result<Option<u64>> {
+    match (bytes, percent) {
+        (Some(_), Some(_)) => Err(Error::invalid_argument("bytes and percent of the hot tier at once")),
+        (None, Some(percent @ 1..=100)) => Ok(Some(memory / 100 * u64::from(percent))),
+        (None, Some(percent)) => Err(Error::invalid_argument(format!("{percent} percent of the memory"))),
+        (bytes, None) => Ok(bytes),
+    }
+}
+
 impl TierLimits {
-    /// Sets them; what is beyond them goes.
-    pub(super) fn apply(self, tiers: &Tiers) -> Result<()> {
-        if let Some(bytes) = self.hot {
+    /// Sets them, where the host has `memory` bytes; what is beyond them goes.
+    pub(super) fn apply(self, tiers: &Tiers, memory: u64) -> Result<()> {
+        if let Some(bytes) = hot_limit(self.hot, self.hot_percent, memory)? {
             tiers.write_evicted(tiers.hot.set_limit(bytes));
         }
         match &tiers.cold {
             Some(cold) => {
                 let mut options = cold.tier.options();
                 options.limit = self.cold.unwrap_or(options.limit);
-                options.model_quota = self.cold_per_model.or(options.model_quota);
+                options.model_quota = self.cold_per_model.or(options.model_quota).filter(|&quota| quota < u64::MAX);
                 cold.tier.set_limits(options);
                 Ok(())
             }
@@ -98,26 +113,40 @@ impl TierLimits {
     }
 }
 
-/// What a model's cache is like, as a JSON object: the engine's metrics, and its part of each tier.
-pub(super) fn stats(tiers: &Tiers, model: &str, metrics: &EngineMetrics) -> Result<String> {
+/// What a model's cache is like, as a JSON object: the engine's metrics if it is loaded, and its part of each tier.
+pub(super) fn stats(tiers: &Tiers, model: &str, metrics: Option<&EngineMetrics>) -> Result<String> {
     let json = |value: serde_json::Result<Value>| value.map_err(|e| Error::internal(format!("statistics: {e}")));
-    let mut stats = json(serde_json::to_value(metrics))?;
+    let mut stats = match metrics {
+        Some(metrics) => json(serde_json::to_value(metrics))?,
+        None => Value::Object(Map::new()),
+    };
     let hot = tiers.hot.stats();
     stats["hot"] = json(serde_json::to_value(hot.models.get(model)))?;
     if let Some(cold) = &tiers.cold {
         let cold = cold.tier.stats();
-        stats["cold"] = json(serde_json::to_value(cold.models.get(model)))?;
-        stats["cold_total"] = json(serde_json::to_value(&cold.sums))?;
+        stats["cold"] = cold.models.get(model).map_or(Value::Null, |own| Value::Object(cold_numbers("", own)));
+        stats["cold_total"] = Value::Object(cold_numbers("", &cold.sums));
         stats["cold_limit"] = cold.limit.into();
     }
     Ok(stats.to_string())
 }
 
+/// The numbers of the cold tier, with `prefix` before their names.
+pub(super) fn cold_numbers(prefix: &str, stats: &ColdModelStats) -> Numbers {
+    let mut numbers = Numbers::new();
+    metrics::add(&mut numbers, prefix, stats);
+    if let Some(bytes) = stats.written_bytes_per_new_token() {
+        numbers.insert(format!("{prefix}written_bytes_per_new_token"), bytes.into());
+    }
+    numbers
+}
+
 impl TierOptions {
-    /// Opens them. `Busy` if another process uses the folder.
-    pub(super) fn open(&self, device: Device) -> Result<Tiers> {
+    /// Opens them, where the host has `memory` bytes. `Busy` if another process uses the folder.
+    pub(super) fn open(&self, device: Device, memory: u64) -> Result<Tiers> {
         let apart = has_own_memory(device);
-        let hot = self.hot_bytes.unwrap_or(if apart { mlx::physical_memory() as u64 / 8 } else { 0 });
+        let hot = hot_limit(self.hot_bytes, self.hot_percent, memory)?;
+        let hot = hot.unwrap_or(if apart { mlx::physical_memory() as u64 / 8 } else { 0 });
         let cold = match &self.folder {
             Some(folder) => {
                 let storage = Folder::new(folder).map_err(|e| Error::io(folder.display(), &e))?;
@@ -141,5 +170,21 @@ impl TierOptions {
             always_restore: self.always_restore,
             namespace: self.namespace.clone(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+
+    #[test]
+    fn the_hot_tier_has_bytes_or_a_part_of_the_memory() {
+        assert_eq!(hot_limit(None, None, 1000).unwrap(), None);
+        assert_eq!(hot_limit(Some(7), None, 1000).unwrap(), Some(7));
+        assert_eq!(hot_limit(None, Some(20), 1000).unwrap(), Some(200));
+        for (bytes, percent) in [(None, Some(0)), (None, Some(101)), (Some(7), Some(20))] {
+            assert_eq!(hot_limit(bytes, percent, 1000).unwrap_err().status(), Status::InvalidArgument);
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The C programs in `c/`: requests, pools and models from birth to death, and what hosts may pass in. Each runs as it
+//! The C programs in `c/`: requests, pools and models from birth to death, caches, and what hosts may pass in. Each runs as it
 //! is and under the sanitizers. Those instrument the C side only; the library's memory is watched where C touches it,
 //! and for leaks, because it comes from the same `malloc`.
 
@@ -9,10 +9,14 @@ use crate::cc;
 const SANITIZERS: &str = "-fsanitize=address,undefined";
 
 fn run(name: &str, suffix: &str, flags: &[&str], models: &str) {
+    run_with(name, suffix, flags, &[models]);
+}
+
+fn run_with(name: &str, suffix: &str, flags: &[&str], args: &[&str]) {
     let source = cc::root().join(format!("tests/capi/c/{name}.c"));
     let flags: Vec<_> = ["-std=c99", "-g"].iter().chain(flags).copied().collect();
     let program = cc::compile(&source, &format!("{name}{suffix}"), &flags);
-    let outcome = cc::run_ok(&program, &[models]);
+    let outcome = cc::run_ok(&program, args);
     assert_eq!(outcome.stdout, format!("{name}: 0 failures\n"), "{}", outcome.stderr);
     assert_eq!(outcome.stderr, "", "the library prints nothing");
 }
@@ -45,6 +49,21 @@ fn vectors_and_scores() {
 #[test]
 fn vectors_and_scores_under_sanitizers() {
     run("encode", "-sanitized", &[SANITIZERS], "tests/fixtures/encoders");
+}
+
+fn run_cache(suffix: &str, flags: &[&str]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    run_with("cache", suffix, flags, &["models", folder.path().to_str().expect("UTF-8")]);
+}
+
+#[test]
+fn caches() {
+    run_cache("", &[]);
+}
+
+#[test]
+fn caches_under_sanitizers() {
+    run_cache("-sanitized", &[SANITIZERS]);
 }
 
 /// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string.

@@ -3,11 +3,13 @@
 //!
 //! A plain run takes some seeded prompts; `OMLX_RESTARTS=100` takes so many rounds of them.
 
+mod evictions;
 mod folders;
+mod hosts;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use folders::{Random, copy_tree, cut, fixture, flip, len, root, segments};
 use mlx_rs::Dtype;
@@ -20,6 +22,9 @@ use serde_json::{Value, json};
 
 /// A hung engine fails the test instead of the CI's clock.
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
+
+/// A model that has nothing to do for so long writes by itself.
+const IDLE: Duration = Duration::from_secs(5);
 
 /// The disk is shared with others.
 const FLUSH: Duration = Duration::from_secs(60);
@@ -73,17 +78,31 @@ fn answer(pool: &EnginePool, body: &Value) -> (Vec<u32>, String, Usage) {
     }
 }
 
+/// Waits for something that another thread does.
+fn comes_true(mut condition: impl FnMut() -> bool) -> bool {
+    (0..12_000).any(|_| {
+        let there = condition();
+        if !there {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        there
+    })
+}
+
 /// Waits until the model's files are known, so that what follows does not depend on how fast they are read.
 fn identified(pool: &EnginePool) {
-    pool.load("model").unwrap();
-    for _ in 0..2000 {
-        let found = pool.cache_find(&request(&json!({ "prompt": [1, 2] }))).unwrap();
-        if serde_json::from_str::<Value>(&found).unwrap()["stopped_by"] != "not_identified" {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    panic!("the model's files are never identified");
+    identified_as(pool, "model");
+}
+
+fn identified_as(pool: &EnginePool, id: &str) {
+    pool.load(id).unwrap();
+    let known = || find(pool, &json!({ "model": id, "prompt": [1, 2] }))["stopped_by"] != "not_identified";
+    assert!(comes_true(known), "the files of {id} are never identified");
+}
+
+/// Where the tokens of a prompt are cached.
+fn find(pool: &EnginePool, body: &Value) -> Value {
+    serde_json::from_str(&pool.cache_find(&request(body)).unwrap()).unwrap()
 }
 
 fn stats(pool: &EnginePool) -> Value {
@@ -202,6 +221,28 @@ fn what_is_not_the_same_model_is_a_miss() {
     assert_eq!(cached(options()), (expected, 148), "the weight of before");
 }
 
+/// Other weights in the same folder under the same name: a miss, and the answers of the new ones.
+#[test]
+fn a_model_that_was_quantised_anew_is_a_miss() {
+    let body = json!({ "prompt": (1..70).collect::<Vec<_>>(), "max_tokens": 8, "ignore_eos": true, "temperature": 0 });
+    let (cache, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = place.path().join("model");
+    let cached = |name: &str| {
+        let copy = copy_tree(&fixture(name));
+        let _ = fs::remove_dir_all(&path);
+        fs::rename(copy.path(), &path).unwrap();
+        let alone = answer(&open(&path, exact()), &body).0;
+        let pool = open(&path, tiered(cache.path()));
+        identified(&pool);
+        let (tokens, _, usage) = answer(&pool, &body);
+        assert_eq!(tokens, alone, "{name}");
+        pool.close();
+        usage.cached_tokens
+    };
+    let found = ["qwen3-4bit", "qwen3-8bit", "qwen3-4bit", "qwen3-8bit"].map(cached);
+    assert_eq!(found, [0, 0, 68, 68], "each has its own rows");
+}
+
 /// Damage of every kind to every file: fewer cached tokens, and the same answers.
 #[test]
 fn damage_is_a_miss() {
@@ -265,6 +306,8 @@ fn a_folder_may_disappear() {
             pool.cache_clear(None, TierSet { pools: true, hot: false, cold: false }).unwrap();
         }
     }
+    // Rows that a pause before this may not have tried to write already.
+    answer(&pool, &bodies(&mut random, 80, 200, 1)[0]);
     assert!(pool.cache_flush(None, FLUSH).is_err(), "nobody is told that the folder is gone");
 }
 
@@ -298,13 +341,16 @@ fn unloading_loses_nothing_and_a_crash_only_what_was_not_flushed() {
     pool.cache_flush(None, FLUSH).unwrap();
     let late = json!({ "prompt": (0..200).map(|n| (5 * n + 2) % 79).collect::<Vec<_>>(), "max_tokens": 5, "ignore_eos": true });
     let after = answer(&pool, &late).0;
+    let answered = Instant::now();
     let crashed = copy_tree(folder.path());
+    let at_once = answered.elapsed() < IDLE;
     let revived = open(&model, tiered(crashed.path()));
     identified(&revived);
     assert_eq!(answer(&revived, &body).0, expected);
     assert_eq!(answer(&revived, &other).2.cached_tokens, 199);
     let (tokens, _, usage) = answer(&revived, &late);
-    assert_eq!((tokens, usage.cached_tokens), (after, 0), "nobody has flushed this one");
+    assert_eq!(tokens, after);
+    assert!(usage.cached_tokens == 0 || !at_once, "nobody has flushed this one: {usage:?}");
 }
 
 /// The bundled model answers from facts that only a restored prefix has.
@@ -365,139 +411,6 @@ fn a_conversation_computes_and_writes_its_new_tokens_only() {
     written += stats(&pool)["cold"]["written_bytes"].as_u64().unwrap();
     let most = new_tokens as f64 * token_bytes as f64 * 1.3;
     assert!((written as f64) < most, "{written} bytes for {new_tokens} tokens of {token_bytes}");
-}
-
-/// The hot tier, forced on a machine that would not have one: what leaves small pools comes back from there.
-#[test]
-fn the_hot_tier_brings_back_what_left_the_pools() {
-    let model = fixture("qwen3-4bit");
-    let mut options = exact();
-    options.tiers = TierOptions { hot_bytes: Some(64 << 20), always_restore: true, ..TierOptions::default() };
-    let block = {
-        let pool = open(&model, exact());
-        answer(&pool, &json!({ "prompt": [1], "max_tokens": 1 }));
-        pool.metrics()[0].1.block_bytes
-    };
-    // Room for one prompt, not for two.
-    options.cache_bytes = Some(block * 9);
-    let (pool, alone) = (open(&model, options), open(&model, exact()));
-    identified(&pool);
-    let mut random = Random(3);
-    let bodies: Vec<Value> = (0..4)
-        .map(|_| json!({ "prompt": (0..220).map(|_| random.below(80)).collect::<Vec<_>>(), "max_tokens": 6, "ignore_eos": true }))
-        .collect();
-    let expected: Vec<_> = bodies.iter().map(|body| answer(&alone, body).0).collect();
-    for round in 0..3 {
-        for (body, expected) in bodies.iter().zip(&expected) {
-            let (tokens, _, usage) = answer(&pool, body);
-            assert_eq!(&tokens, expected);
-            assert!(round == 0 || usage.cached_tokens == 219, "round {round}: {usage:?}");
-        }
-    }
-    let stats = stats(&pool);
-    assert!(stats["hot"]["hit_tokens"].as_u64() >= Some(8 * 192), "{stats}");
-    assert!(pool.cache_clear(Some("model"), TierSet { pools: false, hot: true, cold: false }).unwrap() > 0);
-    assert_eq!(answer(&pool, &bodies[0]).2.cached_tokens, 0, "the hot tier was cleared");
-}
-
-/// What hosts ask of the tiers.
-#[test]
-fn hosts_find_fetch_pin_and_clear() {
-    let model = fixture("qwen3-4bit");
-    let folder = tempfile::tempdir().unwrap();
-    let prompt: Vec<usize> = (0..200).map(|n| n % 79).collect();
-    let body = json!({ "prompt": prompt, "max_tokens": 1, "ignore_eos": true });
-    let find = |pool: &EnginePool, prompt: &[usize]| -> Value {
-        let found = pool.cache_find(&request(&json!({ "prompt": prompt }))).unwrap();
-        serde_json::from_str(&found).unwrap()
-    };
-    let pool = open(&model, tiered(folder.path()));
-    identified(&pool);
-    assert_eq!(find(&pool, &prompt)["stopped_by"], "not_cached");
-    answer(&pool, &body);
-    let found = find(&pool, &prompt);
-    assert_eq!((&found["pool"], &found["missing"], &found["stopped_by"]), (&json!(199), &json!(0), &json!("complete")));
-    let mut other = prompt.clone();
-    other[100] = 79;
-    let found = find(&pool, &other);
-    assert_eq!(
-        (&found["pool"], &found["missing"], &found["stopped_by"]),
-        (&json!(100), &json!(99), &json!("other_tokens"))
-    );
-    assert_eq!(pool.cache_pin(&request(&body)).unwrap(), 200);
-    pool.cache_flush(Some("model"), FLUSH).unwrap();
-    pool.close();
-    drop(pool);
-
-    // The pin has brought the prompt back into the pools, and protects its files.
-    let pool = open(&model, tiered(folder.path()));
-    identified(&pool);
-    for _ in 0..1000 {
-        if find(&pool, &prompt)["pool"] == 199 {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(find(&pool, &prompt)["pool"], 199, "{}", stats(&pool));
-    pool.cache_clear(None, TierSet::ALL).unwrap();
-    assert_eq!(find(&pool, &prompt)["pool"], 199, "a pinned prefix was cleared");
-    pool.cache_unpin(&request(&body)).unwrap();
-    pool.cache_clear(Some("model"), TierSet { pools: true, hot: false, cold: false }).unwrap();
-    let found = find(&pool, &prompt);
-    assert_eq!((&found["pool"], &found["cold"], &found["missing"]), (&json!(0), &json!(199), &json!(0)));
-    assert!(found["restore_seconds"].as_f64() > Some(0.0), "{found}");
-    assert_eq!(pool.cache_prefetch(&request(&body)).unwrap(), 199);
-    assert_eq!(find(&pool, &prompt)["pool"], 199);
-    assert!(pool.cache_clear(None, TierSet::ALL).unwrap() > 0);
-    assert_eq!(find(&pool, &prompt)["missing"], 199);
-    assert!(segments(folder.path()).is_empty(), "files are left");
-    assert_eq!(pool.cache_unpin(&request(&body)).unwrap_err().status(), Status::NotFound);
-    assert_eq!(pool.cache_clear(Some("nobody"), TierSet::ALL).unwrap_err().status(), Status::NotFound);
-}
-
-/// What small pools had to give up comes back from files, while other requests are running.
-#[test]
-fn rows_that_were_evicted_come_back_from_files() {
-    let model = fixture("qwen3-4bit");
-    let folder = tempfile::tempdir().unwrap();
-    let alone = open(&model, exact());
-    let mut random = Random(11);
-    let bodies: Vec<Value> = (0..6)
-        .map(|_| (0..220).map(|_| random.below(80)).collect::<Vec<_>>())
-        .map(|prompt| json!({ "prompt": prompt, "max_tokens": 20, "ignore_eos": true }))
-        .collect();
-    let expected: Vec<_> = bodies.iter().map(|body| answer(&alone, body).0).collect();
-    let block = alone.metrics()[0].1.block_bytes;
-    // Room for two of them.
-    let options = PoolOptions { cache_bytes: Some(block * 16), max_sequences: Some(2), ..tiered(folder.path()) };
-    let pool = open(&model, options);
-    identified(&pool);
-    let mut cached = 0;
-    for _ in 0..3 {
-        std::thread::scope(|scope| {
-            let ask = |at: usize| {
-                let (pool, bodies) = (&pool, &bodies);
-                scope.spawn(move || answer(pool, &bodies[at]))
-            };
-            let answers: Vec<_> = (0..bodies.len()).map(ask).collect();
-            for (answer, expected) in answers.into_iter().zip(&expected) {
-                let (tokens, _, usage) = answer.join().unwrap();
-                assert_eq!(&tokens, expected);
-                cached += usage.cached_tokens;
-            }
-        });
-    }
-    let stats = stats(&pool);
-    let hits = stats["cold"]["hit_tokens"].as_u64().unwrap_or(0);
-    assert!(cached > 6 * 219 && hits > 6 * 219, "{cached} tokens were cached: {stats}");
-    // The last step is still being counted when its answer is here.
-    let gone = || {
-        (0..500).any(|_| {
-            std::thread::sleep(Duration::from_millis(10));
-            self::stats(&pool)["blocks_used"] == 0
-        })
-    };
-    assert!(gone(), "{stats}");
 }
 
 /// A template that drops the thinking of earlier turns: the next turn computes what follows the last common message, also

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::index::record_len;
 use super::pins::{Pin, Pins};
@@ -65,6 +67,35 @@ struct Model {
     /// All spans that may be leaves, the least valuable first. Which ones are is only found out when it matters.
     order: BTreeSet<(u64, SpanId)>,
     stats: ColdModelStats,
+    reads: ReadClock,
+    /// Tokens that engines have computed; counted by them.
+    new_tokens: Arc<AtomicU64>,
+}
+
+/// How long at least one read was under way.
+#[derive(Debug, Default)]
+struct ReadClock {
+    active: usize,
+    since: Option<Instant>,
+    total: Duration,
+}
+
+impl ReadClock {
+    fn begin(&mut self) {
+        self.active += 1;
+        self.since.get_or_insert_with(Instant::now);
+    }
+
+    fn end(&mut self) {
+        self.active -= 1;
+        if self.active == 0 {
+            self.total += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        (self.total + self.since.map_or(Duration::ZERO, |since| since.elapsed())).as_secs_f64()
+    }
 }
 
 /// Changes that the index on disk does not have yet.
@@ -126,6 +157,7 @@ pub struct Catalog {
     pub stuck: Vec<Stuck>,
     /// Bytes of files being written.
     pub in_flight: u64,
+    reads: ReadClock,
 }
 
 /// Bytes that a file of `bytes` is charged with.
@@ -139,8 +171,8 @@ impl Catalog {
         if let Some(&at) = self.model_of.get(name) {
             return at;
         }
-        let (order, stats) = (BTreeSet::new(), ColdModelStats::default());
-        self.models.push(Model { name: Arc::clone(name), charged: 0, order, stats });
+        let (order, stats, reads) = (BTreeSet::new(), ColdModelStats::default(), ReadClock::default());
+        self.models.push(Model { name: Arc::clone(name), charged: 0, order, stats, reads, new_tokens: Arc::default() });
         self.model_of.insert(Arc::clone(name), self.models.len() - 1);
         self.models.len() - 1
     }
@@ -165,6 +197,11 @@ impl Catalog {
         let pieces = self.groups[group].spans.find(root, tokens, from);
         // Without its entry (which cannot be) the rest would not follow either.
         pieces.into_iter().map_while(|piece| Some((piece, self.entries.get(&piece.span)?.bytes))).collect()
+    }
+
+    /// Whether what is behind the first `at` of `tokens` agrees with the rest; see [`SpanIndex::agrees_behind`].
+    pub fn agrees_behind(&self, key: &GroupKey, root: &BlockKey, tokens: &[u32], at: usize) -> Option<bool> {
+        self.groups[*self.group_of.get(key)?].spans.agrees_behind(root, tokens, at)
     }
 
     /// Whether a segment is there, being written, or of no use beside what is there.
@@ -414,7 +451,34 @@ impl Catalog {
 
     /// Names and counters of all models that have, or had, segments.
     pub fn stats(&self) -> BTreeMap<String, ColdModelStats> {
-        self.models.iter().map(|model| (model.name.to_string(), model.stats.clone())).collect()
+        let stats = |model: &Model| ColdModelStats {
+            read_seconds: model.reads.seconds(),
+            new_tokens: model.new_tokens.load(Ordering::Relaxed),
+            ..model.stats.clone()
+        };
+        self.models.iter().map(|model| (model.name.to_string(), stats(model))).collect()
+    }
+
+    /// Seconds in which at least one read was under way.
+    pub fn read_seconds(&self) -> f64 {
+        self.reads.seconds()
+    }
+
+    /// A segment is being read.
+    pub fn begin_read(&mut self, entry: &Entry) {
+        self.reads.begin();
+        self.models[entry.model].reads.begin();
+    }
+
+    /// The end of [`Self::begin_read`].
+    pub fn end_read(&mut self, entry: &Entry) {
+        self.models[entry.model].reads.end();
+        self.reads.end();
+    }
+
+    /// Where engines count the tokens of a model that they compute.
+    pub fn new_tokens(&self, model: usize) -> Arc<AtomicU64> {
+        Arc::clone(&self.models[model].new_tokens)
     }
 
     /// The pinned prefixes.
@@ -427,6 +491,16 @@ impl Catalog {
         let new = self.pins.add(pin);
         self.pending.pins |= new;
         new
+    }
+
+    /// Lets the pinned prefixes go of everything that segments of a model are of.
+    pub fn unpin_all(&mut self, model: usize) {
+        let own = self.entries.values().filter(|entry| entry.model == model);
+        let own: HashSet<[u8; 32]> = own.map(|entry| entry.segment.fingerprint).collect();
+        let pins = self.pins.list().iter().filter(|pin| own.contains(&pin.fingerprint));
+        for pin in pins.cloned().collect::<Vec<_>>() {
+            self.unpin(&pin);
+        }
     }
 
     /// Lets a pinned prefix go.

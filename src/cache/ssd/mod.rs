@@ -88,9 +88,7 @@ pub struct ColdStats {
     pub index_bytes: u64,
     /// The limit on the whole folder.
     pub limit: u64,
-    /// Time in which at least one read was under way, in seconds; with `read_bytes` the rate of the disk.
-    pub read_seconds: f64,
-    /// Sums over all models.
+    /// Of all models together.
     pub sums: ColdModelStats,
     /// By model name.
     pub models: BTreeMap<String, ColdModelStats>,
@@ -99,12 +97,13 @@ pub struct ColdStats {
 impl ColdStats {
     /// Bytes that a second of reading has brought, if anything was read.
     pub fn read_rate(&self) -> Option<f64> {
-        (self.read_seconds > 0.0 && self.sums.read_bytes > 0).then(|| self.sums.read_bytes as f64 / self.read_seconds)
+        let ColdModelStats { read_seconds, read_bytes, .. } = self.sums;
+        (read_seconds > 0.0 && read_bytes > 0).then(|| read_bytes as f64 / read_seconds)
     }
 }
 
 /// Counters of a model name since the tier was opened; entries and bytes are what there is now.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct ColdModelStats {
     /// Segments.
     pub entries: u64,
@@ -114,6 +113,10 @@ pub struct ColdModelStats {
     pub hit_tokens: u64,
     /// Bytes of the files that were read.
     pub read_bytes: u64,
+    /// Time in which at least one read was under way, in seconds: what divides `read_bytes` to the rate of restoring.
+    pub read_seconds: f64,
+    /// Tokens that were computed: what divides `written_bytes` to the price of caching.
+    pub new_tokens: u64,
     /// Tokens of the spans that were written.
     pub written_tokens: u64,
     /// Bytes of the files that were written.
@@ -129,12 +132,19 @@ pub struct ColdModelStats {
 }
 
 impl ColdModelStats {
+    /// Bytes that were written for each token that was computed, if any was.
+    pub fn written_bytes_per_new_token(&self) -> Option<f64> {
+        (self.new_tokens > 0).then(|| self.written_bytes as f64 / self.new_tokens as f64)
+    }
+
     /// Adds the counters of another model.
     fn add(&mut self, other: &Self) {
         self.entries += other.entries;
         self.bytes += other.bytes;
         self.hit_tokens += other.hit_tokens;
         self.read_bytes += other.read_bytes;
+        self.read_seconds += other.read_seconds;
+        self.new_tokens += other.new_tokens;
         self.written_tokens += other.written_tokens;
         self.written_bytes += other.written_bytes;
         self.evicted += other.evicted;

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::catalog::{Entry, GroupKey, Stuck, charge};
 use super::codec;
 use super::index::record_len;
 use super::pins::Pin;
 use super::segment::{
-    Defect, MAX_NAME, Segment, SegmentName, data_bytes, file_bytes, head_bytes, head_bytes_in, row_buffer,
+    Defect, Segment, SegmentName, clip, data_bytes, file_bytes, head_bytes, head_bytes_in, row_buffer,
 };
 use super::storage::Access;
 use super::tier::{ColdTier, Room, now};
@@ -17,7 +18,6 @@ use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
 use crate::cache::spans::{Piece, Span, SpanId, root_key};
 use crate::error::{Error, Result};
-use crate::sync::lock;
 
 /// What a model is to the tier.
 #[derive(Debug, Clone)]
@@ -58,6 +58,7 @@ pub struct ColdModel {
     tier: Arc<ColdTier>,
     id: Arc<ModelId>,
     name: Arc<str>,
+    new_tokens: Arc<AtomicU64>,
 }
 
 impl ColdModel {
@@ -65,8 +66,12 @@ impl ColdModel {
         if id.block_tokens == 0 || id.layouts.is_empty() || id.layouts.iter().any(|layout| layout.token_bytes() == 0) {
             return Err(Error::invalid_argument(format!("cold tier: model '{}' has no blocks or no rows", id.name)));
         }
-        let name = id.name[..id.name.floor_char_boundary(MAX_NAME)].into();
-        Ok(Self { tier, id: Arc::new(id), name })
+        let name = Arc::from(clip(&id.name));
+        let mut catalog = tier.catalog();
+        let model = catalog.model(&name);
+        let new_tokens = catalog.new_tokens(model);
+        drop(catalog);
+        Ok(Self { tier, id: Arc::new(id), name, new_tokens })
     }
 
     /// The tier.
@@ -80,6 +85,18 @@ impl ColdModel {
         let root = root_key(&self.id.fingerprint, group);
         let found = self.tier.catalog().find(&key, &root, tokens, from);
         found.into_iter().map(|(piece, bytes)| ColdPiece { piece, bytes }).collect()
+    }
+
+    /// Whether what is behind the first `at` of `tokens` (whole blocks) agrees with the rest of them, as far as both go;
+    /// `None` if nothing is there.
+    pub fn agrees_behind(&self, group: usize, tokens: &[u32], at: usize) -> Option<bool> {
+        let key = self.group_key(group, self.tier.codec());
+        self.tier.catalog().agrees_behind(&key, &root_key(&self.id.fingerprint, group), tokens, at)
+    }
+
+    /// So many tokens of the model were computed: for statistics.
+    pub fn count_new(&self, tokens: u64) {
+        self.new_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 
     /// Reads the rows of the whole span that `piece` is a part of. `tokens` are those that it was found with.
@@ -96,9 +113,9 @@ impl ColdModel {
         if !self.serves(&entry, group, &piece.piece, tokens) {
             return None;
         }
-        lock(&self.tier.clock).begin();
+        self.tier.catalog().begin_read(&entry);
         let outcome = read_rows(&self.tier, &entry, layout);
-        lock(&self.tier.clock).end();
+        self.tier.catalog().end_read(&entry);
         match outcome {
             Ok(rows) => {
                 let mut catalog = self.tier.catalog();

@@ -273,7 +273,7 @@ impl Segment {
 }
 
 /// A name as it is written: short enough for the room in the header.
-fn clip(name: &str) -> &str {
+pub fn clip(name: &str) -> &str {
     &name[..name.floor_char_boundary(MAX_NAME)]
 }
 

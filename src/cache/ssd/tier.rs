@@ -4,13 +4,14 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::catalog::{Catalog, Entry, Pending, charge};
 use super::index::{Changes, Index, IndexSpace, record_bytes};
 use super::model::{ColdModel, ModelId};
 use super::pins::Pin;
 use super::recover;
+use super::segment::clip;
 use super::storage::FolderLock;
 use super::{Codec, ColdModelStats, ColdOptions, ColdStats, SharedStorage};
 use crate::cache::spans::SpanId;
@@ -36,7 +37,6 @@ pub struct ColdTier {
     /// Held while the index is written, before the catalog's lock.
     pub(super) index: Mutex<Index>,
     pub(super) index_space: Arc<IndexSpace>,
-    pub(super) clock: Mutex<ReadClock>,
     /// Kinds of errors that were logged.
     pub(super) logged: Mutex<HashSet<(&'static str, io::ErrorKind)>>,
     _lock: LockHolder,
@@ -48,32 +48,6 @@ struct LockHolder(#[allow(dead_code, reason = "held, not read")] FolderLock);
 impl std::fmt::Debug for LockHolder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("LockHolder")
-    }
-}
-
-/// How long at least one read was under way.
-#[derive(Debug, Default)]
-pub(super) struct ReadClock {
-    active: usize,
-    since: Option<Instant>,
-    total: Duration,
-}
-
-impl ReadClock {
-    pub(super) fn begin(&mut self) {
-        self.active += 1;
-        self.since.get_or_insert_with(Instant::now);
-    }
-
-    pub(super) fn end(&mut self) {
-        self.active -= 1;
-        if self.active == 0 {
-            self.total += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
-        }
-    }
-
-    fn seconds(&self) -> f64 {
-        (self.total + self.since.map_or(Duration::ZERO, |since| since.elapsed())).as_secs_f64()
     }
 }
 
@@ -114,7 +88,6 @@ impl ColdTier {
             catalog: Mutex::new(catalog),
             index: Mutex::new(index),
             index_space,
-            clock: Mutex::default(),
             logged: Mutex::default(),
             _lock: LockHolder(holder),
         });
@@ -133,12 +106,15 @@ impl ColdTier {
 
     /// What it holds and what it did.
     pub fn stats(&self) -> ColdStats {
-        let read_seconds = lock(&self.clock).seconds();
-        let models = lock(&self.catalog).stats();
+        let catalog = self.catalog();
+        let (models, read_seconds) = (catalog.stats(), catalog.read_seconds());
+        drop(catalog);
         let mut sums = ColdModelStats::default();
         models.values().for_each(|model| sums.add(model));
+        // Models read at the same time.
+        sums.read_seconds = read_seconds;
         let index_bytes = self.index_space.total();
-        ColdStats { index_bytes, limit: lock(&self.options).limit, read_seconds, sums, models }
+        ColdStats { index_bytes, limit: lock(&self.options).limit, sums, models }
     }
 
     /// Removes all segments, or those of one model name, that no pinned prefix needs. Returns how many bytes of files went.
@@ -146,7 +122,7 @@ impl ColdTier {
         let mut freed = 0;
         loop {
             let mut catalog = self.catalog();
-            let scope = match model.map(|name| catalog.known_model(name)) {
+            let scope = match model.map(|name| catalog.known_model(clip(name))) {
                 Some(None) => break,
                 scope => scope.flatten(),
             };
@@ -157,6 +133,20 @@ impl ColdTier {
         }
         self.commit_or_warn();
         freed
+    }
+
+    /// The same for a model name that no model has any more: its pins go too, since nobody could end them.
+    pub fn forget(&self, model: &str) -> u64 {
+        let mut catalog = self.catalog();
+        let known = catalog.known_model(clip(model));
+        known.into_iter().for_each(|at| catalog.unpin_all(at));
+        drop(catalog);
+        self.clear(Some(model))
+    }
+
+    /// Whether there are, or were, segments of a model name.
+    pub fn knows(&self, model: &str) -> bool {
+        self.catalog().known_model(clip(model)).is_some()
     }
 
     /// Sets other limits, and evicts at once what is beyond them.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::super::restore::{Restored, Then, Wait};
-use super::super::tiers::{CROWDED, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
+use super::super::tiers::{CROWDED, InPools, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
@@ -71,17 +71,15 @@ impl Worker<'_> {
             CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
             CacheCommand::Find(tokens, answer) => {
                 let tokens = &tokens[..tokens.len().saturating_sub(1)];
-                let (pool, goes_on) = (blocks.peek(tokens), blocks.goes_on_after(tokens));
+                let (cached, others) = (blocks.peek(tokens), blocks.goes_on_after(tokens));
                 let token_seconds = self.scheduler.seconds_per_token(tokens.len());
-                let found = self.tiers.as_ref().map(|tiers| tiers.whereabouts(tokens, pool, token_seconds));
-                let here = || Whereabouts::in_pools(tokens.len(), pool, token_seconds);
-                let mut found = found.unwrap_or_else(here);
-                found.stopped_by = match found.missing {
-                    0 => Stop::Complete,
-                    _ if self.unidentified => Stop::NotIdentified,
-                    _ if goes_on => Stop::OtherTokens,
-                    _ => Stop::NotCached,
-                };
+                let pools = InPools { tokens: cached, others, token_seconds };
+                let moving = self.restores.moving();
+                let found = self.tiers.as_ref().map(|tiers| tiers.whereabouts(tokens, &pools, moving));
+                let mut found = found.unwrap_or_else(|| Whereabouts::in_pools(tokens.len(), &pools));
+                if found.missing > 0 && self.unidentified {
+                    found.stopped_by = Stop::NotIdentified;
+                }
                 let _ = answer.send(found);
             }
         }
@@ -119,7 +117,10 @@ impl Worker<'_> {
         let pool = blocks.peek(&tokens[..limit]);
         let from = pool / blocks.block_tokens() * blocks.block_tokens();
         let token_seconds = self.scheduler.seconds_per_token(tokens.len());
-        let fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], from, token_seconds));
+        let moving = self.restores.moving();
+        let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], from, token_seconds, moving));
+        // The pools have the end as well.
+        fetches.iter_mut().filter(|fetches| fetches.iter().all(|fetch| fetch.end() <= pool)).for_each(Vec::clear);
         match fetches {
             Some(fetches) if !fetches.is_empty() || !self.restores.is_empty() => {
                 self.restores.begin(tokens, from, fetches, then);

@@ -27,7 +27,13 @@ fn rows_come_back_after_a_restart() {
         assert_eq!((stats.sums.entries, stats.sums.bytes, stats.sums.hit_tokens), (3, 3 * FILE, 26));
         assert_eq!((stats.sums.written_tokens, stats.sums.written_bytes), (26, 3 * FILE));
         assert_eq!(stats.models.keys().collect::<Vec<_>>(), ["small"]);
-        assert!(stats.read_rate().is_some());
+        let (own, sums) = (&stats.models["small"], &stats.sums);
+        assert!(own.read_seconds > 0.0 && own.read_seconds <= sums.read_seconds, "{stats:?}");
+        assert_eq!(stats.read_rate(), Some(sums.read_bytes as f64 / sums.read_seconds));
+        assert_eq!(own.written_bytes_per_new_token(), None);
+        model.count_new(10);
+        let stats = tier.stats();
+        assert_eq!(stats.models["small"].written_bytes_per_new_token(), Some(3.0 * FILE as f64 / 10.0));
     }
     let (tier, model) = open(&disk, room_for(20)).unwrap();
     assert_eq!(restored(&model, 0, &tokens), Ok(26));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::disk::{Disk, Random};
+use super::log::logged;
 use super::*;
 use crate::cache::ssd::index;
 
@@ -21,8 +22,14 @@ fn one_file() -> Damaged {
     Damaged { disk, tokens, file }
 }
 
-/// Damages the file of a tier that is open, or closed with its index, or without: always a miss, and the file goes.
+/// Damages the file of a tier that is open, or closed with its index, or without: always a miss, the file goes, and the log
+/// says so once.
 fn is_noticed(change: impl Fn(&mut Vec<u8>)) {
+    is_noticed_as("", change);
+}
+
+/// The same, with the reason that the log has.
+fn is_noticed_as(reason: &str, change: impl Fn(&mut Vec<u8>)) {
     let Damaged { disk, tokens, file } = one_file();
     for (open_before, with_index) in [(true, true), (false, true), (false, false)] {
         let disk = disk.copy();
@@ -31,8 +38,14 @@ fn is_noticed(change: impl Fn(&mut Vec<u8>)) {
         if !with_index {
             disk.delete(index::FILE);
         }
-        let (tier, model) = before.unwrap_or_else(|| open(&disk, room_for(10)).unwrap());
-        assert_eq!(restored(&model, 0, &tokens), Ok(0), "open before {open_before}, index {with_index}");
+        let ((tier, model, held), lines) = logged(|| {
+            let (tier, model) = before.unwrap_or_else(|| open(&disk, room_for(10)).unwrap());
+            let held = restored(&model, 0, &tokens);
+            (tier, model, held)
+        });
+        assert_eq!(held, Ok(0), "open before {open_before}, index {with_index}");
+        let told = lines.iter().filter(|line| line.contains(&format!("{file} is removed: ")) && line.contains(reason));
+        assert_eq!(told.count(), 1, "open before {open_before}, index {with_index}: {lines:?}");
         assert!(!disk.names().contains(&file), "open before {open_before}, index {with_index}");
         assert_eq!((tier.stats().sums.entries, model.find(0, &tokens, 0)), (0, vec![]));
         assert_eq!(store(&model, &tokens, 0).unwrap(), Stored::Written(FILE));
@@ -46,8 +59,12 @@ fn what_is_not_changed_is_read() {
     let Damaged { disk, tokens, file } = one_file();
     disk.change(&file, |bytes| bytes[100] ^= 0);
     disk.delete(index::FILE);
-    let (_tier, model) = open(&disk, room_for(10)).unwrap();
-    assert_eq!(restored(&model, 0, &tokens), Ok(8));
+    let (held, lines) = logged(|| {
+        let (_tier, model) = open(&disk, room_for(10)).unwrap();
+        restored(&model, 0, &tokens)
+    });
+    assert_eq!(held, Ok(8));
+    assert!(!lines.iter().any(|line| line.contains(&file)), "{lines:?}");
 }
 
 #[test]
@@ -103,7 +120,8 @@ fn headers_that_are_whole_but_say_something_else() {
             sign(bytes);
         }
     };
-    is_noticed(replace(r#""group":"0""#, r#""group":"1""#));
+    is_noticed_as("version", replace(r#""version":"1""#, r#""version":"2""#));
+    is_noticed_as("another model", replace(r#""group":"0""#, r#""group":"1""#));
     is_noticed(replace(r#""start":"0""#, r#""start":"4""#));
     is_noticed(replace("0101010101", "0202020202"));
     is_noticed(replace(r#""block_tokens":"4""#, r#""block_tokens":"8""#));

@@ -194,6 +194,31 @@ fn pinned_prefixes_stay() {
     assert_eq!(tier.clear(None), 3 * FILE);
 }
 
+/// The pins of a model that is gone go with its files, those of others stay.
+#[test]
+fn a_model_that_is_gone_is_forgotten_with_its_pins() {
+    let disk = Disk::new();
+    let tokens = conversation(0, 8);
+    {
+        let (tier, model) = open(&disk, room_for(20)).unwrap();
+        let other = tier.model(id("other", 2)).unwrap();
+        store(&model, &tokens, 0).unwrap();
+        other.store(0, &span(2, 0, &tokens, 0), rows(2, 0, &tokens, 0), 0.0).unwrap();
+        model.pin(&tokens).unwrap();
+        other.pin(&tokens).unwrap();
+        assert_eq!((tier.clear(Some("small")), tier.forget("nobody")), (0, 0));
+        assert_eq!((tier.forget("small"), tier.knows("small"), tier.knows("nobody")), (FILE, true, false));
+        assert_eq!((model.pins().len(), other.pins().len()), (0, 1));
+    }
+    let (tier, model) = open(&disk, room_for(20)).unwrap();
+    assert_eq!((model.pins().len(), tier.stats().sums.entries, tier.clear(None)), (0, 1, 0));
+    // Names are longer than what files keep of them.
+    let long = "long/".repeat(100);
+    let third = tier.model(id(&long, 3)).unwrap();
+    third.store(0, &span(3, 0, &tokens, 0), rows(3, 0, &tokens, 0), 0.0).unwrap();
+    assert_eq!((tier.knows(&long), tier.clear(Some(&long))), (true, FILE));
+}
+
 #[test]
 fn many_threads_keep_the_limit() {
     let disk = Disk::new();

@@ -7,6 +7,7 @@ mod disk;
 mod faults;
 mod kill;
 mod limits;
+mod log;
 mod machine;
 mod speed;
 
