@@ -87,9 +87,13 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let identity = options.tiers.exist().then(|| ModelIdentity::new(options));
+            // Closed when the weights are there, or will not be.
+            let (loading, loaded) = crossbeam_channel::bounded::<()>(0);
             if let Some(identity) = identity {
                 let ended = &ended;
                 let identify = move || {
+                    // Two that read the same files would share the disk; the second one finds them in memory.
+                    let _ = loaded.recv();
                     let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
                     let identified = panics::catch(|| {
                         let identity = identity?;
@@ -100,7 +104,8 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
                 let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));
                 thread.spawn_scoped(scope, identify).map_err(|e| Error::io("starting an engine thread", &e))?;
             }
-            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, account));
+            let served =
+                crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, account, loading));
             ended.store(true, Ordering::Relaxed);
             served
         })
@@ -115,9 +120,11 @@ fn serve(
     myself: &Sender<Command>,
     shared: &Shared,
     account: &Account,
+    loading: Sender<()>,
 ) -> Result<()> {
     let started = Instant::now();
     let (mut runner, weight_bytes, memory) = load(options, shared, account)?;
+    drop(loading);
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
     let layers = runner.stops();
