@@ -41,6 +41,11 @@ impl Device {
         }
     }
 
+    /// Whether its memory is another one than the host's.
+    pub fn has_own_memory(self) -> bool {
+        self == Device::Gpu && !cfg!(target_os = "macos")
+    }
+
     /// Lower-case name for events and metrics.
     pub fn name(self) -> &'static str {
         match self {

@@ -118,7 +118,7 @@ impl MemoryLimit {
 
     /// The limit in bytes, where the models have `own` bytes already.
     pub(super) fn bytes(self, device: Device, reading: &Reading, own: u64) -> u64 {
-        let apart = has_own_memory(device);
+        let apart = device.has_own_memory();
         let total = if apart { mlx::memory_limit() } else { reading.total };
         match self {
             Self::Bytes(bytes) => bytes,
@@ -130,11 +130,6 @@ impl MemoryLimit {
             }
         }
     }
-}
-
-/// Whether a device's memory is another one than the machine's.
-pub(super) fn has_own_memory(device: Device) -> bool {
-    device == Device::Gpu && !cfg!(target_os = "macos")
 }
 
 #[cfg(test)]

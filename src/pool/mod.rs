@@ -131,7 +131,7 @@ pub struct EnginePool {
     downloads: download::Downloads,
     /// Looked into by one thread at a time.
     folders: Mutex<ModelFolders>,
-    /// What the hot tier takes of the ledger, where it lies in the same memory.
+    /// What the hot tier, and rows that wait to be written, may take of the ledger, where they lie in the same memory.
     hot: Account,
     shared: Arc<Shared>,
     /// The keeper ends when it is gone.
@@ -220,7 +220,8 @@ impl EnginePool {
         catalogue.update(folders.scan()?, &[], |_| false);
         let block_tokens = options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS);
         let reading = machine.read();
-        let ledger = Ledger::new(keeper::first_limit(options.memory, device, &reading)?);
+        let limit = keeper::first_limit(options.memory, device, &reading)?;
+        let ledger = Ledger::new(limit);
         let (wake, woken) = crossbeam_channel::bounded(1);
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -244,10 +245,10 @@ impl EnginePool {
         ledger.on_shortage(move || {
             let _ = waker.try_send(());
         });
-        let tiers = options.tiers.open(device)?;
-        let hot = ledger.open_for_good("hot tier");
-        if !memory::has_own_memory(device) {
-            hot.set(Part::Hot, tiers.hot.limit());
+        let tiers = options.tiers.open(device, limit)?;
+        let hot = ledger.open_for_good("tiers");
+        if !device.has_own_memory() {
+            hot.set(Part::Hot, tiers::host_bytes(&tiers));
         }
         let pool = Self {
             hot,
@@ -274,7 +275,7 @@ impl EnginePool {
             shared,
             wake,
         };
-        keeper::set_limit(&pool.shared, ledger.status().limit);
+        keeper::set_limit(&pool.shared, limit);
         keeper::start(&pool.shared, woken, machine)?;
         pool.preload();
         Ok(pool)
@@ -438,8 +439,8 @@ impl EnginePool {
     /// Changes limits of the tiers; what is beyond them goes.
     pub fn set_cache_limits(&self, limits: TierLimits) -> Result<()> {
         limits.apply(&self.tiers)?;
-        if !memory::has_own_memory(self.device) {
-            self.hot.set(Part::Hot, self.tiers.hot.limit());
+        if !self.device.has_own_memory() {
+            self.hot.set(Part::Hot, tiers::host_bytes(&self.tiers));
         }
         Ok(())
     }

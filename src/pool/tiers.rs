@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::memory::has_own_memory;
 use crate::cache::hot::HotTier;
 use crate::cache::ssd::{Codec, ColdOptions, ColdTier, Folder};
 use crate::engine::{Cold, EngineMetrics, Tiers};
@@ -22,7 +21,10 @@ const MOST_OF_DISK: u64 = 64 << 30;
 const LEAST_FREE: u64 = 2 << 30;
 
 /// Rows that wait to be written take this much memory at most.
-const WRITE_BYTES: usize = 256 << 20;
+const WRITE_BYTES: u64 = 256 << 20;
+
+/// And this part of the limit of memory, where that counts them.
+const SHARE_OF_LIMIT: u64 = 64;
 
 /// Threads that read files.
 const READERS: usize = 4;
@@ -98,6 +100,12 @@ impl TierLimits {
     }
 }
 
+/// Bytes of the host's memory that rows may take in the hot tier and on their way to files.
+pub(super) fn host_bytes(tiers: &Tiers) -> u64 {
+    let writing = tiers.cold.as_ref().map_or(0, Cold::write_bytes);
+    tiers.hot.limit() + writing as u64
+}
+
 /// What a model's cache is like, as a JSON object: the engine's metrics, and its part of each tier.
 pub(super) fn stats(tiers: &Tiers, model: &str, metrics: &EngineMetrics) -> Result<String> {
     let json = |value: serde_json::Result<Value>| value.map_err(|e| Error::internal(format!("statistics: {e}")));
@@ -114,9 +122,10 @@ pub(super) fn stats(tiers: &Tiers, model: &str, metrics: &EngineMetrics) -> Resu
 }
 
 impl TierOptions {
-    /// Opens them. `Busy` if another process uses the folder.
-    pub(super) fn open(&self, device: Device) -> Result<Tiers> {
-        let apart = has_own_memory(device);
+    /// Opens them for models that may take `limit` bytes. `Busy` if another process uses the folder.
+    pub(super) fn open(&self, device: Device, limit: u64) -> Result<Tiers> {
+        let apart = device.has_own_memory();
+        let write_bytes = if apart { WRITE_BYTES } else { WRITE_BYTES.min(limit / SHARE_OF_LIMIT) };
         let hot = self.hot_bytes.unwrap_or(if apart { mlx::physical_memory() as u64 / 8 } else { 0 });
         let cold = match &self.folder {
             Some(folder) => {
@@ -130,7 +139,7 @@ impl TierOptions {
                     options.limit = ((free + tier.stats().sums.bytes) / SHARE_OF_DISK).min(MOST_OF_DISK);
                     tier.set_limits(options);
                 }
-                Some(Cold::new(tier, WRITE_BYTES, READERS)?)
+                Some(Cold::new(tier, write_bytes as usize, READERS)?)
             }
             None => None,
         };

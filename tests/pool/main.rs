@@ -12,7 +12,7 @@ use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Status};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading};
+use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading, TierOptions};
 use serde_json::{Value, json};
 
 const MB: u64 = 1_000_000;
@@ -306,6 +306,30 @@ fn loading_tells_how_far_it_is() {
     let status = pool.status()["models"]["a"].clone();
     assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loaded"), Some(0)));
     assert!(status["loaded_bytes"].as_u64().unwrap() * 10 > status["weight_bytes"].as_u64().unwrap() * 9);
+}
+
+#[test]
+fn rows_on_their_way_to_and_from_files_are_in_the_account() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 2, 1);
+    let limit = 640 * MIB;
+    let owners = |cache: Option<&Path>| {
+        let tiers = TierOptions { folder: cache.map(Path::to_owned), ..TierOptions::default() };
+        let pool = open(folder.path(), PoolOptions { tiers, ..options(limit) });
+        pool.load("a").unwrap();
+        pool.status()["memory"]["owners"].clone()
+    };
+    let cache = tempfile::tempdir().unwrap();
+    let (without, with) = (owners(None), owners(Some(cache.path())));
+    assert_eq!(
+        (&without["tiers"]["hot"], &with["tiers"]["hot"]),
+        (&json!(0), &json!(10 * MIB)),
+        "what is to be written"
+    );
+    // A token has 512 numbers of 16 bits in each layer. Read ahead, and the span that is being saved.
+    let span = 256 * 2 * 1024;
+    let workspace = |owners: &Value| owners["a"]["workspace"].as_u64().unwrap();
+    assert_eq!(workspace(&with) - workspace(&without), 10 * MIB + span);
 }
 
 /// A machine that says what the test wants.
