@@ -1,6 +1,7 @@
 //! Several models in one pool, under one limit of memory.
 
 mod folders;
+mod footprint;
 mod shared;
 
 use std::path::Path;
