@@ -13,7 +13,7 @@ use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Status};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading, TierOptions};
+use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading, TierOptions, TierSet};
 use serde_json::{Value, json};
 
 const MB: u64 = 1_000_000;
@@ -307,6 +307,35 @@ fn loading_tells_how_far_it_is() {
     let status = pool.status()["models"]["a"].clone();
     assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loaded"), Some(0)));
     assert!(status["loaded_bytes"].as_u64().unwrap() * 10 > status["weight_bytes"].as_u64().unwrap() * 9);
+}
+
+#[test]
+fn an_idle_model_gives_back_what_holds_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let pool = open(folder.path(), options(1000 * MB));
+    let prompt: Vec<usize> = (0..1500).map(|n| n * 7 % VOCAB).collect();
+    let ask = |model: &str| {
+        answer(&pool, &json!({ "model": model, "prompt": prompt, "max_tokens": 1, "ignore_eos": true })).unwrap()
+    };
+    let cache = |model: &str| {
+        let metrics = pool.metrics().into_iter().find(|(id, _)| id == model).unwrap().1;
+        let account = pool.status()["memory"]["owners"][model]["cache"].as_u64().unwrap();
+        (metrics.cache_bytes as u64, account, metrics.cached_tokens)
+    };
+    let expected = ["a", "b"].map(ask);
+    let before = cache("a");
+    pool.cache_clear(Some("a"), TierSet::ALL).unwrap();
+    assert_eq!(cache("a").0, before.0, "not while it may have work the next moment");
+    until(|| cache("a").0 < before.0 / 4);
+    let now = cache("a");
+    assert!(now.1 < before.1 && now.1 >= now.0, "{before:?} {now:?}");
+    // What holds something stays: 512 numbers of 16 bits for each token.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(cache("b").0 >= 1500 * 1024);
+    assert_eq!(["a", "b"].map(ask), expected);
+    assert_eq!((cache("a").2, cache("b").2), (0, 1499));
 }
 
 #[test]
