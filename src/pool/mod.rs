@@ -283,15 +283,15 @@ impl EnginePool {
 
     /// Begins to load what the settings say.
     fn preload(&self) {
-        let wanted: Vec<String> = {
-            let state = lock(&self.shared.state);
-            let preloaded = state.settings.models().filter(|(_, settings)| settings.preload);
-            preloaded.map(|(id, _)| id.to_owned()).collect()
-        };
-        for id in wanted {
-            if let Err(error) = self.engine(Some(&id)) {
-                tracing::warn!(model = id, %error, "not loaded ahead");
-            }
+        let mut state = lock(&self.shared.state);
+        let preloaded = state.settings.models().filter(|(_, settings)| settings.preload);
+        let wanted: Vec<String> = preloaded.map(|(id, _)| id.to_owned()).collect();
+        wanted.iter().for_each(|id| self.load_ahead(&mut state, id));
+    }
+
+    fn load_ahead(&self, state: &mut State, id: &str) {
+        if let Err(error) = self.engine_of(state, Some(id)) {
+            tracing::warn!(model = id, %error, "not loaded ahead");
         }
     }
 

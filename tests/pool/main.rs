@@ -310,6 +310,56 @@ fn loading_tells_how_far_it_is() {
 }
 
 #[test]
+fn requests_hear_how_far_their_model_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 4, 1);
+    let pool = open(folder.path(), options(1000 * MB));
+    let events = |tells: bool| {
+        let mut request = request(&json!({ "model": "a", "prompt": [1], "max_tokens": 2, "ignore_eos": true }));
+        request.tells_loading = tells;
+        let state = pool.generate(request).unwrap();
+        let (mut loading, mut tokens) = (Vec::new(), 0);
+        loop {
+            match state.next(PATIENCE).expect("an event") {
+                Event::Loading(there, all) => {
+                    assert_eq!(tokens, 0, "a token came before the model was there");
+                    loading.push((there, all));
+                }
+                Event::Delta(delta) => tokens += delta.tokens.len(),
+                Event::Done(done) => {
+                    assert_eq!((done.error, tokens), (None, 2));
+                    return loading;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let loading = events(true);
+    let all = pool.status()["models"]["a"]["weight_bytes"].as_u64().unwrap();
+    assert_eq!(loading.last(), Some(&(all, all)), "{loading:?}");
+    assert!(loading.is_sorted() && loading.iter().all(|&(there, all)| there <= all), "{loading:?}");
+    assert!(events(true).is_empty(), "it is loaded");
+    pool.unload("a", false).unwrap();
+    assert!(events(false).is_empty(), "nobody asked");
+}
+
+#[test]
+fn a_model_that_is_to_be_preloaded_loads_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let pool = open(folder.path(), options(1000 * MB));
+    pool.configure("b", &json!({ "pinned": true })).unwrap();
+    pool.configure("a", &json!({ "preload": true })).unwrap();
+    until(|| state(&pool, "a") == "loaded");
+    assert_eq!(state(&pool, "b"), "", "nobody asked for it");
+    // What is settled already is not done again.
+    pool.unload("a", false).unwrap();
+    pool.configure("a", &json!({ "preload": true, "pinned": true })).unwrap();
+    assert_eq!(state(&pool, "a"), "");
+}
+
+#[test]
 fn an_idle_model_gives_back_what_holds_nothing() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path(), "a", 1, 1);
