@@ -41,6 +41,11 @@ impl Device {
         }
     }
 
+    /// Whether its memory is another one than the host's.
+    pub fn has_own_memory(self) -> bool {
+        self == Device::Gpu && !cfg!(target_os = "macos")
+    }
+
     /// Lower-case name for events and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -617,7 +622,7 @@ pub fn random_words(shape: &[i32], key: &Array) -> Result<Array> {
 #[derive(Debug)]
 pub struct HostBuffer {
     pointer: std::ptr::NonNull<u8>,
-    /// Of the mapping.
+    /// Of its pages.
     size: usize,
     len: usize,
 }
@@ -644,19 +649,32 @@ pub fn prefer_huge_pages<T>(fresh: &[T]) {
 impl HostBuffer {
     /// `len` zeroed bytes.
     pub fn new(len: usize) -> Result<Self> {
-        let too_large = || Error::new(Status::OutOfMemory, format!("cannot allocate {len} bytes for a tensor"));
-        let size = len.max(1).checked_next_multiple_of(PAGE).ok_or_else(too_large)?;
+        Self::several(&[len])?.pop().ok_or_else(|| Error::internal("a buffer was asked for"))
+    }
+
+    /// Buffers of so many zeroed bytes each, at least one, side by side: together they are large enough for huge pages.
+    pub fn several(lens: &[usize]) -> Result<Vec<Self>> {
+        let too_large = || Error::new(Status::OutOfMemory, format!("cannot allocate {lens:?} bytes for tensors"));
+        let whole = |len: &usize| len.max(&1).checked_next_multiple_of(PAGE);
+        let sizes: Vec<usize> = lens.iter().map(whole).collect::<Option<_>>().ok_or_else(too_large)?;
+        let all = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size)).ok_or_else(too_large)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping, of nothing that exists already.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), size, access, libc::MAP_PRIVATE | libc::MAP_ANON, -1, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), all, access, libc::MAP_PRIVATE | libc::MAP_ANON, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(too_large());
         }
-        let pointer = std::ptr::NonNull::new(start.cast::<u8>()).ok_or_else(too_large)?;
+        let mut pointer = std::ptr::NonNull::new(start.cast::<u8>()).ok_or_else(too_large)?;
         // SAFETY: fresh memory of this size, which the system fills with zeros.
-        prefer_huge_pages(unsafe { std::slice::from_raw_parts(pointer.as_ptr().cast::<MaybeUninit<u8>>(), size) });
-        Ok(Self { pointer, size, len })
+        prefer_huge_pages(unsafe { std::slice::from_raw_parts(pointer.as_ptr().cast::<MaybeUninit<u8>>(), all) });
+        let mut buffers = Vec::with_capacity(lens.len());
+        for (&len, size) in lens.iter().zip(sizes) {
+            // Whole pages of their own, which each of them gives back.
+            buffers.push(Self { pointer, size, len });
+            // SAFETY: the sizes add up to the mapping's.
+            pointer = unsafe { pointer.add(size) };
+        }
+        Ok(buffers)
     }
 
     /// The bytes.
@@ -699,7 +717,7 @@ extern "C" fn drop_host_buffer(owner: *mut c_void) {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // SAFETY: mapped with this size in `new`, and nobody refers to it any more.
+        // SAFETY: whole pages that were mapped in `several`, and nobody refers to them any more.
         unsafe { libc::munmap(self.pointer.as_ptr().cast(), self.size) };
     }
 }

@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("kernels", &["error", "mlx", "panics", "sync"]),
     ("fault", &["error", "kernels", "sync"]),
     ("config", &["error", "mlx"]),
-    ("weights", &["config", "error", "kernels", "mlx"]),
+    ("weights", &["config", "error", "kernels", "mlx", "sync"]),
     ("cache", &["error", "kernels", "mlx", "sync"]),
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "mlx", "nn", "text", "weights"]),

@@ -152,7 +152,7 @@ pub unsafe extern "C" fn omlx_model_unload(
 ///
 ///   "alias"           another name for it in requests
 ///   "pinned"          true: it is not unloaded to make room, nor when its time is up
-///   "preload"         true: it is loaded when the pool is opened
+///   "preload"         true: it is loaded now, and when a pool with these settings is opened
 ///   "ttl_seconds"     it is unloaded after so many seconds without a request; below 0: only when its memory is needed
 ///   "context_length"  tokens of a prompt and its answer at most, where that is less than the model can
 ///   "kind"            "llm", "embedding" or "reranker": what it is used for, where its folder tells something else. If it is

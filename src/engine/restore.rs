@@ -22,8 +22,11 @@ use crate::cache::{BlockId, Table};
 use crate::error::Result;
 use crate::fault;
 
-/// Bytes that may be on their way from other tiers, or wait for a place in the pools.
-const READ_AHEAD: usize = 256 << 20;
+/// Bytes that may be on their way from other tiers, or wait for a place in the pools, at most.
+const READ_AHEAD: u64 = 256 << 20;
+
+/// And this part of the limit of memory, where that counts them.
+const SHARE_OF_LIMIT: u64 = 64;
 
 /// Restores whose tokens agree so far are taken to bring the same rows.
 const BEGINNING: usize = 32;
@@ -63,11 +66,19 @@ enum Arrival {
     Missing,
 }
 
+/// Bytes that an engine may read ahead, of whose rows a span takes `span` bytes: one span at least. `limit` is that of the
+/// memory that counts them, if one does.
+pub fn read_ahead(span: u64, limit: Option<u64>) -> u64 {
+    limit.map_or(READ_AHEAD, |limit| READ_AHEAD.min(limit / SHARE_OF_LIMIT)).max(span)
+}
+
 /// All restores of an engine, first come, first served.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Restores {
     queue: VecDeque<Restore>,
     next: u64,
+    /// Bytes that `ahead` may become, but for a single fetch that is larger.
+    most: usize,
     /// Bytes that are on their way or have arrived.
     ahead: usize,
     /// How fast rows get from the host's memory into the pools.
@@ -89,6 +100,11 @@ pub enum Wait {
 }
 
 impl Restores {
+    /// None yet; `most` bytes may be on their way.
+    pub fn new(most: u64) -> Self {
+        Self { queue: VecDeque::new(), next: 0, most: usize::try_from(most).unwrap_or(usize::MAX), ahead: 0 }
+    }
+
     /// Begins to bring `fetches` of `tokens`, of which the pools have the first `from` (whole blocks).
     pub fn begin(&mut self, tokens: Arc<[u32]>, from: usize, fetches: Vec<Fetch>, then: Then) {
         let rows = fetches.iter().map(|_| Arrival::NotAsked).collect();
@@ -154,7 +170,7 @@ impl Restores {
                 // Those behind may have taken all of the memory before the first one came: it must get on all the same.
                 let asked = |rows: &Arrival| matches!(rows, Arrival::OnItsWay | Arrival::Here(_));
                 let stuck = place == 0 && !restore.rows.iter().any(asked);
-                if self.ahead + fetch.bytes > READ_AHEAD && !stuck {
+                if self.ahead + fetch.bytes > self.most && !stuck {
                     return;
                 }
                 self.ahead += fetch.bytes;

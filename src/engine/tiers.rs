@@ -225,6 +225,11 @@ impl Cold {
         Ok(Self { tier, writer, reader, write_bytes, models: Arc::default() })
     }
 
+    /// Bytes that may wait to be written.
+    pub fn write_bytes(&self) -> usize {
+        self.write_bytes
+    }
+
     /// Whether half of the room is left for what has to be written at once.
     fn has_room(&self) -> bool {
         self.writer.pending_bytes() < self.write_bytes / 2

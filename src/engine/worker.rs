@@ -10,12 +10,12 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::memory::{Denied, EngineMemory};
 use super::metrics::EngineMetrics;
-use super::restore::{Restores, Then};
+use super::restore::{Restores, Then, read_ahead};
 use super::runner::{Launched, Runner};
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::threads::end_before_exit;
-use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, Whereabouts};
+use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, SPAN_TOKENS, Whereabouts};
 use super::turns::{Seat, Turn};
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared, run_to_the_end};
 use crate::cache::{BlockManager, Pages};
@@ -87,9 +87,13 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let identity = options.tiers.exist().then(|| ModelIdentity::new(options));
+            // Closed when the weights are there, or will not be.
+            let (loading, loaded) = crossbeam_channel::bounded::<()>(0);
             if let Some(identity) = identity {
                 let ended = &ended;
                 let identify = move || {
+                    // Two that read the same files would share the disk; the second one finds them in memory.
+                    let _ = loaded.recv();
                     let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
                     let identified = panics::catch(|| {
                         let identity = identity?;
@@ -100,7 +104,8 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
                 let thread = std::thread::Builder::new().name(format!("omlx-hash {}", options.id));
                 thread.spawn_scoped(scope, identify).map_err(|e| Error::io("starting an engine thread", &e))?;
             }
-            let served = crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, account));
+            let served =
+                crate::mlx::on_device(options.device, || serve(options, inbox, myself, shared, account, loading));
             ended.store(true, Ordering::Relaxed);
             served
         })
@@ -115,9 +120,11 @@ fn serve(
     myself: &Sender<Command>,
     shared: &Shared,
     account: &Account,
+    loading: Sender<()>,
 ) -> Result<()> {
     let started = Instant::now();
-    let (mut runner, weight_bytes, memory) = load(options, shared, account)?;
+    let Loaded { mut runner, weight_bytes, memory, read_ahead } = load(options, shared, account)?;
+    drop(loading);
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
     let layers = runner.stops();
@@ -151,7 +158,7 @@ fn serve(
         scheduler: Scheduler::new(limits, blocks),
         tiers: None,
         unidentified: options.tiers.exist(),
-        restores: Restores::default(),
+        restores: Restores::new(read_ahead),
         saving: Saving::default(),
         metrics,
         told_tokens: 0,
@@ -181,11 +188,16 @@ fn serve(
     defect.map_or(Ok(()), Err)
 }
 
-fn load<'a>(
-    options: &EngineOptions,
-    shared: &Shared,
-    account: &'a Account,
-) -> Result<(Runner, usize, EngineMemory<'a>)> {
+/// A model that is there, and the memory that was taken for it.
+struct Loaded<'a> {
+    runner: Runner,
+    weight_bytes: usize,
+    memory: EngineMemory<'a>,
+    /// Bytes that may be on their way from other tiers.
+    read_ahead: u64,
+}
+
+fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> Result<Loaded<'a>> {
     let (config, weights) = match &options.source {
         ModelSource::Folder(folder) => {
             let config = ModelConfig::load(folder)?;
@@ -198,7 +210,8 @@ fn load<'a>(
     let context = models::context_length(&config, options.context)?;
     // Waiting for room may take a while, and an unload or close must not wait for it.
     let failure = Arc::clone(&shared.failure);
-    let memory = begin(options, account, &config, context, &weights.planned(), || failure.get().cloned())
+    let interrupted = || failure.get().cloned();
+    let (memory, read_ahead) = begin(options, account, &config, context, &weights.planned(), interrupted)
         .map_err(|error| error.context(format!("model {:?}", options.id)))?;
     let planned = weights.planned().bytes;
     let weights = weights.computed_by(options.backend.clone()).watched_by(shared.watch(planned));
@@ -209,10 +222,11 @@ fn load<'a>(
     let pages = Pages::new(options.backend.clone(), loaded.model.kv_layout(), options.block_tokens)?;
     let runner =
         Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, options.backend.clone(), pages);
-    Ok((runner, loaded.weight_bytes, memory))
+    Ok(Loaded { runner, weight_bytes: loaded.weight_bytes, memory, read_ahead })
 }
 
-/// Takes the memory for the weights, for steps, and for the cache of one step's prompt and its answer.
+/// Takes the memory for the weights, for steps, for rows on their way to and from other tiers, and for the cache of one
+/// step's prompt and its answer. Also returns how much may be read ahead of other tiers.
 fn begin<'a>(
     options: &EngineOptions,
     account: &'a Account,
@@ -220,20 +234,25 @@ fn begin<'a>(
     context: usize,
     weights: &Planned,
     interrupted: impl Fn() -> Option<Error>,
-) -> Result<EngineMemory<'a>> {
+) -> Result<(EngineMemory<'a>, u64)> {
     let plan = models::plan(config)?;
     let rows = options.prefill_chunk.min(context) + options.max_sequences;
     // Some numbers are converted as they are read.
-    let workspace = plan.workspace(rows, options.max_sequences).max(weights.largest) + OVERHEAD;
+    let steps = plan.workspace(rows, options.max_sequences).max(weights.largest) + OVERHEAD;
     let float = if weights.float_bytes > 0 { weights.float_bytes } else { size_of::<f32>() };
     let tokens = (options.prefill_chunk + FIRST_ANSWER).min(context);
     let cache = (plan.cached_numbers * float * tokens).min(options.cache_bytes);
-    let uses =
-        Uses { weights: weights.bytes as u64, workspace: workspace as u64, cache: cache as u64, ..Uses::default() };
+    let span = (plan.cached_numbers * float * SPAN_TOKENS) as u64;
+    let counts = !options.device.has_own_memory();
+    let read_ahead = read_ahead(span, counts.then(|| options.ledger.status().limit));
+    // With the span that is being saved.
+    let on_their_way = if counts && options.tiers.exist() { read_ahead + span } else { 0 };
+    let workspace = steps as u64 + on_their_way;
+    let uses = Uses { weights: weights.bytes as u64, workspace, cache: cache as u64, ..Uses::default() };
     let memory = EngineMemory::begin(account, uses, interrupted)?;
     // What others gave back in the ledger is to be free in the system, too.
     crate::mlx::return_free_memory();
-    Ok(memory)
+    Ok((memory, read_ahead))
 }
 
 struct Worker<'a> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{EnginePool, State, TierLimits, TierSet, memory, tiers};
+use super::{EnginePool, State, TierLimits, TierSet, tiers};
 use crate::engine::{self, CacheCommand, Engine, Request};
 use crate::error::{Error, Result, Status};
 use crate::ledger::Part;
@@ -64,8 +64,8 @@ impl EnginePool {
     pub fn set_cache_limits(&self, limits: TierLimits) -> Result<()> {
         let memory = lock(&self.shared.reading).total;
         limits.apply(&self.tiers, memory)?;
-        if !memory::has_own_memory(self.device) {
-            self.hot.set(Part::Hot, self.tiers.hot.limit());
+        if !self.device.has_own_memory() {
+            self.hot.set(Part::Hot, tiers::host_bytes(&self.tiers));
         }
         Ok(())
     }

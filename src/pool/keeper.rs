@@ -147,7 +147,7 @@ pub(super) fn set_limit(shared: &Shared, bytes: u64) {
 
 /// Bytes that the process, or MLX on its device, has beyond what the ledger knows and what was there when the pool opened.
 pub(super) fn unaccounted(shared: &Shared, reading: &Reading, used: u64) -> u64 {
-    let has = if super::memory::has_own_memory(shared.device) {
+    let has = if shared.device.has_own_memory() {
         mlx::used_memory()
     } else {
         reading.footprint.saturating_sub(shared.footprint_at_open)

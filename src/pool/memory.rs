@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+use sysinfo::{CGroupLimits, MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
 use super::policy::Pressure;
 use crate::error::{Error, Result};
@@ -74,15 +74,19 @@ impl Machine for ThisMachine {
             false,
             ProcessRefreshKind::nothing().with_memory(),
         );
-        let (mut total, mut available) = (self.system.total_memory(), self.system.available_memory());
-        if let Some(container) = self.system.cgroup_limits() {
-            total = total.min(container.total_memory);
-            // Files that the system keeps in memory count as used there, and go when they must: what is not a file stays.
-            available = available.min(container.total_memory.saturating_sub(container.rss));
-        }
+        let (total, available) = (self.system.total_memory(), self.system.available_memory());
+        let (total, available) = within(self.system.cgroup_limits(), total, available);
         let footprint = self.system.process(process).map_or(0, sysinfo::Process::memory);
         Reading { total, available, footprint, pressure: pressure(total, available) }
     }
+}
+
+/// What a container leaves of a machine's `total` and `available` bytes.
+fn within(container: Option<CGroupLimits>, total: u64, available: u64) -> (u64, u64) {
+    let Some(container) = container else { return (total, available) };
+    // Files that the system keeps in memory count as used there, and go when they must: what is not a file stays.
+    let spare = container.total_memory.saturating_sub(container.rss);
+    (total.min(container.total_memory), available.min(spare))
 }
 
 fn pressure(total: u64, available: u64) -> Pressure {
@@ -118,7 +122,7 @@ impl MemoryLimit {
 
     /// The limit in bytes, where the models have `own` bytes already.
     pub(super) fn bytes(self, device: Device, reading: &Reading, own: u64) -> u64 {
-        let apart = has_own_memory(device);
+        let apart = device.has_own_memory();
         let total = if apart { mlx::memory_limit() } else { reading.total };
         match self {
             Self::Bytes(bytes) => bytes,
@@ -130,11 +134,6 @@ impl MemoryLimit {
             }
         }
     }
-}
-
-/// Whether a device's memory is another one than the machine's.
-pub(super) fn has_own_memory(device: Device) -> bool {
-    device == Device::Gpu && !cfg!(target_os = "macos")
 }
 
 #[cfg(test)]
@@ -158,6 +157,24 @@ mod tests {
         assert_eq!(MemoryLimit::Bytes(7).bytes(Device::Cpu, &reading, 0), 7);
         assert!(MemoryLimit::Percent(0.0).check().is_err() && MemoryLimit::Percent(f64::NAN).check().is_err());
         assert!(MemoryLimit::Percent(100.0).check().is_ok());
+    }
+
+    #[test]
+    fn a_container_has_the_last_word() {
+        // All of its memory is in use, most of it for files.
+        let container = |total: u64, rss: u64| {
+            Some(CGroupLimits { total_memory: total * GB, free_memory: 0, free_swap: 0, rss: rss * GB })
+        };
+        let read = |container| {
+            let (total, available) = within(container, 64 * GB, 60 * GB);
+            let reading = Reading { total, available, ..Reading::default() };
+            (total / GB, available / GB, MemoryLimit::Auto.bytes(Device::Cpu, &reading, 0) / GB)
+        };
+        assert_eq!(read(None), (64, 60, 56));
+        assert_eq!(read(container(4, 1)), (4, 3, 2));
+        assert_eq!(read(container(4, 3)), (4, 1, 1), "others in the container have the rest");
+        assert_eq!(read(container(4, 5)), (4, 0, 0), "it is full");
+        assert_eq!(read(container(100, 1)), (64, 60, 56), "it may have more than there is");
     }
 
     #[test]

@@ -132,7 +132,7 @@ pub struct EnginePool {
     downloads: download::Downloads,
     /// Looked into by one thread at a time.
     folders: Mutex<ModelFolders>,
-    /// What the hot tier takes of the ledger, where it lies in the same memory.
+    /// What the hot tier, and rows that wait to be written, may take of the ledger, where they lie in the same memory.
     hot: Account,
     shared: Arc<Shared>,
     /// The keeper ends when it is gone.
@@ -221,7 +221,8 @@ impl EnginePool {
         catalogue.update(folders.scan()?, &[], |_| false);
         let block_tokens = options.block_tokens.unwrap_or(DEFAULT_BLOCK_TOKENS);
         let reading = machine.read();
-        let ledger = Ledger::new(keeper::first_limit(options.memory, device, &reading)?);
+        let limit = keeper::first_limit(options.memory, device, &reading)?;
+        let ledger = Ledger::new(limit);
         let (wake, woken) = crossbeam_channel::bounded(1);
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -245,10 +246,10 @@ impl EnginePool {
         ledger.on_shortage(move || {
             let _ = waker.try_send(());
         });
-        let tiers = options.tiers.open(device, reading.total)?;
-        let hot = ledger.open_for_good("hot tier");
-        if !memory::has_own_memory(device) {
-            hot.set(Part::Hot, tiers.hot.limit());
+        let tiers = options.tiers.open(device, reading.total, limit)?;
+        let hot = ledger.open_for_good("tiers");
+        if !device.has_own_memory() {
+            hot.set(Part::Hot, tiers::host_bytes(&tiers));
         }
         let pool = Self {
             hot,
@@ -275,7 +276,7 @@ impl EnginePool {
             shared,
             wake,
         };
-        keeper::set_limit(&pool.shared, ledger.status().limit);
+        keeper::set_limit(&pool.shared, limit);
         keeper::start(&pool.shared, woken, machine)?;
         pool.preload();
         Ok(pool)
@@ -283,15 +284,15 @@ impl EnginePool {
 
     /// Begins to load what the settings say.
     fn preload(&self) {
-        let wanted: Vec<String> = {
-            let state = lock(&self.shared.state);
-            let preloaded = state.settings.models().filter(|(_, settings)| settings.preload);
-            preloaded.map(|(id, _)| id.to_owned()).collect()
-        };
-        for id in wanted {
-            if let Err(error) = self.engine(Some(&id)) {
-                tracing::warn!(model = id, %error, "not loaded ahead");
-            }
+        let mut state = lock(&self.shared.state);
+        let preloaded = state.settings.models().filter(|(_, settings)| settings.preload);
+        let wanted: Vec<String> = preloaded.map(|(id, _)| id.to_owned()).collect();
+        wanted.iter().for_each(|id| self.load_ahead(&mut state, id));
+    }
+
+    fn load_ahead(&self, state: &mut State, id: &str) {
+        if let Err(error) = self.engine_of(state, Some(id)) {
+            tracing::warn!(model = id, %error, "not loaded ahead");
         }
     }
 

@@ -80,6 +80,7 @@ impl EnginePool {
             return Err(Error::invalid_argument(format!("{alias:?} is the id of a model")));
         }
         let kind = settings.model_kind();
+        let preloads = settings.preload && !state.settings.get(&id).preload;
         state.settings.set(&id, settings)?;
         if state.catalogue.settle(&id, kind) {
             // What runs ends the requests it has; later ones go to an engine of the other kind.
@@ -87,6 +88,9 @@ impl EnginePool {
             state.draining.extend(engine);
         } else if let Some(slot) = state.engines.get_mut(&id) {
             slot.defaults = defaults;
+        }
+        if preloads {
+            self.load_ahead(&mut state, &id);
         }
         // A shorter time may be up.
         let _ = self.wake.try_send(());

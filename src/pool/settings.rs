@@ -44,7 +44,7 @@ pub struct ModelSettings {
     /// It is unloaded when the host says so, and not before.
     #[serde(skip_serializing_if = "is_false")]
     pub pinned: bool,
-    /// It is loaded when the pool opens.
+    /// It is loaded when this is set, and when a pool with these settings opens.
     #[serde(skip_serializing_if = "is_false")]
     pub preload: bool,
     /// Seconds that it stays without requests; below 0: until its memory is needed; else as the pool's options say.

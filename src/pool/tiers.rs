@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::memory::has_own_memory;
 use super::metrics::{self, Numbers};
 use crate::cache::hot::HotTier;
 use crate::cache::ssd::{Codec, ColdModelStats, ColdOptions, ColdTier, Folder};
@@ -23,7 +22,10 @@ const MOST_OF_DISK: u64 = 64 << 30;
 const LEAST_FREE: u64 = 2 << 30;
 
 /// Rows that wait to be written take this much memory at most.
-const WRITE_BYTES: usize = 256 << 20;
+const WRITE_BYTES: u64 = 256 << 20;
+
+/// And this part of the limit of memory, where that counts them.
+const SHARE_OF_LIMIT: u64 = 64;
 
 /// Threads that read files.
 const READERS: usize = 4;
@@ -113,6 +115,12 @@ impl TierLimits {
     }
 }
 
+/// Bytes of the host's memory that rows may take in the hot tier and on their way to files.
+pub(super) fn host_bytes(tiers: &Tiers) -> u64 {
+    let writing = tiers.cold.as_ref().map_or(0, Cold::write_bytes);
+    tiers.hot.limit() + writing as u64
+}
+
 /// What a model's cache is like, as a JSON object: the engine's metrics if it is loaded, and its part of each tier.
 pub(super) fn stats(tiers: &Tiers, model: &str, metrics: Option<&EngineMetrics>) -> Result<String> {
     let json = |value: serde_json::Result<Value>| value.map_err(|e| Error::internal(format!("statistics: {e}")));
@@ -142,9 +150,11 @@ pub(super) fn cold_numbers(prefix: &str, stats: &ColdModelStats) -> Numbers {
 }
 
 impl TierOptions {
-    /// Opens them, where the host has `memory` bytes. `Busy` if another process uses the folder.
-    pub(super) fn open(&self, device: Device, memory: u64) -> Result<Tiers> {
-        let apart = has_own_memory(device);
+    /// Opens them for models that may take `limit` bytes, where the host has `memory`. `Busy` if another process uses the
+    /// folder.
+    pub(super) fn open(&self, device: Device, memory: u64, limit: u64) -> Result<Tiers> {
+        let apart = device.has_own_memory();
+        let write_bytes = if apart { WRITE_BYTES } else { WRITE_BYTES.min(limit / SHARE_OF_LIMIT) };
         let hot = hot_limit(self.hot_bytes, self.hot_percent, memory)?;
         let hot = hot.unwrap_or(if apart { mlx::physical_memory() as u64 / 8 } else { 0 });
         let cold = match &self.folder {
@@ -159,7 +169,7 @@ impl TierOptions {
                     options.limit = ((free + tier.stats().sums.bytes) / SHARE_OF_DISK).min(MOST_OF_DISK);
                     tier.set_limits(options);
                 }
-                Some(Cold::new(tier, WRITE_BYTES, READERS)?)
+                Some(Cold::new(tier, write_bytes as usize, READERS)?)
             }
             None => None,
         };

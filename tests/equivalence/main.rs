@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use mlx_rs::Dtype;
@@ -67,20 +68,33 @@ fn request(body: &Value) -> Request {
     Request::from_json(body.to_string().as_bytes(), false).unwrap()
 }
 
-/// Tokens of each answer, or `None` if the request was cancelled.
-fn answers(state: &Arc<RequestState>, choices: usize) -> Option<Vec<Vec<u32>>> {
-    let mut answers = vec![Vec::new(); choices];
+/// Tokens of each answer, as many as came, and whether the request ended as cancelled. It is cancelled after `most` pieces of
+/// text.
+fn read(state: &RequestState, choices: usize, most: usize) -> (Vec<Vec<u32>>, bool) {
+    let (mut answers, mut pieces) = (vec![Vec::new(); choices], 0);
     loop {
         match state.next(PATIENCE).expect("an event") {
-            Event::Delta(delta) => answers[delta.choice].extend(delta.tokens),
+            Event::Delta(delta) => {
+                answers[delta.choice].extend(delta.tokens);
+                pieces += 1;
+                if pieces == most {
+                    state.cancel();
+                }
+            }
             Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => match done.error {
-                None => return Some(answers),
-                Some(error) if error.status() == Status::Cancelled => return None,
+                None => return (answers, false),
+                Some(error) if error.status() == Status::Cancelled => return (answers, true),
                 Some(error) => panic!("{error}"),
             },
         }
     }
+}
+
+/// Tokens of each answer, or `None` if the request was cancelled.
+fn answers(state: &RequestState, choices: usize) -> Option<Vec<Vec<u32>>> {
+    let (answers, cancelled) = read(state, choices, usize::MAX);
+    (!cancelled).then_some(answers)
 }
 
 /// Prompts that share beginnings, with all kinds of sampling.
@@ -133,28 +147,61 @@ fn alone(pool: &EnginePool, bodies: &[Value]) -> Vec<Vec<Vec<u32>>> {
         .collect()
 }
 
-/// Plays a schedule: requests join at random times, some are cancelled. Every answer must be the expected one.
-fn play(pool: &EnginePool, bodies: &[Value], expected: &[Vec<Vec<u32>>], random: &mut Random) {
+/// Plays a schedule: requests join at random times, some are cancelled at once, some after a random number of events. Every
+/// answer must be the expected one, or its beginning where the request was cancelled. Returns how many requests were
+/// cancelled between the first token and the last.
+fn play(pool: &EnginePool, bodies: &[Value], expected: &[Vec<Vec<u32>>], random: &mut Random) -> usize {
     let mut order: Vec<usize> = (0..bodies.len()).collect();
     (1..order.len()).rev().for_each(|i| order.swap(i, random.below(i + 1)));
-    let mut running: Vec<(usize, Arc<RequestState>)> = Vec::new();
-    for &at in &order {
-        if random.below(3) == 0 {
-            std::thread::sleep(Duration::from_micros(random.below(3000) as u64));
-        }
-        let state = pool.generate(request(&bodies[at])).unwrap();
-        if random.below(10) == 0 {
-            state.cancel();
-        }
-        running.push((at, state));
-        if random.below(12) == 0 {
-            pool.cache_clear(None, TierSet::ALL).unwrap();
-        }
-    }
-    for (at, state) in running {
-        if let Some(found) = answers(&state, choices(&bodies[at])) {
+    let cut = AtomicUsize::new(0);
+    let check = |at: usize, state: &RequestState, most: usize| {
+        let (found, cancelled) = read(state, choices(&bodies[at]), most);
+        if cancelled {
+            assert!(is_beginning(&found, &expected[at]), "{}: {found:?} of {:?}", bodies[at], expected[at]);
+            let (some, all) = (found.iter().any(|tokens| !tokens.is_empty()), found == expected[at]);
+            cut.fetch_add(usize::from(some && !all), Ordering::Relaxed);
+        } else {
             assert_eq!(found, expected[at], "{}", bodies[at]);
         }
+    };
+    std::thread::scope(|scope| {
+        let mut running: Vec<(usize, Arc<RequestState>)> = Vec::new();
+        for &at in &order {
+            if random.below(3) == 0 {
+                std::thread::sleep(Duration::from_micros(random.below(3000) as u64));
+            }
+            let state = pool.generate(request(&bodies[at])).unwrap();
+            match random.below(10) {
+                0 => state.cancel(),
+                1..4 => {
+                    // Read as it comes: what waits unread becomes one event.
+                    let (state, most) = (Arc::clone(&state), 1 + random.below(MOST_TOKENS / 2));
+                    scope.spawn(move || check(at, &state, most));
+                    continue;
+                }
+                _ => {}
+            }
+            running.push((at, state));
+            if random.below(12) == 0 {
+                pool.cache_clear(None, TierSet::ALL).unwrap();
+            }
+        }
+        running.iter().for_each(|(at, state)| check(*at, state, usize::MAX));
+    });
+    cut.into_inner()
+}
+
+/// Whether each answer begins with what was found of it.
+fn is_beginning(found: &[Vec<u32>], answers: &[Vec<u32>]) -> bool {
+    found.len() == answers.len() && found.iter().zip(answers).all(|(found, answer)| answer.starts_with(found))
+}
+
+#[test]
+fn a_wrong_beginning_is_noticed() {
+    let answers = [vec![1, 2, 3], vec![4]];
+    assert!(is_beginning(&[vec![1, 2], vec![]], &answers) && is_beginning(&answers, &answers));
+    for wrong in [[vec![1, 3], vec![]], [vec![2], vec![4]], [vec![1, 2, 3, 4], vec![4]], [vec![], vec![1]]] {
+        assert!(!is_beginning(&wrong, &answers), "{wrong:?}");
     }
 }
 
@@ -207,7 +254,7 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
 #[test]
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
-    let (mut preemptions, mut partial_steps) = (0, 0);
+    let (mut preemptions, mut partial_steps, mut cut) = (0, 0, 0);
     let models = ["qwen3-4bit", "llama-f32", "mistral-sliding-window", "qwen2-8bit"];
     for _ in 0..schedules(12).div_ceil(4) {
         for name in models {
@@ -215,7 +262,7 @@ fn company_changes_nothing_on_tiny_models() {
             let bodies = bodies(&mut random, 80, 100, 24);
             let expected = alone(&pool, &bodies);
             let company = open(&fixture(name), settings(&mut random, &metrics(&pool), 100));
-            play(&company, &bodies, &expected, &mut random);
+            cut += play(&company, &bodies, &expected, &mut random);
             let metrics = metrics_at_rest(&company);
             preemptions += metrics.preemptions;
             partial_steps += metrics.partial_steps;
@@ -225,6 +272,7 @@ fn company_changes_nothing_on_tiny_models() {
     }
     assert!(preemptions > 0, "nothing was preempted: this test sees less than it should");
     assert!(partial_steps > 0, "no prompt stopped between layers: this test sees less than it should");
+    assert!(cut > 0, "no answer was cancelled in its middle: this test sees less than it should");
 }
 
 #[test]
@@ -235,11 +283,13 @@ fn company_changes_nothing_on_the_bundled_model() {
     let bodies = bodies(&mut random, 4000, 300, 10);
     let expected = alone(&pool, &bodies);
     // As it was: in the cache of this pool, and in those of others.
+    let mut cut = 0;
     for _ in 0..schedules(8).div_ceil(4) {
-        play(&pool, &bodies, &expected, &mut random);
+        cut += play(&pool, &bodies, &expected, &mut random);
     }
     let company = open(&model, settings(&mut random, &metrics(&pool), 300));
-    play(&company, &bodies, &expected, &mut random);
+    cut += play(&company, &bodies, &expected, &mut random);
+    assert!(cut > 0, "no answer was cancelled in its middle: this test sees less than it should");
     assert!(metrics_at_rest(&pool).cached_tokens > 0);
 }
 

@@ -1,6 +1,7 @@
 //! Several models in one pool, under one limit of memory.
 
 mod folders;
+mod footprint;
 mod shared;
 
 use std::path::Path;
@@ -12,7 +13,7 @@ use omlx::engine::{Event, Request, RequestState};
 use omlx::error::{Error, Status};
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
-use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading};
+use omlx::pool::{EnginePool, Machine, MemoryLimit, PoolOptions, Pressure, Reading, TierOptions, TierSet};
 use serde_json::{Value, json};
 
 const MB: u64 = 1_000_000;
@@ -306,6 +307,109 @@ fn loading_tells_how_far_it_is() {
     let status = pool.status()["models"]["a"].clone();
     assert_eq!((status["state"].as_str(), status["requests"].as_u64()), (Some("loaded"), Some(0)));
     assert!(status["loaded_bytes"].as_u64().unwrap() * 10 > status["weight_bytes"].as_u64().unwrap() * 9);
+}
+
+#[test]
+fn requests_hear_how_far_their_model_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 4, 1);
+    let pool = open(folder.path(), options(1000 * MB));
+    let events = |tells: bool| {
+        let mut request = request(&json!({ "model": "a", "prompt": [1], "max_tokens": 2, "ignore_eos": true }));
+        request.tells_loading = tells;
+        let state = pool.generate(request).unwrap();
+        let (mut loading, mut tokens) = (Vec::new(), 0);
+        loop {
+            match state.next(PATIENCE).expect("an event") {
+                Event::Loading(there, all) => {
+                    assert_eq!(tokens, 0, "a token came before the model was there");
+                    loading.push((there, all));
+                }
+                Event::Delta(delta) => tokens += delta.tokens.len(),
+                Event::Done(done) => {
+                    assert_eq!((done.error, tokens), (None, 2));
+                    return loading;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let loading = events(true);
+    let all = pool.status()["models"]["a"]["weight_bytes"].as_u64().unwrap();
+    assert_eq!(loading.last(), Some(&(all, all)), "{loading:?}");
+    assert!(loading.is_sorted() && loading.iter().all(|&(there, all)| there <= all), "{loading:?}");
+    assert!(events(true).is_empty(), "it is loaded");
+    pool.unload("a", false).unwrap();
+    assert!(events(false).is_empty(), "nobody asked");
+}
+
+#[test]
+fn a_model_that_is_to_be_preloaded_loads_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let pool = open(folder.path(), options(1000 * MB));
+    pool.configure("b", &json!({ "pinned": true })).unwrap();
+    pool.configure("a", &json!({ "preload": true })).unwrap();
+    until(|| state(&pool, "a") == "loaded");
+    assert_eq!(state(&pool, "b"), "", "nobody asked for it");
+    // What is settled already is not done again.
+    pool.unload("a", false).unwrap();
+    pool.configure("a", &json!({ "preload": true, "pinned": true })).unwrap();
+    assert_eq!(state(&pool, "a"), "");
+}
+
+#[test]
+fn an_idle_model_gives_back_what_holds_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 1, 1);
+    model(folder.path(), "b", 1, 2);
+    let pool = open(folder.path(), options(1000 * MB));
+    let prompt: Vec<usize> = (0..1500).map(|n| n * 7 % VOCAB).collect();
+    let ask = |model: &str| {
+        answer(&pool, &json!({ "model": model, "prompt": prompt, "max_tokens": 1, "ignore_eos": true })).unwrap()
+    };
+    let cache = |model: &str| {
+        let metrics = pool.metrics().into_iter().find(|(id, _)| id == model).unwrap().1;
+        let account = pool.status()["memory"]["owners"][model]["cache"].as_u64().unwrap();
+        (metrics.cache_bytes as u64, account, metrics.cached_tokens)
+    };
+    let expected = ["a", "b"].map(ask);
+    let before = cache("a");
+    pool.cache_clear(Some("a"), TierSet::ALL).unwrap();
+    assert_eq!(cache("a").0, before.0, "not while it may have work the next moment");
+    until(|| cache("a").0 < before.0 / 4);
+    let now = cache("a");
+    assert!(now.1 < before.1 && now.1 >= now.0, "{before:?} {now:?}");
+    // What holds something stays: 512 numbers of 16 bits for each token.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(cache("b").0 >= 1500 * 1024);
+    assert_eq!(["a", "b"].map(ask), expected);
+    assert_eq!((cache("a").2, cache("b").2), (0, 1499));
+}
+
+#[test]
+fn rows_on_their_way_to_and_from_files_are_in_the_account() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path(), "a", 2, 1);
+    let limit = 640 * MIB;
+    let owners = |cache: Option<&Path>| {
+        let tiers = TierOptions { folder: cache.map(Path::to_owned), ..TierOptions::default() };
+        let pool = open(folder.path(), PoolOptions { tiers, ..options(limit) });
+        pool.load("a").unwrap();
+        pool.status()["memory"]["owners"].clone()
+    };
+    let cache = tempfile::tempdir().unwrap();
+    let (without, with) = (owners(None), owners(Some(cache.path())));
+    assert_eq!(
+        (&without["tiers"]["hot"], &with["tiers"]["hot"]),
+        (&json!(0), &json!(10 * MIB)),
+        "what is to be written"
+    );
+    // A token has 512 numbers of 16 bits in each layer. Read ahead, and the span that is being saved.
+    let span = 256 * 2 * 1024;
+    let workspace = |owners: &Value| owners["a"]["workspace"].as_u64().unwrap();
+    assert_eq!(workspace(&with) - workspace(&without), 10 * MIB + span);
 }
 
 /// A machine that says what the test wants.
