@@ -102,7 +102,8 @@ pub enum Wait {
 impl Restores {
     /// None yet; `most` bytes may be on their way.
     pub fn new(most: u64) -> Self {
-        Self { queue: VecDeque::new(), next: 0, most: usize::try_from(most).unwrap_or(usize::MAX), ahead: 0 }
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        Self { queue: VecDeque::new(), next: 0, most, ahead: 0, moving: MoveRate::default() }
     }
 
     /// Begins to bring `fetches` of `tokens`, of which the pools have the first `from` (whole blocks).
