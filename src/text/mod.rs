@@ -14,6 +14,7 @@
 //! A rendered chat already holds its special tokens, so it is encoded with `add_special_tokens = false`; a plain
 //! completion prompt is encoded with `true`.
 
+pub mod answer;
 mod decoding;
 pub mod detokenizer;
 mod encoder_input;
@@ -27,6 +28,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
+pub use answer::{AnswerFormat, AnswerParser, AnswerPart, AnswerSettings, ToolFormat};
 pub use detokenizer::Detokenizer;
 pub use encoder_input::{TextInput, TextLimits, TextTokens};
 pub use pair_format::PairFormat;
