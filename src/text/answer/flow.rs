@@ -100,6 +100,10 @@ impl Flow {
         &mut self.calls
     }
 
+    pub fn complete_calls(&self) -> usize {
+        self.calls.complete()
+    }
+
     pub fn thinks(&self) -> bool {
         self.thinks
     }
@@ -147,6 +151,7 @@ impl Flow {
         if let Some(mut block) = self.block.take() {
             if block.reader.finish(&mut self.calls) {
                 self.calls.raw.clear();
+                self.content.mark();
             } else {
                 self.give_back(&block, "the answer ends within a tool call");
                 // What was read again may have begun another block.

@@ -73,6 +73,10 @@ impl Harmony {
         &mut self.calls
     }
 
+    pub fn complete_calls(&self) -> usize {
+        self.calls.complete()
+    }
+
     pub fn thinks(&self) -> bool {
         matches!(self.state, State::Text { thinks: true })
     }

@@ -132,8 +132,11 @@ impl AnswerParser {
     }
 
     /// Calls that are whole.
-    pub fn complete_calls(&mut self) -> usize {
-        self.calls().complete()
+    pub fn complete_calls(&self) -> usize {
+        match &self.inner {
+            Inner::Flow(flow) => flow.complete_calls(),
+            Inner::Harmony(harmony) => harmony.complete_calls(),
+        }
     }
 
     fn calls(&mut self) -> &mut Calls {

@@ -278,6 +278,8 @@ fn what_models_get_wrong_and_everybody_understands() {
         hermes(&block("{\"name\": \"f\", \"arguments\": {\"a\": \"</tool_call>\"}}")),
         ["f {\"a\": \"</tool_call>\"}"]
     );
+    let answer = parse(ToolFormat::Llama, "\n{\"name\": \"f\", \"parameters\": {}}\n");
+    assert_eq!((answer.content.as_str(), answer.complete), ("", 1));
     // Qwen3-Coder forgets the opening.
     let answer = parse(ToolFormat::Qwen, "Hm.\n<function=now>\n</function>\n</tool_call>");
     assert_eq!((answer.content.as_str(), answer.complete), ("Hm.", 1));
