@@ -26,11 +26,11 @@ pub enum omlx_event_kind {
     Scores = 5,
     /// The model is being loaded: `loaded_bytes` of `total_bytes`. Only for requests that asked for it.
     Loading = 6,
-    /// A piece of what the model thinks before it answers; fields as in `Text`. Chat requests only.
+    /// A piece of what the model thinks before it answers; fields as for text. Chat requests only.
     Reasoning = 7,
     /// A piece of a tool call: `text` is the next piece of its arguments, together JSON text; `tool_index`, `tool_id` and
-    /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as in
-    /// `Text`. A call that is malformed or cut off ends early, and what follows is `Text`. Chat requests with tools only.
+    /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as for
+    /// text. A call that is malformed or cut off ends early, and its rest is text. Chat requests with tools only.
     ToolCall = 8,
 }
 
@@ -48,7 +48,7 @@ pub enum omlx_finish_reason {
     Cancelled = 3,
     /// See `status` and `error_message`.
     Error = 4,
-    /// As `Stop`, and the answer has at least one whole tool call, for which the model awaits results.
+    /// The model ended its turn, and has made at least one whole tool call, for which it awaits results.
     ToolCalls = 5,
 }
 
