@@ -433,8 +433,8 @@ omlx_status omlx_model_settings(
 
 /// Kinds of events. Hosts ignore kinds they do not know.
 OMLX_ENUM(omlx_event_kind, uint32_t) {
-    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character or a possible
-    /// stop string is incomplete.
+    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character, a possible
+    /// stop string or a mark is incomplete.
     OMLX_EVENT_KIND_TEXT = 1,
     /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
     OMLX_EVENT_KIND_DONE = 2,
@@ -446,6 +446,12 @@ OMLX_ENUM(omlx_event_kind, uint32_t) {
     OMLX_EVENT_KIND_SCORES = 5,
     /// The model is being loaded: `loaded_bytes` of `total_bytes`. Only for requests that asked for it.
     OMLX_EVENT_KIND_LOADING = 6,
+    /// A piece of what the model thinks before it answers; fields as for text. Chat requests only.
+    OMLX_EVENT_KIND_REASONING = 7,
+    /// A piece of a tool call: `text` is the next piece of its arguments, together JSON text; `tool_index`, `tool_id` and
+    /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as for
+    /// text. A call that is malformed or cut off ends early, and its rest is text. Chat requests with tools only.
+    OMLX_EVENT_KIND_TOOL_CALL = 8,
 };
 
 /// Why a request ended.
@@ -460,6 +466,8 @@ OMLX_ENUM(omlx_finish_reason, uint32_t) {
     OMLX_FINISH_REASON_CANCELLED = 3,
     /// See `status` and `error_message`.
     OMLX_FINISH_REASON_ERROR = 4,
+    /// The model ended its turn, and has made at least one whole tool call, for which it awaits results.
+    OMLX_FINISH_REASON_TOOL_CALLS = 5,
 };
 
 /// Log-probability of a token: natural logarithm, of the model's own distribution before penalties and temperature.
@@ -486,6 +494,8 @@ typedef struct omlx_usage {
     uint64_t cached_tokens;
     /// Tokens sampled, an end-of-turn token included.
     uint64_t completion_tokens;
+    /// Those of them that were reasoning, its marks included.
+    uint64_t reasoning_tokens;
     /// From `omlx_generate` to the first token, loading the model included; 0 if none came.
     double seconds_to_first_token;
     /// Rate of the tokens after the first, per second; 0 with fewer than two.
@@ -517,8 +527,12 @@ typedef struct omlx_event {
     size_t logprob_count;
     /// An `omlx_status`: why the request failed or was cancelled, else `OMLX_OK`.
     int32_t status;
-    /// Reserved, zero.
-    uint32_t reserved;
+    /// Which tool call of the answer, from 0.
+    uint32_t tool_index;
+    /// Id of the tool call, for the message with its result, NUL-terminated; never NULL.
+    const char *tool_id;
+    /// Name of the called tool, NUL-terminated; never NULL. It need not be one that the request has.
+    const char *tool_name;
     /// Details of the failure, NUL-terminated; never NULL.
     const char *error_message;
     /// Filled in the done event.
@@ -542,7 +556,7 @@ typedef struct omlx_event {
 } omlx_event;
 
 /// Initialiser of `omlx_event`: all defaults.
-#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0 }
+#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0 }
 
 // Requests --------------------------------------------------------------------------------------------------
 
@@ -590,8 +604,10 @@ typedef struct omlx_request omlx_request;
 /// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
 /// local servers have added to them:
 ///
-///   what to answer   "messages", with "tools" and what the chat template takes: "chat_template" (the name of one of the
-///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
+///   what to answer   "messages", with what the chat template takes: "chat_template" (the name of one of the model's),
+///                    "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
+///   what to call     "tools", "tool_choice" ("auto", or "none": the model is not told of them), "parallel_tool_calls"
+///                    (false: the answer ends with its first call)
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
@@ -601,8 +617,9 @@ typedef struct omlx_request omlx_request;
 ///   before whom      "priority": "high", "normal" or "low"; within a class the first to come is first
 ///
 /// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
-/// limit. Tool calls arrive as text. Requests on one model are computed together, as many as `max_sequences` of the pool's
-/// options says; more wait.
+/// limit. What the model thinks before it answers "messages", and what it calls if there are "tools", are events of their
+/// own where its way to write them is known; an answer to a "prompt" is text. Requests on one model are computed together,
+/// as many as `max_sequences` of the pool's options says; more wait.
 ///
 /// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this
 /// function returns.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender};
 
+use super::answer::AnswerPlan;
 use super::encode::EncodeRequest;
 use super::encode::text::EncoderText;
 use super::events::EventSink;
@@ -22,7 +23,7 @@ use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
-use crate::text::{StopMatcher, TextLimits, TextModel, Tokenizer};
+use crate::text::{AnswerSettings, StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
 #[derive(Debug)]
@@ -135,8 +136,10 @@ impl EngineText {
 
     /// The prompt text of a chat.
     pub fn render(&self, chat: &ChatInput) -> Result<String> {
-        self.text_model()?.templates().render(&crate::text::ChatInput {
-            messages: &chat.messages,
+        let templates = self.text_model()?.templates();
+        let messages = templates.with_argument_objects(&chat.messages);
+        templates.render(&crate::text::ChatInput {
+            messages: messages.as_ref().unwrap_or(&chat.messages),
             tools: chat.tools.as_ref(),
             template: chat.template.as_deref(),
             add_generation_prompt: chat.add_generation_prompt,
@@ -151,14 +154,22 @@ impl EngineText {
 
     /// Prompt tokens of `input`, every one of which the model has.
     pub fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
-        let ids = match input {
-            Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false)?,
-            Input::Text(text) => self.tokenizer()?.encode(text, true)?,
-            Input::Tokens(ids) => ids.clone(),
+        self.prompt_and_text(input).map(|(ids, _)| ids)
+    }
+
+    /// The same, and of a chat the text.
+    fn prompt_and_text(&self, input: &Input) -> Result<(Vec<u32>, Option<String>)> {
+        let (ids, text) = match input {
+            Input::Chat(chat) => {
+                let text = self.render(chat)?;
+                (self.tokenizer()?.encode(&text, false)?, Some(text))
+            }
+            Input::Text(text) => (self.tokenizer()?.encode(text, true)?, None),
+            Input::Tokens(ids) => (ids.clone(), None),
         };
         // MLX does not check: it would read whatever lies behind the end of the table.
         match ids.iter().find(|&&id| id as usize >= self.vocab) {
-            None => Ok(ids),
+            None => Ok((ids, text)),
             Some(id) => {
                 let what = format!("token {id} is not in the model's vocabulary of {}", self.vocab);
                 Err(match input {
@@ -169,14 +180,21 @@ impl EngineText {
         }
     }
 
+    /// How answers to a chat are read; other answers are text.
+    fn answer(&self, input: &Input, prompt: Option<&str>) -> Option<AnswerPlan> {
+        let (Input::Chat(chat), Some(prompt), Some(model)) = (input, prompt, &self.model) else { return None };
+        let settings = AnswerSettings::new(model.answer_format(), chat.tools.as_ref(), prompt);
+        AnswerPlan::new(model, settings, chat.parallel_tool_calls, fresh_seed())
+    }
+
     /// Resolves everything the request left open and checks it against the model.
     fn prepare(&self, request: Request, sink: EventSink) -> Result<Prepared, (Error, EventSink)> {
         let context = request.context_limit.map_or(self.context, |limit| limit.min(self.context));
-        let prompt = match self.prompt(&request.input) {
-            Ok(prompt) if prompt.is_empty() => {
+        let (prompt, text) = match self.prompt_and_text(&request.input) {
+            Ok((prompt, _)) if prompt.is_empty() => {
                 return Err((Error::invalid_request("the prompt has no tokens"), sink));
             }
-            Ok(prompt) if prompt.len() >= context => {
+            Ok((prompt, _)) if prompt.len() >= context => {
                 let (have, limit) = (prompt.len(), context);
                 let what = format!("the prompt has {have} tokens, the context is {limit}");
                 return Err((Error::new(Status::ContextLength, what), sink));
@@ -216,6 +234,7 @@ impl EngineText {
             sampling,
             stop_tokens,
             stop,
+            answer: self.answer(&request.input, text.as_deref()),
             ticket: None,
             choices: request.choices,
             priority: request.priority,

@@ -54,6 +54,8 @@ pub struct ChatInput {
     pub messages: Value,
     /// An array of tool definitions.
     pub tools: Option<Value>,
+    /// Whether an answer may have more than one tool call.
+    pub parallel_tool_calls: bool,
     /// Name of the template, for models with several.
     pub template: Option<String>,
     /// Ask for the assistant's turn.
@@ -128,6 +130,7 @@ struct RawRequest {
     prompt: Option<Prompt>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
     response_format: Option<Value>,
     chat_template: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -392,6 +395,7 @@ impl RawRequest {
                 Ok(Input::Chat(Box::new(ChatInput {
                     messages: Value::Array(messages),
                     tools: self.tools.filter(|tools| !tools.is_empty() && !no_tools).map(Value::Array),
+                    parallel_tool_calls: self.parallel_tool_calls.unwrap_or(true),
                     template: self.chat_template,
                     add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
                     kwargs: self.chat_template_kwargs.unwrap_or_default(),
@@ -431,6 +435,21 @@ mod tests {
         let Input::Chat(chat) = request.input else { panic!("not a chat") };
         assert!(chat.add_generation_prompt && chat.tools.is_none());
         assert_eq!(chat.kwargs["enable_thinking"], false);
+    }
+
+    #[test]
+    fn tools_and_how_to_call_them() {
+        let chat = |more: &str| {
+            let json = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"tools":[{{"name":"f"}}]{more}}}"#);
+            match parse(&json).unwrap().input {
+                Input::Chat(chat) => (chat.tools.is_some(), chat.parallel_tool_calls),
+                _ => panic!("not a chat"),
+            }
+        };
+        assert_eq!(chat(""), (true, true));
+        assert_eq!(chat(r#","tool_choice":"auto","parallel_tool_calls":false"#), (true, false));
+        assert_eq!(chat(r#","tool_choice":"none""#), (false, true));
+        assert_eq!(parse(r#"{"prompt":"x","parallel_tool_calls":1}"#).unwrap_err().status(), Status::InvalidRequest);
     }
 
     #[test]

@@ -118,6 +118,7 @@ impl Machine {
             sampling: SamplingParams::default(),
             stop_tokens: HashSet::from([STOP]),
             stop: StopMatcher::new::<&str>(&[]).unwrap(),
+            answer: None,
             ticket: None,
             choices,
             priority,
