@@ -17,6 +17,7 @@
 mod decoding;
 pub mod detokenizer;
 mod encoder_input;
+pub mod grammar;
 mod pair_format;
 mod special;
 pub mod stop;
