@@ -84,6 +84,11 @@ impl Drop for omlx_request {
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
+///   in which form    "response_format": {"type":T}, where T is "text", "json_object", "json_schema" (with "json_schema":
+///                    {"schema":S}), "regex" ("regex":R), "choice" ("choices":[..]) or "grammar" ("grammar":G, in the Lark
+///                    dialect of llguidance); the answer has it unless it ends with `OMLX_FINISH_REASON_LENGTH` or at a stop
+///                    string. Thinking may come before it
+///   how to think     "thinking_budget": tokens of thinking at most; then it is ended
 ///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
 ///   what to report   "logprobs", "top_logprobs"
 ///   how many answers "n", at most 16; each has its `choice` in the events, and its own end before the done event

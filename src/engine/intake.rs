@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crossbeam_channel::{Receiver, Sender};
+use serde_json::Value;
 
 use super::encode::EncodeRequest;
 use super::encode::text::EncoderText;
@@ -22,6 +23,7 @@ use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
+use crate::text::grammar::{GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart};
 use crate::text::{StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
@@ -52,7 +54,15 @@ pub struct EngineText {
     vocab: usize,
     /// Of an encoder: what its folder says about texts.
     limits: Option<TextLimits>,
+    /// Built for the first request that needs it.
+    grammar: OnceLock<Result<Arc<GrammarVocabulary>>>,
 }
+
+/// How models mark their thinking.
+const THINKING: [&str; 2] = ["<think>", "</think>"];
+
+/// Tokens of a prompt that are read to see whether it has opened the thinking.
+const PROMPT_END: usize = 64;
 
 /// Text side of a model, loaded when first needed and shared by the engine and the pool.
 #[derive(Debug)]
@@ -96,7 +106,14 @@ impl EngineText {
             ModelSource::Random(config) => (config.clone(), None, GenerationDefaults::from_config(config)?),
         };
         let context = models::context_length(&config, context)?;
-        Ok(Self { model, defaults, context, vocab: models::vocab_size(&config)?, limits: None })
+        Ok(Self {
+            model,
+            defaults,
+            context,
+            vocab: models::vocab_size(&config)?,
+            limits: None,
+            grammar: OnceLock::new(),
+        })
     }
 
     fn of_encoder(folder: &Path, context: Option<usize>) -> Result<Self> {
@@ -109,6 +126,7 @@ impl EngineText {
             context,
             vocab: models::vocab_size(&config)?,
             limits: Some(TextLimits::load(folder, context)?),
+            grammar: OnceLock::new(),
         })
     }
 
@@ -169,6 +187,53 @@ impl EngineText {
         }
     }
 
+    /// The model's tokens as grammars see them; built by the first who asks.
+    fn grammar(&self) -> Result<Arc<GrammarVocabulary>> {
+        let build = || {
+            let tokenizer = self.tokenizer()?;
+            let [open, close] = THINKING.map(str::to_owned);
+            let thinks = tokenizer.token_id(&close).is_some();
+            let markers = thinks.then_some(ThinkingMarkers { open, close });
+            let eos: Vec<u32> = self.eos().collect();
+            GrammarVocabulary::new(tokenizer, self.vocab, &eos, markers).map(Arc::new)
+        };
+        self.grammar.get_or_init(build).clone()
+    }
+
+    fn eos(&self) -> impl Iterator<Item = u32> {
+        self.defaults.eos.iter().copied().chain(self.model.as_ref().and_then(|model| model.eos_token_id()))
+    }
+
+    /// What holds the answer to the request's constraint and budget of thinking; `None` if it has neither.
+    fn guide(&self, request: &Request, prompt: &[u32]) -> Result<Option<Guide>> {
+        if request.constraint.is_none() && request.thinking_budget.is_none() {
+            return Ok(None);
+        }
+        let grammar = self.grammar()?;
+        let matcher = request.constraint.as_ref().map(|constraint| grammar.compile(constraint)).transpose()?;
+        let start = self.thinking_start(request, prompt)?;
+        Ok(Guide::new(grammar, matcher, start, request.thinking_budget))
+    }
+
+    /// Whether the answer begins with thinking. The whole answer to a plain prompt is what was asked for, unless the prompt
+    /// itself has opened the thinking.
+    fn thinking_start(&self, request: &Request, prompt: &[u32]) -> Result<ThinkingStart> {
+        // Markers further ahead may be words of a message.
+        let end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
+        let end = self.tokenizer()?.decode(end, false)?;
+        let [open, close] = THINKING;
+        let Input::Chat(chat) = &request.input else {
+            let opened = end.rfind(open) > end.rfind(close);
+            return Ok(if opened { ThinkingStart::Opened } else { ThinkingStart::Never });
+        };
+        Ok(match end.trim_end() {
+            end if end.ends_with(open) => ThinkingStart::Opened,
+            end if end.ends_with(close) => ThinkingStart::Never,
+            _ if chat.kwargs.get("enable_thinking") == Some(&Value::Bool(false)) => ThinkingStart::Never,
+            _ => ThinkingStart::Free,
+        })
+    }
+
     /// Resolves everything the request left open and checks it against the model.
     fn prepare(&self, request: Request, sink: EventSink) -> Result<Prepared, (Error, EventSink)> {
         let context = request.context_limit.map_or(self.context, |limit| limit.min(self.context));
@@ -184,12 +249,15 @@ impl EngineText {
             Ok(prompt) => prompt,
             Err(error) => return Err((error, sink)),
         };
+        let guide = match self.guide(&request, &prompt) {
+            Ok(guide) => guide,
+            Err(error) => return Err((error, sink)),
+        };
         let defaults = &self.defaults;
         let room = context - prompt.len();
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
         if !request.ignore_eos {
-            stop_tokens.extend(&defaults.eos);
-            stop_tokens.extend(self.model.as_ref().and_then(|model| model.eos_token_id()));
+            stop_tokens.extend(self.eos());
         }
         let sampling = SamplingParams {
             temperature: request.temperature.or(defaults.temperature).unwrap_or(0.0),
@@ -216,6 +284,7 @@ impl EngineText {
             sampling,
             stop_tokens,
             stop,
+            guide,
             ticket: None,
             choices: request.choices,
             priority: request.priority,

@@ -15,6 +15,7 @@ mod metrics;
 mod pace;
 mod queue;
 mod request;
+mod response_format;
 mod restore;
 mod runner;
 mod scheduler;

@@ -8,7 +8,9 @@ use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
+use super::response_format;
 use crate::error::{Error, Result};
+use crate::text::grammar::Constraint;
 
 /// Stop strings and tokens of one request at most.
 const MAX_STOPS: usize = 64;
@@ -97,6 +99,10 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Do not stop at the model's end-of-text tokens.
     pub ignore_eos: bool,
+    /// What the answer has to look like, behind its thinking.
+    pub constraint: Option<Constraint>,
+    /// Tokens of thinking at most.
+    pub thinking_budget: Option<usize>,
     /// Answers to sample.
     pub choices: usize,
     /// Before whom it runs.
@@ -108,7 +114,7 @@ pub struct Request {
 }
 
 /// Keys of a request that a model may have defaults for.
-const DEFAULTS: [&str; 9] = [
+const DEFAULTS: [&str; 10] = [
     "max_tokens",
     "temperature",
     "top_p",
@@ -117,6 +123,7 @@ const DEFAULTS: [&str; 9] = [
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "thinking_budget",
     "chat_template_kwargs",
 ];
 
@@ -148,6 +155,7 @@ struct RawRequest {
     stop: Option<Stop>,
     stop_token_ids: Option<Vec<u32>>,
     ignore_eos: Option<bool>,
+    thinking_budget: Option<usize>,
     n: Option<usize>,
     priority: Option<Priority>,
     /// Accepted for compatibility: every request streams.
@@ -234,6 +242,7 @@ impl Request {
         self.repetition_penalty = self.repetition_penalty.or(defaults.repetition_penalty);
         self.presence_penalty = self.presence_penalty.or(defaults.presence_penalty);
         self.frequency_penalty = self.frequency_penalty.or(defaults.frequency_penalty);
+        self.thinking_budget = self.thinking_budget.or(defaults.thinking_budget);
         if let (Input::Chat(chat), Input::Chat(defaults)) = (&mut self.input, &defaults.input) {
             for (key, value) in &defaults.kwargs {
                 chat.kwargs.entry(key.clone()).or_insert_with(|| value.clone());
@@ -319,6 +328,8 @@ impl RawRequest {
             stop,
             stop_tokens,
             ignore_eos: self.ignore_eos.unwrap_or(false),
+            constraint: self.response_format.as_ref().map_or(Ok(None), response_format::constraint)?,
+            thinking_budget: self.thinking_budget,
             choices: self.n.unwrap_or(1),
             priority: self.priority.unwrap_or_default(),
             context_limit: None,
@@ -335,10 +346,6 @@ impl RawRequest {
             Some(_) => {
                 return Err(Error::unsupported("\"tool_choice\" other than \"auto\" and \"none\" is not supported"));
             }
-        }
-        let format = self.response_format.as_ref().map(|format| format.get("type").and_then(Value::as_str));
-        if !matches!(format, None | Some(Some("text"))) {
-            return Err(Error::unsupported("\"response_format\" other than text is not supported"));
         }
         match self.messages.iter().flatten().find_map(other_than_text) {
             Some(what) => Err(Error::unsupported(format!("{what} in a message: only text is supported"))),
@@ -523,7 +530,8 @@ mod tests {
             (r#"{"prompt":"x","n":0}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","n":17}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","priority":"urgent"}"#, Status::InvalidRequest),
-            (r#"{"prompt":"x","response_format":{"type":"json_object"}}"#, Status::Unsupported),
+            (r#"{"prompt":"x","response_format":{"type":"xml"}}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","thinking_budget":-1}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","tool_choice":"required"}"#, Status::Unsupported),
             (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, Status::Unsupported),
             (deep.as_str(), Status::InvalidRequest),
