@@ -76,13 +76,16 @@ fn read_answer(request: *mut omlx_request) -> Result<String, String> {
         check(|error| unsafe { omlx_request_next(request, -1, &mut event, error) })?;
         // SAFETY: success means that `event` points to an event that lives until the next call.
         let event = unsafe { &*event };
-        if event.kind == omlx_event_kind::Text as u32 {
+        let thought = event.kind == omlx_event_kind::Reasoning as u32;
+        if thought || event.kind == omlx_event_kind::Text as u32 {
             // SAFETY: `text_len` bytes of UTF-8.
             let bytes = unsafe { std::slice::from_raw_parts(event.text.cast::<u8>(), event.text_len) };
             let text = String::from_utf8_lossy(bytes);
             print!("{text}");
             std::io::stdout().flush().map_err(|e| e.to_string())?;
-            answer.push_str(&text);
+            if !thought {
+                answer.push_str(&text);
+            }
         } else if event.kind == omlx_event_kind::Done as u32 {
             println!();
             // SAFETY: NUL-terminated and never NULL.

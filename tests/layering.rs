@@ -54,6 +54,7 @@ const PURE: &[&str] = &[
     "cache/rows.rs",
     "cache/spans.rs",
     "cache/ssd",
+    "engine/answer.rs",
     "engine/encode/jobs.rs",
     "engine/encode/output.rs",
     "engine/encode/request.rs",

@@ -20,7 +20,7 @@ typedef struct answer {
 /* Called on a thread of the library, one event at a time. */
 static int32_t on_event(void *user_data, const omlx_event *event) {
     answer *answer = user_data;
-    if (event->kind == OMLX_EVENT_KIND_TEXT) {
+    if (event->kind == OMLX_EVENT_KIND_TEXT || event->kind == OMLX_EVENT_KIND_REASONING) {
         fwrite(event->text, 1, event->text_len, stdout);
         fflush(stdout);
     } else if (event->kind == OMLX_EVENT_KIND_DONE) {

@@ -4,15 +4,17 @@ use std::ffi::{CString, c_char};
 
 use super::array_pointer;
 use super::error::c_string;
-use crate::engine::{Delta, Done, Embeddings, Event, FinishReason, Scores, TokenLogprob, Usage};
+use crate::engine::{
+    Delta, DeltaKind, Done, Embeddings, Event, FinishReason, Scores, TokenLogprob, ToolCallPart, Usage,
+};
 use crate::error::Status;
 
 /// Kinds of events. Hosts ignore kinds they do not know.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum omlx_event_kind {
-    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character or a possible
-    /// stop string is incomplete.
+    /// A piece of the answer: `text`, `tokens` and `logprobs`. The text may be empty, while a character, a possible
+    /// stop string or a mark is incomplete.
     Text = 1,
     /// The end of the request, exactly once and last: `finish_reason`, `status`, `error_message` and `usage`.
     Done = 2,
@@ -24,6 +26,12 @@ pub enum omlx_event_kind {
     Scores = 5,
     /// The model is being loaded: `loaded_bytes` of `total_bytes`. Only for requests that asked for it.
     Loading = 6,
+    /// A piece of what the model thinks before it answers; fields as in `Text`. Chat requests only.
+    Reasoning = 7,
+    /// A piece of a tool call: `text` is the next piece of its arguments, together JSON text; `tool_index`, `tool_id` and
+    /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as in
+    /// `Text`. A call that is malformed or cut off ends early, and what follows is `Text`. Chat requests with tools only.
+    ToolCall = 8,
 }
 
 /// Why a request ended.
@@ -40,6 +48,8 @@ pub enum omlx_finish_reason {
     Cancelled = 3,
     /// See `status` and `error_message`.
     Error = 4,
+    /// As `Stop`, and the answer has at least one whole tool call, for which the model awaits results.
+    ToolCalls = 5,
 }
 
 /// Log-probability of a token: natural logarithm, of the model's own distribution before penalties and temperature.
@@ -70,6 +80,8 @@ pub struct omlx_usage {
     pub cached_tokens: u64,
     /// Tokens sampled, an end-of-turn token included.
     pub completion_tokens: u64,
+    /// Those of them that were reasoning, its marks included.
+    pub reasoning_tokens: u64,
     /// From `omlx_generate` to the first token, loading the model included; 0 if none came.
     pub seconds_to_first_token: f64,
     /// Rate of the tokens after the first, per second; 0 with fewer than two.
@@ -103,8 +115,12 @@ pub struct omlx_event {
     pub logprob_count: usize,
     /// An `omlx_status`: why the request failed or was cancelled, else `OMLX_OK`.
     pub status: i32,
-    /// Reserved, zero.
-    pub reserved: u32,
+    /// Which tool call of the answer, from 0.
+    pub tool_index: u32,
+    /// Id of the tool call, for the message with its result, NUL-terminated; never NULL.
+    pub tool_id: *const c_char,
+    /// Name of the called tool, NUL-terminated; never NULL. It need not be one that the request has.
+    pub tool_name: *const c_char,
     /// Details of the failure, NUL-terminated; never NULL.
     pub error_message: *const c_char,
     /// Filled in the done event.
@@ -136,6 +152,7 @@ pub(super) struct EventView {
     _values: Vec<f32>,
     _order: Vec<u32>,
     _message: CString,
+    _tool: [CString; 2],
 }
 
 #[derive(Default)]
@@ -168,7 +185,14 @@ impl LogprobView {
 impl EventView {
     pub fn new(event: Event) -> Self {
         match event {
-            Event::Delta(delta) => Self::build(omlx_event_kind::Text, delta, None),
+            Event::Delta(delta) => {
+                let kind = match delta.kind {
+                    DeltaKind::Text => omlx_event_kind::Text,
+                    DeltaKind::Reasoning => omlx_event_kind::Reasoning,
+                    DeltaKind::ToolCall(_) => omlx_event_kind::ToolCall,
+                };
+                Self::build(kind, delta, None)
+            }
             Event::ChoiceDone(choice, reason) => {
                 let mut view = Self::build(omlx_event_kind::ChoiceDone, Delta { choice, ..Delta::default() }, None);
                 view.event.finish_reason = finish_reason(reason) as u32;
@@ -202,7 +226,11 @@ impl EventView {
     }
 
     fn build(kind: omlx_event_kind, delta: Delta, done: Option<Done>) -> Self {
-        let Delta { choice, text, tokens, logprobs } = delta;
+        let Delta { choice, kind: delta_kind, text, tokens, logprobs } = delta;
+        let (tool_index, tool) = match &delta_kind {
+            DeltaKind::ToolCall(ToolCallPart { index, id, name }) => (*index, [c_string(id), c_string(name)]),
+            DeltaKind::Text | DeltaKind::Reasoning => (0, [CString::default(), CString::default()]),
+        };
         let logprobs = LogprobView::new(logprobs);
         let text_len = text.len();
         let mut text = text.into_bytes();
@@ -221,7 +249,9 @@ impl EventView {
             logprobs: array_pointer(&logprobs.entries),
             logprob_count: logprobs.entries.len(),
             status: error.map_or(Status::Ok, |error| error.status()) as i32,
-            reserved: 0,
+            tool_index: tool_index as u32,
+            tool_id: tool[0].as_ptr(),
+            tool_name: tool[1].as_ptr(),
             error_message: message.as_ptr(),
             usage: done.as_ref().map(|done| usage(&done.usage)).unwrap_or_default(),
             values: std::ptr::null(),
@@ -241,6 +271,7 @@ impl EventView {
             _values: Vec::new(),
             _order: Vec::new(),
             _message: message,
+            _tool: tool,
         }
     }
 
@@ -253,6 +284,7 @@ impl EventView {
 fn finish_reason(reason: FinishReason) -> omlx_finish_reason {
     match reason {
         FinishReason::Stop => omlx_finish_reason::Stop,
+        FinishReason::ToolCalls => omlx_finish_reason::ToolCalls,
         FinishReason::Length => omlx_finish_reason::Length,
         FinishReason::Cancelled => omlx_finish_reason::Cancelled,
         FinishReason::Error => omlx_finish_reason::Error,
@@ -264,6 +296,7 @@ fn usage(usage: &Usage) -> omlx_usage {
         prompt_tokens: usage.prompt_tokens as u64,
         cached_tokens: usage.cached_tokens as u64,
         completion_tokens: usage.completion_tokens as u64,
+        reasoning_tokens: usage.reasoning_tokens as u64,
         seconds_to_first_token: usage.seconds_to_first_token,
         tokens_per_second: usage.tokens_per_second,
     }

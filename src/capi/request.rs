@@ -79,8 +79,11 @@ impl Drop for omlx_request {
 /// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
 /// local servers have added to them:
 ///
-///   what to answer   "messages", with "tools" and what the chat template takes: "chat_template" (the name of one of the
+///   what to answer   "messages", with what the chat template takes: "chat_template" (the name of one of the
 ///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
+///   what to call     "tools", "tool_choice" ("auto"; "none": the model is not told of them; "required" or {"type":"function",
+///                    "function":{"name":N}}: the answer is calls, for models that write arguments as JSON),
+///                    "parallel_tool_calls" (false: the answer ends with its first call)
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
@@ -95,7 +98,8 @@ impl Drop for omlx_request {
 ///   before whom      "priority": "high", "normal" or "low"; within a class the first to come is first
 ///
 /// What is not given comes from the model's generation_config.json, else sampling is greedy and the context is the only
-/// limit. Tool calls arrive as text. Requests on one model are computed together, as many as `max_sequences` of the pool's
+/// limit. What an answer to "messages" thinks, and with "tools" what it calls, are events of their own where the model's way
+/// to write them is known; answers to a "prompt" are text. Requests on one model are computed together, as many as `max_sequences` of the pool's
 /// options says; more wait.
 ///
 /// `options` may be NULL. `request` receives a handle; it may be NULL if there is a callback, which may run before this

@@ -29,12 +29,37 @@ pub struct TokenLogprob {
     pub top: Vec<TokenLogprob>,
 }
 
+/// What a piece of an answer is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum DeltaKind {
+    /// Text for the user.
+    #[default]
+    Text,
+    /// Text that the model thinks by.
+    Reasoning,
+    /// Arguments of a tool call, JSON text.
+    ToolCall(ToolCallPart),
+}
+
+/// Which call a piece belongs to; the same in all pieces of a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolCallPart {
+    /// Which call of the answer, from 0.
+    pub index: usize,
+    /// Names the call, for its result.
+    pub id: String,
+    /// Name of the tool.
+    pub name: String,
+}
+
 /// A piece of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Delta {
     /// Which of several answers; 0 for the only one.
     pub choice: usize,
-    /// Whole characters; may be empty while a character or a stop string is incomplete.
+    /// What the text is.
+    pub kind: DeltaKind,
+    /// Whole characters; may be empty while a character, a stop string or a mark is incomplete.
     pub text: String,
     /// The tokens sampled since the last event.
     pub tokens: Vec<u32>,
@@ -47,6 +72,8 @@ pub struct Delta {
 pub enum FinishReason {
     /// The model ended its turn, or a stop string or token came.
     Stop,
+    /// The same, and the answer has at least one whole tool call.
+    ToolCalls,
     /// `max_tokens` or the end of the context.
     Length,
     /// Cancelled by the host.
@@ -64,6 +91,8 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Tokens sampled, an end-of-turn token included.
     pub completion_tokens: usize,
+    /// Those of them that were reasoning, its marks included.
+    pub reasoning_tokens: usize,
     /// From acceptance to the first token; 0 if none came.
     pub seconds_to_first_token: f64,
     /// Rate after the first token; 0 with fewer than two tokens.
@@ -136,7 +165,8 @@ pub enum Event {
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// At most one word on loading, one delta and one end for each answer, one result and one done: unread deltas merge.
+    /// At most one word on loading, one end for each answer, one result and one done. Unread deltas merge, so that each answer
+    /// has one more only where text, reasoning and calls meet.
     events: VecDeque<Event>,
     unread_tokens: usize,
     /// The most bytes that were said to be loaded: threads may come out of order.
@@ -272,10 +302,10 @@ impl RequestState {
             match event {
                 Event::Delta(delta) => {
                     queue.unread_tokens += delta.tokens.len();
-                    // What waits of the same answer grows; the order between answers means nothing.
+                    // What waits last of the same answer grows, if it is of one kind; the order between answers means nothing.
                     let same = |event: &&mut Event| matches!(event, Event::Delta(last) if last.choice == delta.choice);
                     match queue.events.iter_mut().rev().find(same) {
-                        Some(Event::Delta(last)) => {
+                        Some(Event::Delta(last)) if last.kind == delta.kind => {
                             last.text.push_str(&delta.text);
                             last.tokens.extend(delta.tokens);
                             last.logprobs.extend(delta.logprobs);
@@ -459,6 +489,7 @@ impl Usage {
         self.cached_tokens =
             if self.completion_tokens == 0 { other.cached_tokens } else { self.cached_tokens.min(other.cached_tokens) };
         self.completion_tokens += other.completion_tokens;
+        self.reasoning_tokens += other.reasoning_tokens;
         self.seconds_to_first_token = first(self.seconds_to_first_token, other.seconds_to_first_token);
         self.tokens_per_second += other.tokens_per_second;
     }

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crossbeam_channel::{Receiver, Sender};
 use serde_json::Value;
 
+use super::answer::AnswerPlan;
 use super::encode::EncodeRequest;
 use super::encode::text::EncoderText;
 use super::events::EventSink;
 use super::queue::QueueTicket;
-use super::request::{ChatInput, Input, Request};
+use super::request::{ChatInput, Input, Request, ToolChoice};
 use super::sequence::{Prepared, cancelled};
 use super::worker::Command;
 use super::{EngineOptions, ModelSource, Shared};
@@ -23,8 +24,11 @@ use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
-use crate::text::grammar::{GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart};
-use crate::text::{StopMatcher, TextLimits, TextModel, Tokenizer};
+use crate::text::answer::{Arguments, ReasoningSyntax, ToolFormat};
+use crate::text::grammar::{
+    CallLayout, Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart, ToolCalls,
+};
+use crate::text::{AnswerSettings, StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
 #[derive(Debug)]
@@ -57,9 +61,6 @@ pub struct EngineText {
     /// Built for the first request that needs it.
     grammar: OnceLock<Result<Arc<GrammarVocabulary>>>,
 }
-
-/// How models mark their thinking.
-const THINKING: [&str; 2] = ["<think>", "</think>"];
 
 /// Tokens of a prompt that are read to see whether it has opened the thinking.
 const PROMPT_END: usize = 64;
@@ -153,8 +154,10 @@ impl EngineText {
 
     /// The prompt text of a chat.
     pub fn render(&self, chat: &ChatInput) -> Result<String> {
-        self.text_model()?.templates().render(&crate::text::ChatInput {
-            messages: &chat.messages,
+        let templates = self.text_model()?.templates();
+        let messages = templates.with_argument_objects(&chat.messages);
+        templates.render(&crate::text::ChatInput {
+            messages: messages.as_ref().unwrap_or(&chat.messages),
             tools: chat.tools.as_ref(),
             template: chat.template.as_deref(),
             add_generation_prompt: chat.add_generation_prompt,
@@ -169,14 +172,22 @@ impl EngineText {
 
     /// Prompt tokens of `input`, every one of which the model has.
     pub fn prompt(&self, input: &Input) -> Result<Vec<u32>> {
-        let ids = match input {
-            Input::Chat(chat) => self.tokenizer()?.encode(&self.render(chat)?, false)?,
-            Input::Text(text) => self.tokenizer()?.encode(text, true)?,
-            Input::Tokens(ids) => ids.clone(),
+        self.prompt_and_text(input).map(|(ids, _)| ids)
+    }
+
+    /// The same, and of a chat the text.
+    fn prompt_and_text(&self, input: &Input) -> Result<(Vec<u32>, Option<String>)> {
+        let (ids, text) = match input {
+            Input::Chat(chat) => {
+                let text = self.render(chat)?;
+                (self.tokenizer()?.encode(&text, false)?, Some(text))
+            }
+            Input::Text(text) => (self.tokenizer()?.encode(text, true)?, None),
+            Input::Tokens(ids) => (ids.clone(), None),
         };
         // MLX does not check: it would read whatever lies behind the end of the table.
         match ids.iter().find(|&&id| id as usize >= self.vocab) {
-            None => Ok(ids),
+            None => Ok((ids, text)),
             Some(id) => {
                 let what = format!("token {id} is not in the model's vocabulary of {}", self.vocab);
                 Err(match input {
@@ -190,14 +201,31 @@ impl EngineText {
     /// The model's tokens as grammars see them; built by the first who asks.
     fn grammar(&self) -> Result<Arc<GrammarVocabulary>> {
         let build = || {
-            let tokenizer = self.tokenizer()?;
-            let [open, close] = THINKING.map(str::to_owned);
-            let thinks = tokenizer.token_id(&close).is_some();
-            let markers = thinks.then_some(ThinkingMarkers { open, close });
+            let reasoning = self.text_model()?.answer_format().reasoning;
+            let markers = reasoning.map(|ReasoningSyntax { open, close }| ThinkingMarkers {
+                open: open.to_owned(),
+                close: close.to_owned(),
+            });
             let eos: Vec<u32> = self.eos().collect();
-            GrammarVocabulary::new(tokenizer, self.vocab, &eos, markers).map(Arc::new)
+            GrammarVocabulary::new(self.tokenizer()?, self.vocab, &eos, markers).map(Arc::new)
         };
         self.grammar.get_or_init(build).clone()
+    }
+
+    /// What the answer has to look like behind its thinking.
+    fn constraint(&self, request: &Request) -> Result<Option<Constraint>> {
+        let format = self.text_model()?.answer_format().tools;
+        let constraint = match &request.input {
+            Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto => Some(tool_calls(format, chat)?),
+            _ => request.constraint.clone(),
+        };
+        match constraint {
+            // What follows its thinking is a channel, which a grammar of the text does not know.
+            Some(_) if format == Some(ToolFormat::Harmony) => {
+                Err(Error::unsupported("answers in the format Harmony cannot be held to a form"))
+            }
+            constraint => Ok(constraint),
+        }
     }
 
     fn eos(&self) -> impl Iterator<Item = u32> {
@@ -206,11 +234,13 @@ impl EngineText {
 
     /// What holds the answer to the request's constraint and budget of thinking; `None` if it has neither.
     fn guide(&self, request: &Request, prompt: &[u32]) -> Result<Option<Guide>> {
-        if request.constraint.is_none() && request.thinking_budget.is_none() {
+        let calls = matches!(&request.input, Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto);
+        if request.constraint.is_none() && !calls && request.thinking_budget.is_none() {
             return Ok(None);
         }
+        let constraint = self.constraint(request)?;
         let grammar = self.grammar()?;
-        let matcher = request.constraint.as_ref().map(|constraint| grammar.compile(constraint)).transpose()?;
+        let matcher = constraint.map(|constraint| grammar.compile(&constraint)).transpose()?;
         let start = self.thinking_start(request, prompt)?;
         Ok(Guide::new(grammar, matcher, start, request.thinking_budget))
     }
@@ -218,10 +248,13 @@ impl EngineText {
     /// Whether the answer begins with thinking. The whole answer to a plain prompt is what was asked for, unless the prompt
     /// itself has opened the thinking.
     fn thinking_start(&self, request: &Request, prompt: &[u32]) -> Result<ThinkingStart> {
+        let Some(ReasoningSyntax { open, close }) = self.text_model()?.answer_format().reasoning else {
+            return Ok(ThinkingStart::Never);
+        };
+        let (open, close) = (open.trim_end(), close.trim_end());
         // Markers further ahead may be words of a message.
         let end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
         let end = self.tokenizer()?.decode(end, false)?;
-        let [open, close] = THINKING;
         let Input::Chat(chat) = &request.input else {
             let opened = end.rfind(open) > end.rfind(close);
             return Ok(if opened { ThinkingStart::Opened } else { ThinkingStart::Never });
@@ -234,14 +267,21 @@ impl EngineText {
         })
     }
 
+    /// How answers to a chat are read; other answers are text.
+    fn answer(&self, input: &Input, prompt: Option<&str>) -> Option<AnswerPlan> {
+        let (Input::Chat(chat), Some(prompt), Some(model)) = (input, prompt, &self.model) else { return None };
+        let settings = AnswerSettings::new(model.answer_format(), chat.tools.as_ref(), prompt);
+        AnswerPlan::new(model, settings, chat.parallel_tool_calls, fresh_seed())
+    }
+
     /// Resolves everything the request left open and checks it against the model.
     fn prepare(&self, request: Request, sink: EventSink) -> Result<Prepared, (Error, EventSink)> {
         let context = request.context_limit.map_or(self.context, |limit| limit.min(self.context));
-        let prompt = match self.prompt(&request.input) {
-            Ok(prompt) if prompt.is_empty() => {
+        let (prompt, text) = match self.prompt_and_text(&request.input) {
+            Ok((prompt, _)) if prompt.is_empty() => {
                 return Err((Error::invalid_request("the prompt has no tokens"), sink));
             }
-            Ok(prompt) if prompt.len() >= context => {
+            Ok((prompt, _)) if prompt.len() >= context => {
                 let (have, limit) = (prompt.len(), context);
                 let what = format!("the prompt has {have} tokens, the context is {limit}");
                 return Err((Error::new(Status::ContextLength, what), sink));
@@ -285,12 +325,38 @@ impl EngineText {
             stop_tokens,
             stop,
             guide,
+            answer: self.answer(&request.input, text.as_deref()),
             ticket: None,
             choices: request.choices,
             priority: request.priority,
             sink,
         })
     }
+}
+
+/// Nothing but calls of the tools that the request wants.
+fn tool_calls(format: Option<ToolFormat>, chat: &ChatInput) -> Result<Constraint> {
+    let unsupported =
+        |what: String| Error::unsupported(format!("\"tool_choice\" other than \"auto\" and \"none\": {what}"));
+    let format = format.ok_or_else(|| unsupported("how this model calls tools is not known".to_owned()))?;
+    let syntax = format.syntax();
+    if syntax.arguments != Arguments::Json || syntax.index_before_arguments.is_some() {
+        return Err(unsupported(format!("the format {format:?} of this model has no grammar")));
+    }
+    let layout = CallLayout {
+        open: syntax.open,
+        before_name: syntax.before_name,
+        after_name: syntax.after_name,
+        after_arguments: syntax.after_arguments,
+        between: syntax.between,
+        close: syntax.close,
+    };
+    let only = match &chat.tool_choice {
+        ToolChoice::Named(name) => Some(name.as_str()),
+        ToolChoice::Auto | ToolChoice::Required => None,
+    };
+    let tools = chat.tools.as_ref().and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    ToolCalls::new(layout, tools, only, chat.parallel_tool_calls).map(Constraint::ToolCalls)
 }
 
 /// A seed nobody chose: std's hasher keys come from the system's random numbers.

@@ -7,6 +7,7 @@
 //! Handles hold channels only; arrays never leave the worker.
 
 mod activity;
+mod answer;
 mod encode;
 mod events;
 mod intake;
@@ -31,11 +32,12 @@ mod tests;
 
 pub use encode::{EncodeRequest, EncodeTask, TextOrTokens};
 pub use events::{
-    Delta, Done, Embeddings, Event, EventSink, FinishReason, RequestState, Scores, TokenLogprob, Usage, Wake,
+    Delta, DeltaKind, Done, Embeddings, Event, EventSink, FinishReason, RequestState, Scores, TokenLogprob,
+    ToolCallPart, Usage, Wake,
 };
 pub use intake::{EngineText, LazyText};
 pub use metrics::EngineMetrics;
-pub use request::{ChatInput, Input, Priority, Request};
+pub use request::{ChatInput, Input, Priority, Request, ToolChoice};
 pub use runner::Packed;
 pub use scheduler::{Run, StepInput, StepPlan};
 pub use shape::Shape;

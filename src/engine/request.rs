@@ -56,12 +56,27 @@ pub struct ChatInput {
     pub messages: Value,
     /// An array of tool definitions.
     pub tools: Option<Value>,
+    /// Whether the answer has to call tools.
+    pub tool_choice: ToolChoice,
+    /// Whether an answer may have more than one tool call.
+    pub parallel_tool_calls: bool,
     /// Name of the template, for models with several.
     pub template: Option<String>,
     /// Ask for the assistant's turn.
     pub add_generation_prompt: bool,
     /// Further template variables, such as `enable_thinking`.
     pub kwargs: Map<String, Value>,
+}
+
+/// Whether an answer has to call tools.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// As the model likes.
+    Auto,
+    /// Some tool.
+    Required,
+    /// The tool of this name.
+    Named(String),
 }
 
 /// A checked request. What is `None` comes from the model's defaults.
@@ -135,6 +150,7 @@ struct RawRequest {
     prompt: Option<Prompt>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
     response_format: Option<Value>,
     chat_template: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -341,16 +357,36 @@ impl RawRequest {
 
     /// What the API knows and this library does not do yet must not be ignored silently.
     fn refuse_unsupported(&self) -> Result<()> {
-        match self.tool_choice.as_ref().map(|choice| choice.as_str()) {
-            None | Some(Some("auto" | "none")) => {}
-            Some(_) => {
-                return Err(Error::unsupported("\"tool_choice\" other than \"auto\" and \"none\" is not supported"));
-            }
-        }
         match self.messages.iter().flatten().find_map(other_than_text) {
             Some(what) => Err(Error::unsupported(format!("{what} in a message: only text is supported"))),
             None => Ok(()),
         }
+    }
+
+    /// `None` if tools are not to be used.
+    fn checked_tool_choice(&self) -> Result<Option<ToolChoice>> {
+        let named = |choice: &Value| {
+            let function = (choice.get("type")? == "function").then(|| choice.get("function"))??;
+            Some(ToolChoice::Named(function.get("name")?.as_str()?.to_owned()))
+        };
+        let choice = match &self.tool_choice {
+            None => Some(ToolChoice::Auto),
+            Some(Value::String(choice)) => match choice.as_str() {
+                "none" => return Ok(None),
+                "auto" => Some(ToolChoice::Auto),
+                "required" => Some(ToolChoice::Required),
+                _ => None,
+            },
+            Some(choice) => named(choice),
+        };
+        let choice = choice.ok_or_else(|| {
+            let known = "\"none\", \"auto\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": ..}}";
+            Error::invalid_request(format!("\"tool_choice\" is {known}"))
+        })?;
+        if choice != ToolChoice::Auto && self.tools.as_ref().is_none_or(Vec::is_empty) {
+            return Err(Error::invalid_request("\"tool_choice\" asks for a call, and there are no \"tools\""));
+        }
+        Ok(Some(choice))
     }
 
     fn checked_logprobs(&self) -> Result<Option<usize>> {
@@ -387,6 +423,7 @@ impl RawRequest {
     }
 
     fn input(self) -> Result<Input> {
+        let tool_choice = self.checked_tool_choice()?;
         match (self.messages, self.prompt) {
             (Some(_), Some(_)) => Err(Error::invalid_request("either \"messages\" or \"prompt\", not both")),
             (None, None) => Err(Error::invalid_request("\"messages\" is missing")),
@@ -395,10 +432,12 @@ impl RawRequest {
                 if let Some(bad) = messages.iter().position(|m| !m.get("role").is_some_and(Value::is_string)) {
                     return Err(Error::invalid_request(format!("message {bad} is not an object with a \"role\"")));
                 }
-                let no_tools = self.tool_choice.as_ref().and_then(Value::as_str) == Some("none");
+                let no_tools = tool_choice.is_none();
                 Ok(Input::Chat(Box::new(ChatInput {
                     messages: Value::Array(messages),
                     tools: self.tools.filter(|tools| !tools.is_empty() && !no_tools).map(Value::Array),
+                    tool_choice: tool_choice.unwrap_or(ToolChoice::Auto),
+                    parallel_tool_calls: self.parallel_tool_calls.unwrap_or(true),
                     template: self.chat_template,
                     add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
                     kwargs: self.chat_template_kwargs.unwrap_or_default(),
@@ -438,6 +477,21 @@ mod tests {
         let Input::Chat(chat) = request.input else { panic!("not a chat") };
         assert!(chat.add_generation_prompt && chat.tools.is_none());
         assert_eq!(chat.kwargs["enable_thinking"], false);
+    }
+
+    #[test]
+    fn tools_and_how_to_call_them() {
+        let chat = |more: &str| {
+            let json = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"tools":[{{"name":"f"}}]{more}}}"#);
+            match parse(&json).unwrap().input {
+                Input::Chat(chat) => (chat.tools.is_some(), chat.parallel_tool_calls),
+                _ => panic!("not a chat"),
+            }
+        };
+        assert_eq!(chat(""), (true, true));
+        assert_eq!(chat(r#","tool_choice":"auto","parallel_tool_calls":false"#), (true, false));
+        assert_eq!(chat(r#","tool_choice":"none""#), (false, true));
+        assert_eq!(parse(r#"{"prompt":"x","parallel_tool_calls":1}"#).unwrap_err().status(), Status::InvalidRequest);
     }
 
     #[test]
@@ -532,7 +586,13 @@ mod tests {
             (r#"{"prompt":"x","priority":"urgent"}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","response_format":{"type":"xml"}}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","thinking_budget":-1}"#, Status::InvalidRequest),
-            (r#"{"prompt":"x","tool_choice":"required"}"#, Status::Unsupported),
+            (r#"{"prompt":"x","tool_choice":"required"}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"role":"user"}],"tool_choice":"any"}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"role":"user"}],"tools":[],"tool_choice":"required"}"#, Status::InvalidRequest),
+            (
+                r#"{"messages":[{"role":"user"}],"tools":[{}],"tool_choice":{"type":"function"}}"#,
+                Status::InvalidRequest,
+            ),
             (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, Status::Unsupported),
             (deep.as_str(), Status::InvalidRequest),
         ] {

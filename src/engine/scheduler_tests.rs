@@ -187,6 +187,7 @@ impl Machine {
             stop_tokens: HashSet::from([STOP]),
             stop: StopMatcher::new::<&str>(&[]).unwrap(),
             guide: guide(guided),
+            answer: None,
             ticket: None,
             choices,
             priority,

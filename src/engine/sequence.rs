@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::answer::{AnswerPlan, AnswerText, Pieces};
 use super::events::{ChoiceSink, Delta, EventSink, FinishReason, TokenLogprob, Usage};
 use super::queue::QueueTicket;
 use super::request::Priority;
@@ -11,7 +12,7 @@ use crate::cache::manager::Table;
 use crate::error::{Error, Result, Status};
 use crate::sampling::SamplingParams;
 use crate::text::grammar::{Guide, TokenMask};
-use crate::text::{Detokenizer, StopMatcher, TextModel};
+use crate::text::{StopMatcher, TextModel};
 
 /// Names a sequence within its engine; never reused.
 pub type SequenceId = u64;
@@ -31,6 +32,8 @@ pub struct Prepared {
     pub stop: StopMatcher,
     /// Which tokens the answer may have, if not all.
     pub guide: Option<Guide>,
+    /// How the answer is told apart into text, reasoning and tool calls; `None` if all of it is text.
+    pub answer: Option<AnswerPlan>,
     /// Its place in the queue.
     pub ticket: Option<QueueTicket>,
     /// Answers to the same prompt; at least one.
@@ -70,32 +73,9 @@ pub struct Sequence {
     /// Why no mask could be made for its next token.
     unguided: Option<Error>,
     sink: ChoiceSink,
-    text: Option<TextState>,
+    text: Option<AnswerText>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
-}
-
-#[derive(Debug)]
-struct TextState {
-    model: Arc<TextModel>,
-    detokenizer: Detokenizer,
-    stop: StopMatcher,
-}
-
-impl TextState {
-    /// What was held back because a character or a stop string might have followed.
-    fn tail(&mut self) -> String {
-        if self.stop.matched().is_some() {
-            return String::new();
-        }
-        let rest = self.model.tokenizer().and_then(|tokenizer| self.detokenizer.finish(tokenizer)).unwrap_or_default();
-        let outcome = self.stop.push(rest);
-        let mut tail = outcome.emit;
-        if outcome.matched.is_none() {
-            tail.push_str(&self.stop.finish());
-        }
-        tail
-    }
 }
 
 /// A token read back from the device.
@@ -111,8 +91,19 @@ impl Sequence {
     /// The sequences of a request, one for each answer, named from `first` on. `text` is absent for models without a
     /// tokenizer: their events carry token ids only.
     pub fn of_request(first: SequenceId, prepared: Prepared, text: Option<Arc<TextModel>>, now: Instant) -> Vec<Self> {
-        let Prepared { prompt, max_tokens, sampling, stop_tokens, stop, guide, mut ticket, choices, priority, sink } =
-            prepared;
+        let Prepared {
+            prompt,
+            max_tokens,
+            sampling,
+            stop_tokens,
+            stop,
+            guide,
+            answer,
+            mut ticket,
+            choices,
+            priority,
+            sink,
+        } = prepared;
         let sinks = ChoiceSink::of(sink, choices).into_iter().enumerate();
         sinks
             .map(|(choice, sink)| Self {
@@ -134,11 +125,7 @@ impl Sequence {
                 guide: guide.clone(),
                 unguided: None,
                 sink,
-                text: text.clone().map(|model| TextState {
-                    detokenizer: Detokenizer::new(true),
-                    stop: stop.clone(),
-                    model,
-                }),
+                text: text.clone().map(|model| AnswerText::new(model, stop.clone(), answer.as_ref(), choice)),
                 first_token: None,
                 last_token: None,
             })
@@ -238,18 +225,16 @@ impl Sequence {
         if let Some(guide) = &mut self.guide {
             guide.accept(sampled.token)?;
         }
-        let mut delta = Delta { tokens: vec![sampled.token], ..Delta::default() };
-        let mut stopped = false;
-        if let Some(text) = &mut self.text {
-            let piece = text.detokenizer.push(text.model.tokenizer()?, sampled.token)?;
-            let outcome = text.stop.push(piece);
-            delta.text = outcome.emit;
-            stopped = outcome.matched.is_some();
+        let Pieces { pieces, ends: stopped } = match &mut self.text {
+            Some(text) => text.push(sampled.token)?,
+            None => Pieces { pieces: vec![Default::default()], ends: false },
+        };
+        let mut logprob = sampled.logprob.map(|(logprob, top)| self.logprob(sampled.token, logprob, top));
+        let mut token = Some(sampled.token);
+        for (kind, text) in pieces {
+            let (tokens, logprobs) = (token.take().into_iter().collect(), logprob.take().into_iter().collect());
+            self.sink.delta(Delta { kind, text, tokens, logprobs, ..Delta::default() });
         }
-        if let Some((logprob, top)) = sampled.logprob {
-            delta.logprobs.push(self.logprob(sampled.token, logprob, top));
-        }
-        self.sink.delta(delta);
         let complete = self.guide.as_ref().is_some_and(Guide::is_complete);
         Ok(if stopped || complete {
             Some(FinishReason::Stop)
@@ -261,22 +246,26 @@ impl Sequence {
     }
 
     fn logprob(&self, token: u32, logprob: f32, top: Vec<(u32, f32)>) -> TokenLogprob {
-        let tokenizer = self.text.as_ref().and_then(|text| text.model.tokenizer().ok());
+        let tokenizer = self.text.as_ref().and_then(AnswerText::tokenizer);
         let bytes = |id| tokenizer.and_then(|tokenizer| tokenizer.token_bytes(id)).unwrap_or_default();
         let entry = |(token, logprob)| TokenLogprob { token, logprob, bytes: bytes(token), top: Vec::new() };
         TokenLogprob { top: top.into_iter().map(entry).collect(), ..entry((token, logprob)) }
     }
 
-    /// Ends the sequence, and its request if it is the last of it or failed. What the stop matcher still withheld is sent
-    /// first, unless a stop string was found or the request failed.
+    /// Ends the sequence, and its request if it is the last of it or failed. What was still held back of its text is sent
+    /// first, unless the request failed.
     pub fn finish(mut self, end: Result<FinishReason, Error>) {
         let usage = self.usage();
-        if end.is_ok() {
-            let tail = self.text.as_mut().map(TextState::tail).unwrap_or_default();
-            if !tail.is_empty() {
-                self.sink.delta(Delta { text: tail, ..Delta::default() });
+        let end = end.map(|reason| {
+            let text = self.text.as_mut();
+            for (kind, text) in text.map(AnswerText::finish).unwrap_or_default() {
+                self.sink.delta(Delta { kind, text, ..Delta::default() });
             }
-        }
+            match self.text.as_ref().map_or(0, AnswerText::complete_calls) {
+                calls if calls > 0 && reason == FinishReason::Stop => FinishReason::ToolCalls,
+                _ => reason,
+            }
+        });
         self.sink.finish(end, usage);
     }
 
@@ -293,6 +282,7 @@ impl Sequence {
             prompt_tokens: self.prompt_len,
             cached_tokens: self.cached,
             completion_tokens: generated,
+            reasoning_tokens: self.text.as_ref().map_or(0, AnswerText::reasoning_tokens),
             seconds_to_first_token: self.first_token.map_or(0.0, |first| (first - accepted).as_secs_f64()),
             tokens_per_second: rate,
         }

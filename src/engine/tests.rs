@@ -325,6 +325,40 @@ fn a_reader_that_sleeps_pauses_its_sequence_and_loses_nothing() {
 }
 
 #[test]
+fn unread_pieces_merge_with_the_last_of_their_kind_only() {
+    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
+    let call = |index| DeltaKind::ToolCall(ToolCallPart { index, id: format!("id{index}"), name: "f".into() });
+    let pieces = [
+        (0, DeltaKind::Reasoning, "a"),
+        (0, DeltaKind::Reasoning, "b"),
+        (0, DeltaKind::Text, "c"),
+        (1, DeltaKind::Text, "x"),
+        (0, call(0), "d"),
+        (1, DeltaKind::Text, "y"),
+        (0, call(0), "e"),
+        (0, call(1), "f"),
+        (0, DeltaKind::Text, "g"),
+    ];
+    for (choice, kind, text) in pieces {
+        sink.delta(Delta { choice, kind, text: text.into(), tokens: vec![7], ..Delta::default() });
+    }
+    drop(sink);
+    let mut seen = Vec::new();
+    while let Ok(Event::Delta(delta)) = state.next(None) {
+        seen.push((delta.choice, delta.kind, delta.text, delta.tokens.len()));
+    }
+    let expected = [
+        (0, DeltaKind::Reasoning, "ab", 2),
+        (0, DeltaKind::Text, "c", 1),
+        (1, DeltaKind::Text, "xy", 2),
+        (0, call(0), "de", 2),
+        (0, call(1), "f", 1),
+        (0, DeltaKind::Text, "g", 1),
+    ];
+    assert_eq!(seen, expected.map(|(choice, kind, text, tokens)| (choice, kind, text.to_owned(), tokens)));
+}
+
+#[test]
 fn a_lost_sink_still_ends_its_request() {
     let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
     drop(sink);

@@ -1,5 +1,8 @@
 //! Token ids to text, one at a time, for streaming.
 
+use std::collections::HashSet;
+use std::sync::Arc;
+
 use super::decoding::{Decoding, Piece, Pieces, byte_level};
 use super::tokenizer::Tokenizer;
 use crate::error::Result;
@@ -17,6 +20,8 @@ const MAX_WITHHELD: usize = 8;
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     skip_special: bool,
+    /// Special tokens that stay nevertheless.
+    kept: Arc<HashSet<u32>>,
     /// Bytes of a character that is not complete.
     partial: Utf8Assembler,
     /// Whether no token has contributed yet.
@@ -31,8 +36,14 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// A detokeniser for one sequence; `skip_special` leaves special tokens out.
     pub fn new(skip_special: bool) -> Self {
+        Self::keeping(skip_special, Arc::default())
+    }
+
+    /// The same, but the tokens `kept` are never left out: marks that mean something to who reads the text.
+    pub fn keeping(skip_special: bool, kept: Arc<HashSet<u32>>) -> Self {
         Self {
             skip_special,
+            kept,
             partial: Utf8Assembler::default(),
             at_start: true,
             to_strip: None,
@@ -46,7 +57,7 @@ impl Detokenizer {
     /// All calls of one detokeniser take the same `tokenizer`. An id outside the vocabulary gives nothing.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<&str> {
         self.out.clear();
-        if self.skip_special && tokenizer.is_special(id) {
+        if self.skip_special && tokenizer.is_special(id) && !self.kept.contains(&id) {
             return Ok("");
         }
         let Some(token) = tokenizer.spelling(id) else { return Ok("") };
@@ -59,7 +70,8 @@ impl Detokenizer {
                 }
                 self.out.push_str(&token);
             }
-            Decoding::Other => self.window.push(tokenizer, id, self.skip_special, &mut self.out)?,
+            // What is left out has not come this far.
+            Decoding::Other => self.window.push(tokenizer, id, &mut self.out)?,
         }
         self.at_start = false;
         Ok(&self.out)
@@ -70,7 +82,7 @@ impl Detokenizer {
         self.out.clear();
         self.partial.finish(&mut self.out);
         if *tokenizer.decoding() == Decoding::Other {
-            self.window.finish(tokenizer, self.skip_special, &mut self.out)?;
+            self.window.finish(tokenizer, &mut self.out)?;
         }
         Ok(&self.out)
     }
@@ -142,22 +154,22 @@ struct Window {
 }
 
 impl Window {
-    fn push(&mut self, tokenizer: &Tokenizer, id: u32, skip_special: bool, out: &mut String) -> Result<()> {
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, out: &mut String) -> Result<()> {
         self.ids.push(id);
-        self.release(tokenizer, skip_special, false, out)
+        self.release(tokenizer, false, out)
     }
 
-    fn finish(&mut self, tokenizer: &Tokenizer, skip_special: bool, out: &mut String) -> Result<()> {
-        self.release(tokenizer, skip_special, true, out)
+    fn finish(&mut self, tokenizer: &Tokenizer, out: &mut String) -> Result<()> {
+        self.release(tokenizer, true, out)
     }
 
-    fn release(&mut self, tokenizer: &Tokenizer, skip_special: bool, all: bool, out: &mut String) -> Result<()> {
-        let text = tokenizer.decode_whole(&self.ids, skip_special)?;
+    fn release(&mut self, tokenizer: &Tokenizer, all: bool, out: &mut String) -> Result<()> {
+        let text = tokenizer.decode_whole(&self.ids, false)?;
         let withheld = self.ids.len() - self.emitted;
         if !all && withheld < MAX_WITHHELD && text.ends_with(char::REPLACEMENT_CHARACTER) {
             return Ok(());
         }
-        let before = tokenizer.decode_whole(&self.ids[..self.emitted], skip_special)?;
+        let before = tokenizer.decode_whole(&self.ids[..self.emitted], false)?;
         let common = text.char_indices().zip(before.chars()).take_while(|((_, a), b)| a == b).last();
         let start = common.map_or(0, |((at, c), _)| at + c.len_utf8());
         out.push_str(&text[start..]);

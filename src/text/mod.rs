@@ -3,17 +3,19 @@
 //! The data path of a chat request:
 //!
 //! ```text
-//! messages, tools ── ChatTemplates::render ──▶ prompt text ── Tokenizer::encode ──▶ prompt ids
-//!                                                                                     │ engine
-//! text events ◀── StopMatcher::push ◀── text ◀── Detokenizer::push ◀── sampled ids ◀──┘
+//! messages, tools ── ChatTemplates::render ──▶ prompt text ── Tokenizer::encode ──▶ prompt ids ──┐
+//!                                                                                              │ engine
+//! events ◀── AnswerParser::push ◀── StopMatcher::push ◀── Detokenizer::push ◀── sampled ids ◀──┘
 //! ```
 //!
 //! [`TextModel`] is what a model folder says about text: the tokenizer, the special tokens and the chat templates.
-//! It is immutable and shared by all requests; a [`Detokenizer`] and a [`StopMatcher`] belong to one sequence.
+//! It is immutable and shared by all requests; a [`Detokenizer`], a [`StopMatcher`] and an [`AnswerParser`] belong to one
+//! sequence.
 //!
 //! A rendered chat already holds its special tokens, so it is encoded with `add_special_tokens = false`; a plain
 //! completion prompt is encoded with `true`.
 
+pub mod answer;
 mod decoding;
 pub mod detokenizer;
 mod encoder_input;
@@ -28,6 +30,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
+pub use answer::{AnswerFormat, AnswerParser, AnswerPart, AnswerSettings, ToolFormat};
 pub use detokenizer::Detokenizer;
 pub use encoder_input::{TextInput, TextLimits, TextTokens};
 pub use pair_format::PairFormat;
@@ -44,6 +47,7 @@ pub struct TextModel {
     tokenizer: Option<Tokenizer>,
     templates: ChatTemplates,
     special_tokens: SpecialTokens,
+    answer_format: AnswerFormat,
 }
 
 impl TextModel {
@@ -62,7 +66,10 @@ impl TextModel {
         let config = config.unwrap_or(serde_json::Value::Null);
         let special_tokens = SpecialTokens::load(folder, &config)?;
         let templates = ChatTemplates::load(folder, &config, &special_tokens, now)?;
-        Ok(Self { tokenizer: Tokenizer::load(folder)?, templates, special_tokens })
+        let tokenizer = Tokenizer::load(folder)?;
+        let has_token = |token: &str| tokenizer.as_ref().is_some_and(|t| t.token_id(token).is_some());
+        let answer_format = AnswerFormat::detect(templates.text(), has_token);
+        Ok(Self { tokenizer, templates, special_tokens, answer_format })
     }
 
     /// The tokenizer; `Unsupported` if the folder has none.
@@ -75,6 +82,11 @@ impl TextModel {
     /// The chat templates, possibly none.
     pub fn templates(&self) -> &ChatTemplates {
         &self.templates
+    }
+
+    /// How the model marks reasoning and tool calls.
+    pub fn answer_format(&self) -> AnswerFormat {
+        self.answer_format
     }
 
     /// The named special tokens of the model, as text.

@@ -8,6 +8,7 @@
 //! false where Python raises; `%` does not format strings, `+x` and macro `varargs` do not
 //! exist; a float with an exponent prints in Rust's notation inside `~`; integers beyond 64 bits become floats.
 
+mod arguments;
 mod clock;
 mod input;
 mod json;
@@ -48,6 +49,8 @@ pub struct ChatTemplates {
     shared: Arc<Shared>,
     special_tokens: SpecialTokens,
     time_limit: Duration,
+    /// All templates, for those who look for marks in them.
+    text: String,
 }
 
 struct Shared {
@@ -98,6 +101,7 @@ impl ChatTemplates {
         special_tokens: SpecialTokens,
         now: fn() -> LocalTime,
     ) -> Result<Self> {
+        let text = sources.values().map(String::as_str).collect::<Vec<_>>().join("\n");
         let shared = on_big_stack(move || {
             let mut env = environment(now);
             let names = sources.into_iter().map(|(name, source)| {
@@ -108,12 +112,23 @@ impl ChatTemplates {
             let names = names.collect();
             Arc::new(Shared { env, names, overdue: AtomicUsize::new(0) })
         })?;
-        Ok(Self { shared, special_tokens, time_limit: TIME_LIMIT })
+        Ok(Self { shared, special_tokens, time_limit: TIME_LIMIT, text })
     }
 
     /// Names of the templates, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.shared.names.keys().map(String::as_str)
+    }
+
+    /// The sources of all templates.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// `messages` as these templates take them, if that is not how they are: hosts send the arguments of earlier tool calls
+    /// as JSON text, as OpenAI's API does, and most templates take objects.
+    pub fn with_argument_objects(&self, messages: &serde_json::Value) -> Option<serde_json::Value> {
+        arguments::take_objects(&self.text).then(|| arguments::objects(messages)).flatten()
     }
 
     /// Renders a chat to prompt text, special tokens included.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mlx_rs::Dtype;
-use omlx::engine::{Done, Event, FinishReason, Request, RequestState};
+use omlx::engine::{DeltaKind, Done, Event, FinishReason, Request, RequestState};
 use omlx::error::Status;
 use omlx::kernels::Precision;
 use omlx::mlx::Device;
@@ -47,8 +47,17 @@ fn finish(state: &RequestState, choices: usize) -> (Vec<Answer>, Done) {
     loop {
         match state.next(PATIENCE).expect("an event") {
             Event::Delta(delta) => {
-                answers[delta.choice].text += &delta.text;
-                answers[delta.choice].tokens.extend(delta.tokens);
+                let answer = &mut answers[delta.choice];
+                match delta.kind {
+                    DeltaKind::Text => answer.text += &delta.text,
+                    DeltaKind::Reasoning => answer.thinking += &delta.text,
+                    DeltaKind::ToolCall(call) => {
+                        answer.calls.resize(answer.calls.len().max(call.index + 1), Default::default());
+                        answer.calls[call.index].0 = call.name;
+                        answer.calls[call.index].1 += &delta.text;
+                    }
+                }
+                answer.tokens.extend(delta.tokens);
             }
             Event::ChoiceDone(choice, reason) => answers[choice].reason = Some(reason),
             Event::Loading(..) | Event::Embeddings(_) | Event::Scores(_) => {}
@@ -65,6 +74,9 @@ fn finish(state: &RequestState, choices: usize) -> (Vec<Answer>, Done) {
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Answer {
     text: String,
+    thinking: String,
+    /// Name and arguments.
+    calls: Vec<(String, String)>,
     tokens: Vec<u32>,
     reason: Option<FinishReason>,
 }
@@ -194,25 +206,19 @@ fn what_cannot_be_generated_fails_before_a_token() {
     assert_eq!(done.error.map(|error| error.status()), Some(Status::Unsupported));
 }
 
-/// The thinking and what follows it.
-fn thought(text: &str) -> (&str, &str) {
-    text.split_once("</think>").unwrap_or_else(|| panic!("no end of the thinking in {text:?}"))
-}
-
 #[test]
 fn thinking_comes_first_and_ends_with_its_budget() {
     let pool = open(exact());
     let schema = json!({ "type": "object", "properties": { "sum": { "type": "integer", "maximum": 999 } },
         "required": ["sum"], "additionalProperties": false });
     let thinks = with(chat("What is 12 plus 30?"), "chat_template_kwargs", json!({ "enable_thinking": true }));
-    let free = ask(&pool, &thinks).text;
-    assert!(thought(&free).0.len() > 10, "{free}");
+    let free = ask(&pool, &thinks);
+    assert!(free.thinking.len() > 10, "{free:?}");
 
     let constrained = with(thinks.clone(), "response_format", under_schema(&schema));
     let answer = ask(&pool, &constrained);
-    let (thinking, json) = thought(&answer.text);
-    assert_eq!(thinking, thought(&free).0, "the constraint changes the thinking");
-    assert_eq!(fault(&schema, json), None, "{json}");
+    assert_eq!(answer.thinking, free.thinking, "the constraint changes the thinking");
+    assert_eq!(fault(&schema, &answer.text), None, "{answer:?}");
     assert_eq!(answer.reason, Some(FinishReason::Stop));
 
     for body in [&thinks, &constrained] {
@@ -221,7 +227,7 @@ fn thinking_comes_first_and_ends_with_its_budget() {
             let end = answer.tokens.iter().position(|token| *token == 4).expect("the end of the thinking");
             assert_eq!(end, budget, "{:?}", answer.text);
             if body == &constrained {
-                assert_eq!(fault(&schema, thought(&answer.text).1), None);
+                assert_eq!(fault(&schema, &answer.text), None);
             }
         }
         // A budget that is not spent changes nothing.
@@ -231,6 +237,34 @@ fn thinking_comes_first_and_ends_with_its_budget() {
     // Without thinking the answer is the JSON alone.
     let body = with(constrained, "chat_template_kwargs", json!({ "enable_thinking": false }));
     assert_eq!(fault(&schema, &ask(&pool, &body).text), None);
+}
+
+#[test]
+fn a_tool_has_to_be_called_where_the_request_says_so() {
+    let pool = open(exact());
+    let tool = |name: &str, seed| {
+        let function = json!({ "name": name, "parameters": random_schema(seed) });
+        json!({ "type": "function", "function": function })
+    };
+    let body = with(chat("Hello, how are you?"), "tools", json!([tool("weather", 3), tool("add", 4)]));
+    assert_eq!(ask(&pool, &body).calls, [], "the model calls tools anyway: this test shows nothing");
+    let named = json!({ "type": "function", "function": { "name": "add" } });
+    for (choice, parallel) in [(json!("required"), true), (json!("required"), false), (named.clone(), false)] {
+        for temperature in [0.0, 1.0] {
+            let body = with(with(body.clone(), "tool_choice", choice.clone()), "parallel_tool_calls", json!(parallel));
+            let answer = ask(&pool, &with(body, "temperature", json!(temperature)));
+            assert_eq!(answer.reason, Some(FinishReason::ToolCalls), "{answer:?}");
+            assert!(answer.text.trim().is_empty() && (parallel || answer.calls.len() == 1), "{answer:?}");
+            for (name, arguments) in &answer.calls {
+                assert!(name == "add" || choice == "required" && name == "weather", "{name}");
+                let schema = random_schema(if name == "add" { 4 } else { 3 });
+                assert_eq!(fault(&schema, arguments), None, "{arguments}");
+            }
+        }
+    }
+    let unknown = json!({ "type": "function", "function": { "name": "other" } });
+    let (_, done) = finish(&generate(&pool, &with(body, "tool_choice", unknown)), 1);
+    assert_eq!(done.error.map(|error| error.status()), Some(Status::InvalidRequest));
 }
 
 /// Requests with and without constraints, budgets and seeds, some for several answers.

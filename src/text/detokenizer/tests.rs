@@ -77,6 +77,17 @@ fn metaspace_drops_the_first_mark_only() {
 }
 
 #[test]
+fn kept_special_tokens_stay() {
+    let tokenizer = tiny();
+    let ids = tokenizer.encode("<|im_start|>a<|im_end|>", false).unwrap();
+    let kept = Arc::new(HashSet::from([tokenizer.token_id("<|im_end|>").unwrap()]));
+    let mut detokenizer = Detokenizer::keeping(true, kept);
+    let text: String = ids.iter().map(|id| detokenizer.push(&tokenizer, *id).unwrap().to_owned()).collect();
+    assert_eq!(text, "a<|im_end|>");
+    assert_eq!(stream(&tokenizer, &ids, true).concat(), "a");
+}
+
+#[test]
 fn unknown_ids_give_nothing() {
     let tokenizer = tiny();
     assert_eq!(stream(&tokenizer, &[u32::MAX, 1 << 20], false).concat(), "");

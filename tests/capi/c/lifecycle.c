@@ -38,6 +38,36 @@ static void a_request_streams(omlx_pool *pool) {
     recorder_free(&r);
 }
 
+/* A tool call arrives in pieces that name it, in order, and no other text. */
+static void a_tool_call_streams(omlx_pool *pool) {
+    static const char json[] =
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"Set a timer for 97 minutes.\"}],\"temperature\":0,\"tools\":["
+        "{\"type\":\"function\",\"function\":{\"name\":\"set_timer\",\"description\":\"Start a timer.\",\"parameters\":{"
+        "\"type\":\"object\",\"properties\":{\"minutes\":{\"type\":\"integer\"}},\"required\":[\"minutes\"]}}}]}";
+    char arguments[256] = "", id[64] = "";
+    const omlx_event *event = NULL;
+    omlx_request *request = start_pull(pool, json);
+    size_t pieces = 0;
+    uint32_t reason = OMLX_FINISH_REASON_NONE;
+    while (omlx_request_next(request, -1, &event, NULL) == OMLX_OK) {
+        CHECK(event->tool_id != NULL && event->tool_name != NULL);
+        if (event->kind == OMLX_EVENT_KIND_TOOL_CALL) {
+            if (pieces++ == 0)
+                snprintf(id, sizeof id, "%s", event->tool_id);
+            CHECK(event->tool_index == 0 && strcmp(event->tool_name, "set_timer") == 0);
+            CHECK(strncmp(event->tool_id, "call_", 5) == 0 && strcmp(event->tool_id, id) == 0);
+            strncat(arguments, event->text, sizeof arguments - strlen(arguments) - 1);
+        } else {
+            CHECK(event->text_len == 0 && event->tool_id[0] == '\0' && event->tool_name[0] == '\0');
+        }
+        if (event->kind == OMLX_EVENT_KIND_DONE)
+            reason = event->finish_reason;
+    }
+    CHECK(pieces > 0 && reason == OMLX_FINISH_REASON_TOOL_CALLS);
+    CHECK(strcmp(arguments, "{\"minutes\": 97}") == 0);
+    omlx_request_release(request);
+}
+
 static void a_callback_cancels_at_the_first_token(omlx_pool *pool) {
     recorder r;
     omlx_request *request;
@@ -339,6 +369,7 @@ int main(int argc, char **argv) {
     models_dir = argv[1];
     pool = open_pool(models_dir);
     a_request_streams(pool);
+    a_tool_call_streams(pool);
     a_callback_cancels_at_the_first_token(pool);
     a_host_cancels(pool);
     a_slow_callback_delays_only_itself(pool);

@@ -1,0 +1,319 @@
+use super::*;
+
+const WEATHER: &str = r#"{"city": "Oslo", "days": 2}"#;
+
+/// For each format two calls as its models write them, of `get_weather` and `now`, with text before them where the format
+/// has that.
+fn examples() -> Vec<(ToolFormat, &'static str)> {
+    use ToolFormat::*;
+    vec![
+        (
+            Hermes,
+            "Sure.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\", \"days\": 2}}\n</tool_call>\n\
+             <tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>",
+        ),
+        (
+            Qwen,
+            "Sure.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n2\n\
+             </parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        ),
+        (
+            Seed,
+            "Sure.\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n<parameter=days>2</parameter>\n\
+             </function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+        ),
+        (
+            Glm,
+            "Sure.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n\
+             <arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+        ),
+        (
+            MiniMax,
+            "Sure.\n<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">Oslo</parameter>\n\
+             <parameter name=\"days\">2</parameter>\n</invoke>\n<invoke name=\"now\">\n</invoke>\n</minimax:tool_call>",
+        ),
+        (
+            DeepSeekDsml,
+            "Sure.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"get_weather\">\n\
+             <｜DSML｜parameter name=\"city\" string=\"true\">Oslo</｜DSML｜parameter>\n\
+             <｜DSML｜parameter name=\"days\" string=\"false\">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n\
+             <｜DSML｜invoke name=\"now\">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        ),
+        (
+            DeepSeek,
+            "Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n\
+             {\"city\": \"Oslo\", \"days\": 2}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n\
+             {}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        (
+            DeepSeekV31,
+            "Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{\"city\": \"Oslo\", \"days\": 2}\
+             <｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        (
+            Kimi,
+            "Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>\
+             {\"city\": \"Oslo\", \"days\": 2}<|tool_call_end|><|tool_call_begin|>functions.now:1\
+             <|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+        ),
+        (
+            MistralArray,
+            "Sure.[TOOL_CALLS] [{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\", \"days\": 2}}, \
+             {\"name\": \"now\", \"arguments\": {}, \"id\": \"abcdefghi\"}]",
+        ),
+        (
+            Mistral,
+            "Sure.[TOOL_CALLS]get_weather[ARGS]{\"city\": \"Oslo\", \"days\": 2}[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}",
+        ),
+        (
+            Llama,
+            "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Oslo\", \"days\": 2}}; {\"type\": \"function\", \
+             \"name\": \"now\", \"parameters\": {}}",
+        ),
+        (Pythonic, "[get_weather(city=\"Oslo\", days=2), now()]"),
+        (Lfm2, "Sure.<|tool_call_start|>[get_weather(city='Oslo', days=2), now()]<|tool_call_end|>"),
+        (ToolCode, "Sure.\n```tool_code\nget_weather(city=\"Oslo\", days=2)\nnow()\n```"),
+        (
+            FunctionGemma,
+            "Sure.<start_function_call>call:get_weather{city:<escape>Oslo<escape>,days:2}<end_function_call>\
+             <start_function_call>call:now{}<end_function_call>",
+        ),
+        (
+            Gemma,
+            "Sure.<|tool_call>call:get_weather{city:<|\"|>Oslo<|\"|>,days:2}<tool_call|><|tool_call>call:now{}<tool_call|>",
+        ),
+        (
+            Harmony,
+            "<|channel|>commentary<|message|>Sure.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather \
+             <|constrain|>json<|message|>{\"city\": \"Oslo\", \"days\": 2}<|call|><|start|>assistant\
+             <|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>",
+        ),
+    ]
+}
+
+pub(super) fn example(wanted: ToolFormat) -> &'static str {
+    examples().into_iter().find(|(format, _)| *format == wanted).unwrap().1
+}
+
+#[test]
+fn every_format_gives_the_same_calls() {
+    assert_eq!(examples().len(), ToolFormat::ALL.len());
+    for (format, text) in examples() {
+        let answer = parse(format, text);
+        assert_eq!(answer.calls(), [("get_weather", WEATHER), ("now", "{}")], "{format:?}");
+        assert_eq!(answer.complete, 2, "{format:?}");
+        let said = if matches!(format, ToolFormat::Llama | ToolFormat::Pythonic) { "" } else { "Sure." };
+        assert_eq!((answer.content.as_str(), answer.reasoning.as_str()), (said, ""), "{format:?}");
+    }
+}
+
+#[test]
+fn arguments_stream_as_they_come() {
+    for (format, text) in examples() {
+        let mut parser = settings(format).parser(1);
+        let (before, _) = text.split_at(text.find("slo").unwrap());
+        let mut answer = Answer::default();
+        answer.add(parser.push(before));
+        assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"O")], "{format:?}");
+    }
+}
+
+/// The end-of-turn token of many models takes the place of the last mark.
+#[test]
+fn a_call_needs_no_closing_mark() {
+    for (format, text) in examples() {
+        let last =
+            text.rfind("{}").or_else(|| text.rfind("()").map(|at| at + usize::from(format != ToolFormat::ToolCode)));
+        let marks = ["</function>", "</invoke>", "</｜DSML｜invoke>"];
+        let end = marks.iter().find_map(|mark| Some(text.rfind(mark)? + mark.len()));
+        let end = end.or(last.map(|at| at + 2)).unwrap_or(text.len()).min(text.len());
+        let answer = parse(format, &text[..end]);
+        assert_eq!(answer.complete, 2, "{format:?}: {}", &text[..end]);
+    }
+}
+
+#[test]
+fn calls_stay_text_without_tools() {
+    for (format_, text) in examples().into_iter().filter(|(format, _)| *format != ToolFormat::Harmony) {
+        let settings = AnswerSettings::new(format(format_), None, "");
+        assert_eq!(read(&settings, [text]), Answer { content: text.to_owned(), ..Answer::default() }, "{format_:?}");
+    }
+    let settings = AnswerSettings::new(format(ToolFormat::Harmony), None, "");
+    let answer = read(&settings, [example(ToolFormat::Harmony)]);
+    assert_eq!(answer.content, format!("Sure.\n\n{WEATHER}\n\n{{}}"));
+}
+
+#[test]
+fn reasoning_and_the_white_space_around_it() {
+    let hermes = |prompt: &str, text: &str| {
+        let settings = AnswerSettings::new(format(ToolFormat::Hermes), Some(&tools()), prompt);
+        let answer = read(&settings, text.split_inclusive(|_| true));
+        assert_eq!(read(&settings, [text]), answer);
+        (answer.reasoning, answer.content)
+    };
+    let both = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    assert_eq!(hermes("", "<think>\na b\n\nc\n</think>\n\nHello\n"), both("a b\n\nc", "Hello\n"));
+    assert_eq!(hermes("assistant\n<think>\n", "\na\n</think>\nHello"), both("a", "Hello"));
+    assert_eq!(hermes("<think>", "<think>a</think>b"), both("a", "b"));
+    assert_eq!(hermes("<think>\n\n</think>\n\n", "  Hello "), both("", "  Hello "));
+    assert_eq!(hermes("", " \n<think></think>  "), both("", ""));
+    assert_eq!(hermes("<think>", "cut off "), both("cut off ", ""));
+    assert_eq!(hermes("", "a <think> b"), both("b", "a"));
+    assert_eq!(hermes("", "a </think> b <thin"), both("", "a </think> b <thin"));
+    assert_eq!(hermes("", "a <think>b</think> c<think> d </think>"), both("b d", "a c"));
+    // A call that a model thinks of is none.
+    let text = "<think>use <tool_call>{\"name\": \"now\"}</tool_call></think>x";
+    assert_eq!(hermes("", text), both("use <tool_call>{\"name\": \"now\"}</tool_call>", "x"));
+    let mistral = parse(ToolFormat::Mistral, "[THINK]why[/THINK]because[TOOL_CALLS]now[ARGS]{}");
+    assert_eq!((mistral.reasoning.as_str(), mistral.content.as_str(), mistral.complete), ("why", "because", 1));
+    let gemma = parse(ToolFormat::Gemma, "<|channel>thought\nwhy<channel|>because");
+    assert_eq!((gemma.reasoning.as_str(), gemma.content.as_str()), ("why", "because"));
+}
+
+#[test]
+fn special_tokens_of_calls_end_reasoning() {
+    let settings = AnswerSettings::new(format(ToolFormat::Kimi), Some(&tools()), "<think>");
+    let answer = read(&settings, ["hm ", example(ToolFormat::Kimi)]);
+    assert_eq!((answer.reasoning.as_str(), answer.complete), ("hm Sure.", 2));
+}
+
+#[test]
+fn harmony_channels() {
+    let read_after = |prompt: &str, text: &str| {
+        let settings = AnswerSettings::new(format(ToolFormat::Harmony), Some(&tools()), prompt);
+        let answer = read(&settings, text.split_inclusive(|_| true));
+        assert_eq!(read(&settings, [text]), answer);
+        (answer.reasoning, answer.content, answer.complete)
+    };
+    let all = |a: &str, b: &str, calls| (a.to_owned(), b.to_owned(), calls);
+    let start = "<|start|>user<|message|>hi<|end|><|start|>assistant";
+    let usual = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>Hello <|x|>.<|return|>";
+    assert_eq!(read_after(start, usual), all("Think.", "Hello <|x|>.", 0));
+    assert_eq!(read_after(start, "Hello"), all("", "Hello", 0));
+    assert_eq!(read_after(&format!("{start}<|channel|>final<|message|>"), "Hello"), all("", "Hello", 0));
+    assert_eq!(read_after(&format!("{start}<|channel|>analysis<|message|>"), "Hm"), all("Hm", "", 0));
+    // The recipient may come before the channel, and a built-in tool has no namespace.
+    let early = " to=functions.now<|channel|>commentary json<|message|>{}";
+    assert_eq!(read_after(start, early), all("", "", 1));
+    assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>{\"a\": 1}<|call|>"), all("", "", 1));
+    assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>1+1<|call|>"), all("", "1+1", 0));
+    assert_eq!(read_after(start, "<|channel|>fin"), all("", "<|channel|>fin", 0));
+    assert_eq!(
+        read_after(start, "<|channel|>a<|message|>x<|end|> y <|start|>z<|end|>w"),
+        all("", "x\n\ny \n\nz<|end|>\n\nw", 0)
+    );
+}
+
+#[test]
+fn what_is_malformed_comes_out_as_text() {
+    use ToolFormat::*;
+    for (format, text) in [
+        (Hermes, "<tool_call>\nnot JSON</tool_call>"),
+        (Hermes, "<tool_call>{\"name\": 7, \"arguments\": {}}</tool_call>"),
+        (Hermes, "<tool_call>{\"arguments\": {}}</tool_call>"),
+        (Hermes, "a <tool_call> b"),
+        (Hermes, "a <tool_call"),
+        (Hermes, "<tool_call>{\"name\": \"f\""),
+        (Qwen, "<tool_call>\n<function=f"),
+        (Qwen, "<tool_call>\n<fun>x</fun>"),
+        (Qwen, "use <function=a b> here"),
+        (Glm, "<tool_call>{\"name\": \"f\"}</tool_call>"),
+        (MiniMax, "<minimax:tool_call>x"),
+        (DeepSeek, "<｜tool▁calls▁begin｜>x"),
+        (DeepSeekV31, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>a b<｜tool▁sep｜>{}"),
+        (Kimi, "<|tool_calls_section_begin|><|tool_calls_section_end|>"),
+        (MistralArray, "[TOOL_CALLS] [7]"),
+        (Mistral, "[TOOL_CALLS]f[ARG"),
+        (Llama, "{\"name\": \"Bob\", \"age\": 5}"),
+        (Llama, "{\"name\": \"Bob\"}"),
+        (Llama, "[1] and [2](x)"),
+        (Llama, "<|python_tag|>print(1)"),
+        (Pythonic, "[f(x)] is a list"),
+        (Pythonic, "[f(a"),
+        (ToolCode, "```tool_code\n1 + 1\n```"),
+        (FunctionGemma, "<start_function_call>f{}"),
+        (Gemma, "<|tool_call>call:f g{}"),
+    ] {
+        let answer = parse(format, text);
+        assert_eq!((answer.content.as_str(), answer.calls.len()), (text, 0), "{format:?}");
+    }
+}
+
+#[test]
+fn the_rest_of_a_call_that_goes_wrong_comes_out_as_text() {
+    let answer = parse(ToolFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": x}}</tool_call> y");
+    assert_eq!(answer.calls(), [("f", "{\"a\": ")]);
+    assert_eq!((answer.content.as_str(), answer.complete), ("x}}</tool_call> y", 0));
+    // The next call is still found.
+    let text =
+        "<tool_call><tool_call>{\"name\": \"f\", \"arguments\": {\"a\": <tool_call>{\"name\": \"now\"}</tool_call>";
+    let answer = parse(ToolFormat::Hermes, text);
+    assert_eq!(answer.calls(), [("f", "{\"a\": "), ("now", "{}")]);
+    assert_eq!((answer.content.as_str(), answer.complete), ("<tool_call>", 1));
+    let answer = parse(ToolFormat::Qwen, "<tool_call><function=get_weather><parameter=city>Os</param");
+    assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"Os")]);
+    assert_eq!((answer.content.as_str(), answer.complete), ("</param", 0));
+    let answer = parse(ToolFormat::Qwen, "<tool_call><function=get_weather><parameter=days>\n12");
+    assert_eq!((answer.calls(), answer.content.as_str()), (vec![("get_weather", "")], "<parameter=days>\n12"));
+    let answer = parse(ToolFormat::Pythonic, "[now(), 5]");
+    assert_eq!((answer.calls(), answer.content.as_str(), answer.complete), (vec![("now", "{}")], ", 5]", 1));
+}
+
+#[test]
+fn what_models_get_wrong_and_everybody_understands() {
+    let hermes = |text: &str| {
+        let answer = parse(ToolFormat::Hermes, text);
+        assert_eq!(answer.content, "", "{text}");
+        answer.calls.into_iter().map(|(name, arguments)| format!("{name} {arguments}")).collect::<Vec<_>>()
+    };
+    // A brace too few, the name last, arguments as a string or not at all, several calls in a block, bare line breaks.
+    let block = |inner: &str| format!("<tool_call>{inner}</tool_call>");
+    assert_eq!(hermes(&block("{\"name\": \"f\", \"arguments\": {\"a\": 1}")), ["f {\"a\": 1}"]);
+    assert_eq!(hermes(&block("{\"arguments\": {\"a\": 1}, \"name\": \"f\"}")), ["f {\"a\": 1}"]);
+    assert_eq!(hermes(&block("{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": 1}\"}")), ["f {\"a\": 1}"]);
+    assert_eq!(hermes(&block("{\"name\": \"f\", \"arguments\": null}")), ["f {}"]);
+    assert_eq!(hermes(&block("{\"name\": \"f\"}\n{\"name\": \"g\"}")), ["f {}", "g {}"]);
+    assert_eq!(hermes(&block("{\"name\": \"f\", \"arguments\": {\"a\": \"x\ny\"}}")), ["f {\"a\": \"x\\ny\"}"]);
+    assert_eq!(
+        hermes(&block("{\"name\": \"f\", \"arguments\": {\"a\": \"</tool_call>\"}}")),
+        ["f {\"a\": \"</tool_call>\"}"]
+    );
+    let answer = parse(ToolFormat::Llama, "\n{\"name\": \"f\", \"parameters\": {}}\n");
+    assert_eq!((answer.content.as_str(), answer.complete), ("", 1));
+    // Qwen3-Coder forgets the opening.
+    let answer = parse(ToolFormat::Qwen, "Hm.\n<function=now>\n</function>\n</tool_call>");
+    assert_eq!((answer.content.as_str(), answer.complete), ("Hm.", 1));
+    let answer = parse(ToolFormat::Qwen, "<function=now></function>\nDone.");
+    assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1));
+}
+
+#[test]
+fn values_between_tags_keep_their_text() {
+    let text = "<tool_call>\n<function=get_weather>\n<parameter=city>\n\n a \"b\"\\\n</parameter\n\n</parameter>\n\
+                <parameter=days>\nTrue\n</parameter>\n<parameter=units>\n['m', {\"s\": 1}]\n</parameter>\n\
+                <parameter=other>\n12 x\n</parameter>\n</function>\n</tool_call>";
+    let answer = parse(ToolFormat::Qwen, text);
+    let arguments: Value = serde_json::from_str(&answer.calls[0].1).unwrap();
+    let expected =
+        json!({"city": "\n a \"b\"\\\n</parameter\n", "days": true, "units": ["m", {"s": 1}], "other": "12 x"});
+    assert_eq!(arguments, expected);
+}
+
+#[test]
+fn ids_are_the_models_own_where_it_has_them() {
+    assert_eq!(parse(ToolFormat::Kimi, example(ToolFormat::Kimi)).ids, ["functions.get_weather:0", "functions.now:1"]);
+    let mistral = parse(ToolFormat::Mistral, example(ToolFormat::Mistral)).ids;
+    assert_eq!((mistral[0].len(), mistral[1].as_str()), (9, "abcdefghi"));
+    let common = parse(ToolFormat::Hermes, example(ToolFormat::Hermes)).ids;
+    assert!(common.iter().all(|id| id.starts_with("call_")) && common[0] != common[1]);
+}
+
+#[test]
+fn deep_arguments_are_malformed() {
+    let call = |depth: usize| {
+        let nested = format!("{}1{}", "{\"a\":".repeat(depth), "}".repeat(depth));
+        parse(ToolFormat::Hermes, &format!("<tool_call>{{\"name\": \"f\", \"arguments\": {nested}}}</tool_call>"))
+            .complete
+    };
+    assert_eq!((call(100), call(101), call(100_000)), (1, 0, 0));
+}
