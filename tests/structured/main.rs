@@ -247,9 +247,9 @@ fn a_tool_has_to_be_called_where_the_request_says_so() {
         json!({ "type": "function", "function": function })
     };
     let body = with(chat("Hello, how are you?"), "tools", json!([tool("weather", 3), tool("add", 4)]));
-    assert_eq!(ask(&pool, &body).calls, [], "the model calls tools anyway: this test shows nothing");
+    assert!(ask(&pool, &body).calls.is_empty(), "the model calls tools anyway: this test shows nothing");
     let named = json!({ "type": "function", "function": { "name": "add" } });
-    for (choice, parallel) in [(json!("required"), true), (json!("required"), false), (named.clone(), false)] {
+    for (choice, parallel) in [(json!("required"), true), (json!("required"), false), (named, false)] {
         for temperature in [0.0, 1.0] {
             let body = with(with(body.clone(), "tool_choice", choice.clone()), "parallel_tool_calls", json!(parallel));
             let answer = ask(&pool, &with(body, "temperature", json!(temperature)));
