@@ -23,6 +23,9 @@ fn main() {
         false => ("deps/libomlx.so", "libomlx.so.0", "-soname,libomlx.so.0"),
     };
     println!("cargo:rustc-cdylib-link-arg=-Wl,{flag}");
+    // The crate llguidance has a C API of its own, which is none of ours.
+    let hide = if macos { "-unexported_symbol,_llg_*" } else { "--exclude-libs,ALL" };
+    println!("cargo:rustc-cdylib-link-arg=-Wl,{hide}");
     link_by_its_own_name(file, linked);
 }
 

@@ -412,7 +412,8 @@ omlx_status omlx_model_unload(
 ///   "kind"            "llm", "embedding" or "reranker": what it is used for, where its folder tells something else. If it is
 ///                     loaded, it ends the requests it has; the next one loads it anew
 ///   "defaults"        for requests that do not say: "max_tokens", "temperature", "top_p", "top_k", "min_p",
-///                     "repetition_penalty", "presence_penalty", "frequency_penalty" and "chat_template_kwargs"
+///                     "repetition_penalty", "presence_penalty", "frequency_penalty", "thinking_budget" and
+///                     "chat_template_kwargs"
 ///
 /// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_ARGUMENT`, `OMLX_E_IO` (the file cannot be written: nothing has changed).
 omlx_status omlx_model_configure(
@@ -604,13 +605,19 @@ typedef struct omlx_request omlx_request;
 /// `request_json` is a JSON object of `request_len` bytes with the keys of OpenAI's chat completions and those that
 /// local servers have added to them:
 ///
-///   what to answer   "messages", with what the chat template takes: "chat_template" (the name of one of the model's),
-///                    "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
-///   what to call     "tools", "tool_choice" ("auto", or "none": the model is not told of them), "parallel_tool_calls"
-///                    (false: the answer ends with its first call)
+///   what to answer   "messages", with what the chat template takes: "chat_template" (the name of one of the
+///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
+///   what to call     "tools", "tool_choice" ("auto"; "none": the model is not told of them; "required" or {"type":"function",
+///                    "function":{"name":N}}: the answer is calls, for models that write arguments as JSON),
+///                    "parallel_tool_calls" (false: the answer ends with its first call)
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
 ///                    "presence_penalty", "frequency_penalty", "logit_bias"
+///   in which form    "response_format": {"type":T}, where T is "text", "json_object", "json_schema" (with "json_schema":
+///                    {"schema":S}), "regex" ("regex":R), "choice" ("choices":[..]) or "grammar" ("grammar":G, in the Lark
+///                    dialect of llguidance); the answer has it unless it ends with `OMLX_FINISH_REASON_LENGTH` or at a stop
+///                    string. Thinking may come before it
+///   how to think     "thinking_budget": tokens of thinking at most; then it is ended
 ///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
 ///   what to report   "logprobs", "top_logprobs"
 ///   how many answers "n", at most 16; each has its `choice` in the events, and its own end before the done event

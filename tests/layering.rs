@@ -64,6 +64,7 @@ const PURE: &[&str] = &[
     "engine/pace.rs",
     "engine/queue.rs",
     "engine/request.rs",
+    "engine/response_format.rs",
     "engine/scheduler.rs",
     "engine/sequence.rs",
     "engine/shape.rs",

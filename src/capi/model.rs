@@ -158,7 +158,8 @@ pub unsafe extern "C" fn omlx_model_unload(
 ///   "kind"            "llm", "embedding" or "reranker": what it is used for, where its folder tells something else. If it is
 ///                     loaded, it ends the requests it has; the next one loads it anew
 ///   "defaults"        for requests that do not say: "max_tokens", "temperature", "top_p", "top_k", "min_p",
-///                     "repetition_penalty", "presence_penalty", "frequency_penalty" and "chat_template_kwargs"
+///                     "repetition_penalty", "presence_penalty", "frequency_penalty", "thinking_budget" and
+///                     "chat_template_kwargs"
 ///
 /// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_ARGUMENT`, `OMLX_E_IO` (the file cannot be written: nothing has changed).
 #[unsafe(no_mangle)]

@@ -3,16 +3,17 @@
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crossbeam_channel::{Receiver, Sender};
+use serde_json::Value;
 
 use super::answer::AnswerPlan;
 use super::encode::EncodeRequest;
 use super::encode::text::EncoderText;
 use super::events::EventSink;
 use super::queue::QueueTicket;
-use super::request::{ChatInput, Input, Request};
+use super::request::{ChatInput, Input, Request, ToolChoice};
 use super::sequence::{Prepared, cancelled};
 use super::worker::Command;
 use super::{EngineOptions, ModelSource, Shared};
@@ -23,6 +24,10 @@ use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
+use crate::text::answer::{Arguments, ReasoningSyntax, ToolFormat};
+use crate::text::grammar::{
+    CallLayout, Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart, ToolCalls,
+};
 use crate::text::{AnswerSettings, StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
@@ -53,7 +58,12 @@ pub struct EngineText {
     vocab: usize,
     /// Of an encoder: what its folder says about texts.
     limits: Option<TextLimits>,
+    /// Built for the first request that needs it.
+    grammar: OnceLock<Result<Arc<GrammarVocabulary>>>,
 }
+
+/// Tokens of a prompt that are read to see whether it has opened the thinking.
+const PROMPT_END: usize = 64;
 
 /// Text side of a model, loaded when first needed and shared by the engine and the pool.
 #[derive(Debug)]
@@ -97,7 +107,14 @@ impl EngineText {
             ModelSource::Random(config) => (config.clone(), None, GenerationDefaults::from_config(config)?),
         };
         let context = models::context_length(&config, context)?;
-        Ok(Self { model, defaults, context, vocab: models::vocab_size(&config)?, limits: None })
+        Ok(Self {
+            model,
+            defaults,
+            context,
+            vocab: models::vocab_size(&config)?,
+            limits: None,
+            grammar: OnceLock::new(),
+        })
     }
 
     fn of_encoder(folder: &Path, context: Option<usize>) -> Result<Self> {
@@ -110,6 +127,7 @@ impl EngineText {
             context,
             vocab: models::vocab_size(&config)?,
             limits: Some(TextLimits::load(folder, context)?),
+            grammar: OnceLock::new(),
         })
     }
 
@@ -180,6 +198,75 @@ impl EngineText {
         }
     }
 
+    /// The model's tokens as grammars see them; built by the first who asks.
+    fn grammar(&self) -> Result<Arc<GrammarVocabulary>> {
+        let build = || {
+            let reasoning = self.text_model()?.answer_format().reasoning;
+            let markers = reasoning.map(|ReasoningSyntax { open, close }| ThinkingMarkers {
+                open: open.to_owned(),
+                close: close.to_owned(),
+            });
+            let eos: Vec<u32> = self.eos().collect();
+            GrammarVocabulary::new(self.tokenizer()?, self.vocab, &eos, markers).map(Arc::new)
+        };
+        self.grammar.get_or_init(build).clone()
+    }
+
+    /// What the answer has to look like behind its thinking.
+    fn constraint(&self, request: &Request) -> Result<Option<Constraint>> {
+        let format = self.text_model()?.answer_format().tools;
+        let constraint = match &request.input {
+            Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto => Some(tool_calls(format, chat)?),
+            _ => request.constraint.clone(),
+        };
+        match constraint {
+            // What follows its thinking is a channel, which a grammar of the text does not know.
+            Some(_) if format == Some(ToolFormat::Harmony) => {
+                Err(Error::unsupported("answers in the format Harmony cannot be held to a form"))
+            }
+            constraint => Ok(constraint),
+        }
+    }
+
+    fn eos(&self) -> impl Iterator<Item = u32> {
+        self.defaults.eos.iter().copied().chain(self.model.as_ref().and_then(|model| model.eos_token_id()))
+    }
+
+    /// What holds the answer to the request's constraint and budget of thinking; `None` if it has neither.
+    fn guide(&self, request: &Request, prompt: &[u32]) -> Result<Option<Guide>> {
+        let calls = matches!(&request.input, Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto);
+        if request.constraint.is_none() && !calls && request.thinking_budget.is_none() {
+            return Ok(None);
+        }
+        let constraint = self.constraint(request)?;
+        let grammar = self.grammar()?;
+        let matcher = constraint.map(|constraint| grammar.compile(&constraint)).transpose()?;
+        let start = self.thinking_start(request, prompt)?;
+        Ok(Guide::new(grammar, matcher, start, request.thinking_budget))
+    }
+
+    /// Whether the answer begins with thinking. The whole answer to a plain prompt is what was asked for, unless the prompt
+    /// itself has opened the thinking.
+    fn thinking_start(&self, request: &Request, prompt: &[u32]) -> Result<ThinkingStart> {
+        let Some(ReasoningSyntax { open, close }) = self.text_model()?.answer_format().reasoning else {
+            return Ok(ThinkingStart::Never);
+        };
+        let (open, close) = (open.trim_end(), close.trim_end());
+        // Markers further ahead may be words of a message.
+        let end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
+        let end = self.tokenizer()?.decode(end, false)?;
+        let Input::Chat(chat) = &request.input else {
+            let opened = end.rfind(open) > end.rfind(close);
+            return Ok(if opened { ThinkingStart::Opened } else { ThinkingStart::Never });
+        };
+        Ok(match end.trim_end() {
+            end if end.ends_with(open) => ThinkingStart::Opened,
+            end if end.ends_with(close) => ThinkingStart::Never,
+            _ if chat.kwargs.get("enable_thinking") == Some(&Value::Bool(false)) => ThinkingStart::Never,
+            _ => ThinkingStart::Free,
+        })
+    }
+
     /// How answers to a chat are read; other answers are text.
     fn answer(&self, input: &Input, prompt: Option<&str>) -> Option<AnswerPlan> {
         let (Input::Chat(chat), Some(prompt), Some(model)) = (input, prompt, &self.model) else { return None };
@@ -202,12 +289,15 @@ impl EngineText {
             Ok(prompt) => prompt,
             Err(error) => return Err((error, sink)),
         };
+        let guide = match self.guide(&request, &prompt) {
+            Ok(guide) => guide,
+            Err(error) => return Err((error, sink)),
+        };
         let defaults = &self.defaults;
         let room = context - prompt.len();
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
         if !request.ignore_eos {
-            stop_tokens.extend(&defaults.eos);
-            stop_tokens.extend(self.model.as_ref().and_then(|model| model.eos_token_id()));
+            stop_tokens.extend(self.eos());
         }
         let sampling = SamplingParams {
             temperature: request.temperature.or(defaults.temperature).unwrap_or(0.0),
@@ -234,6 +324,7 @@ impl EngineText {
             sampling,
             stop_tokens,
             stop,
+            guide,
             answer: self.answer(&request.input, text.as_deref()),
             ticket: None,
             choices: request.choices,
@@ -241,6 +332,31 @@ impl EngineText {
             sink,
         })
     }
+}
+
+/// Nothing but calls of the tools that the request wants.
+fn tool_calls(format: Option<ToolFormat>, chat: &ChatInput) -> Result<Constraint> {
+    let unsupported =
+        |what: String| Error::unsupported(format!("\"tool_choice\" other than \"auto\" and \"none\": {what}"));
+    let format = format.ok_or_else(|| unsupported("how this model calls tools is not known".to_owned()))?;
+    let syntax = format.syntax();
+    if syntax.arguments != Arguments::Json || syntax.index_before_arguments.is_some() {
+        return Err(unsupported(format!("the format {format:?} of this model has no grammar")));
+    }
+    let layout = CallLayout {
+        open: syntax.open,
+        before_name: syntax.before_name,
+        after_name: syntax.after_name,
+        after_arguments: syntax.after_arguments,
+        between: syntax.between,
+        close: syntax.close,
+    };
+    let only = match &chat.tool_choice {
+        ToolChoice::Named(name) => Some(name.as_str()),
+        ToolChoice::Auto | ToolChoice::Required => None,
+    };
+    let tools = chat.tools.as_ref().and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    ToolCalls::new(layout, tools, only, chat.parallel_tool_calls).map(Constraint::ToolCalls)
 }
 
 /// A seed nobody chose: std's hasher keys come from the system's random numbers.

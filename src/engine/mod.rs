@@ -16,6 +16,7 @@ mod metrics;
 mod pace;
 mod queue;
 mod request;
+mod response_format;
 mod restore;
 mod runner;
 mod scheduler;
@@ -37,7 +38,7 @@ pub use events::{
 };
 pub use intake::{EngineText, LazyText};
 pub use metrics::EngineMetrics;
-pub use request::{ChatInput, Input, Priority, Request};
+pub use request::{ChatInput, Input, Priority, Request, ToolChoice};
 pub use runner::Packed;
 pub use scheduler::{Run, StepInput, StepPlan};
 pub use shape::Shape;

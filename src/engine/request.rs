@@ -8,7 +8,9 @@ use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
+use super::response_format;
 use crate::error::{Error, Result};
+use crate::text::grammar::Constraint;
 
 /// Stop strings and tokens of one request at most.
 const MAX_STOPS: usize = 64;
@@ -54,6 +56,8 @@ pub struct ChatInput {
     pub messages: Value,
     /// An array of tool definitions.
     pub tools: Option<Value>,
+    /// Whether the answer has to call tools.
+    pub tool_choice: ToolChoice,
     /// Whether an answer may have more than one tool call.
     pub parallel_tool_calls: bool,
     /// Name of the template, for models with several.
@@ -62,6 +66,17 @@ pub struct ChatInput {
     pub add_generation_prompt: bool,
     /// Further template variables, such as `enable_thinking`.
     pub kwargs: Map<String, Value>,
+}
+
+/// Whether an answer has to call tools.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// As the model likes.
+    Auto,
+    /// Some tool.
+    Required,
+    /// The tool of this name.
+    Named(String),
 }
 
 /// A checked request. What is `None` comes from the model's defaults.
@@ -99,6 +114,10 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Do not stop at the model's end-of-text tokens.
     pub ignore_eos: bool,
+    /// What the answer has to look like, behind its thinking.
+    pub constraint: Option<Constraint>,
+    /// Tokens of thinking at most.
+    pub thinking_budget: Option<usize>,
     /// Answers to sample.
     pub choices: usize,
     /// Before whom it runs.
@@ -110,7 +129,7 @@ pub struct Request {
 }
 
 /// Keys of a request that a model may have defaults for.
-const DEFAULTS: [&str; 9] = [
+const DEFAULTS: [&str; 10] = [
     "max_tokens",
     "temperature",
     "top_p",
@@ -119,6 +138,7 @@ const DEFAULTS: [&str; 9] = [
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "thinking_budget",
     "chat_template_kwargs",
 ];
 
@@ -151,6 +171,7 @@ struct RawRequest {
     stop: Option<Stop>,
     stop_token_ids: Option<Vec<u32>>,
     ignore_eos: Option<bool>,
+    thinking_budget: Option<usize>,
     n: Option<usize>,
     priority: Option<Priority>,
     /// Accepted for compatibility: every request streams.
@@ -237,6 +258,7 @@ impl Request {
         self.repetition_penalty = self.repetition_penalty.or(defaults.repetition_penalty);
         self.presence_penalty = self.presence_penalty.or(defaults.presence_penalty);
         self.frequency_penalty = self.frequency_penalty.or(defaults.frequency_penalty);
+        self.thinking_budget = self.thinking_budget.or(defaults.thinking_budget);
         if let (Input::Chat(chat), Input::Chat(defaults)) = (&mut self.input, &defaults.input) {
             for (key, value) in &defaults.kwargs {
                 chat.kwargs.entry(key.clone()).or_insert_with(|| value.clone());
@@ -322,6 +344,8 @@ impl RawRequest {
             stop,
             stop_tokens,
             ignore_eos: self.ignore_eos.unwrap_or(false),
+            constraint: self.response_format.as_ref().map_or(Ok(None), response_format::constraint)?,
+            thinking_budget: self.thinking_budget,
             choices: self.n.unwrap_or(1),
             priority: self.priority.unwrap_or_default(),
             context_limit: None,
@@ -333,20 +357,36 @@ impl RawRequest {
 
     /// What the API knows and this library does not do yet must not be ignored silently.
     fn refuse_unsupported(&self) -> Result<()> {
-        match self.tool_choice.as_ref().map(|choice| choice.as_str()) {
-            None | Some(Some("auto" | "none")) => {}
-            Some(_) => {
-                return Err(Error::unsupported("\"tool_choice\" other than \"auto\" and \"none\" is not supported"));
-            }
-        }
-        let format = self.response_format.as_ref().map(|format| format.get("type").and_then(Value::as_str));
-        if !matches!(format, None | Some(Some("text"))) {
-            return Err(Error::unsupported("\"response_format\" other than text is not supported"));
-        }
         match self.messages.iter().flatten().find_map(other_than_text) {
             Some(what) => Err(Error::unsupported(format!("{what} in a message: only text is supported"))),
             None => Ok(()),
         }
+    }
+
+    /// `None` if tools are not to be used.
+    fn checked_tool_choice(&self) -> Result<Option<ToolChoice>> {
+        let named = |choice: &Value| {
+            let function = (choice.get("type")? == "function").then(|| choice.get("function"))??;
+            Some(ToolChoice::Named(function.get("name")?.as_str()?.to_owned()))
+        };
+        let choice = match &self.tool_choice {
+            None => Some(ToolChoice::Auto),
+            Some(Value::String(choice)) => match choice.as_str() {
+                "none" => return Ok(None),
+                "auto" => Some(ToolChoice::Auto),
+                "required" => Some(ToolChoice::Required),
+                _ => None,
+            },
+            Some(choice) => named(choice),
+        };
+        let choice = choice.ok_or_else(|| {
+            let known = "\"none\", \"auto\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": ..}}";
+            Error::invalid_request(format!("\"tool_choice\" is {known}"))
+        })?;
+        if choice != ToolChoice::Auto && self.tools.as_ref().is_none_or(Vec::is_empty) {
+            return Err(Error::invalid_request("\"tool_choice\" asks for a call, and there are no \"tools\""));
+        }
+        Ok(Some(choice))
     }
 
     fn checked_logprobs(&self) -> Result<Option<usize>> {
@@ -383,6 +423,7 @@ impl RawRequest {
     }
 
     fn input(self) -> Result<Input> {
+        let tool_choice = self.checked_tool_choice()?;
         match (self.messages, self.prompt) {
             (Some(_), Some(_)) => Err(Error::invalid_request("either \"messages\" or \"prompt\", not both")),
             (None, None) => Err(Error::invalid_request("\"messages\" is missing")),
@@ -391,10 +432,11 @@ impl RawRequest {
                 if let Some(bad) = messages.iter().position(|m| !m.get("role").is_some_and(Value::is_string)) {
                     return Err(Error::invalid_request(format!("message {bad} is not an object with a \"role\"")));
                 }
-                let no_tools = self.tool_choice.as_ref().and_then(Value::as_str) == Some("none");
+                let no_tools = tool_choice.is_none();
                 Ok(Input::Chat(Box::new(ChatInput {
                     messages: Value::Array(messages),
                     tools: self.tools.filter(|tools| !tools.is_empty() && !no_tools).map(Value::Array),
+                    tool_choice: tool_choice.unwrap_or(ToolChoice::Auto),
                     parallel_tool_calls: self.parallel_tool_calls.unwrap_or(true),
                     template: self.chat_template,
                     add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
@@ -542,8 +584,15 @@ mod tests {
             (r#"{"prompt":"x","n":0}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","n":17}"#, Status::InvalidRequest),
             (r#"{"prompt":"x","priority":"urgent"}"#, Status::InvalidRequest),
-            (r#"{"prompt":"x","response_format":{"type":"json_object"}}"#, Status::Unsupported),
-            (r#"{"prompt":"x","tool_choice":"required"}"#, Status::Unsupported),
+            (r#"{"prompt":"x","response_format":{"type":"xml"}}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","thinking_budget":-1}"#, Status::InvalidRequest),
+            (r#"{"prompt":"x","tool_choice":"required"}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"role":"user"}],"tool_choice":"any"}"#, Status::InvalidRequest),
+            (r#"{"messages":[{"role":"user"}],"tools":[],"tool_choice":"required"}"#, Status::InvalidRequest),
+            (
+                r#"{"messages":[{"role":"user"}],"tools":[{}],"tool_choice":{"type":"function"}}"#,
+                Status::InvalidRequest,
+            ),
             (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, Status::Unsupported),
             (deep.as_str(), Status::InvalidRequest),
         ] {

@@ -20,6 +20,7 @@ use crate::mlx;
 use crate::models::Model;
 use crate::nn::Step;
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
+use crate::text::grammar::TokenMask;
 
 /// A loaded model, its pools and the device state of its sequences.
 pub struct Runner {
@@ -35,6 +36,9 @@ pub struct Runner {
     /// Prompt tokens that have not passed all layers.
     piece: Option<Held>,
 }
+
+/// The tokens that a sequence may draw; `None` if all.
+pub type Masks<'a> = &'a mut dyn FnMut(SequenceId) -> Option<TokenMask>;
 
 /// Hidden states between two layers.
 struct Held {
@@ -110,8 +114,9 @@ impl Runner {
         self.samplers.remove(&id);
     }
 
-    /// Builds the step's graph and starts its evaluation; returns without waiting for it.
-    pub fn launch(&mut self, plan: &StepPlan) -> Result<Launched> {
+    /// Builds the step's graph and starts its evaluation; returns without waiting for it. `masks` tells which tokens a
+    /// sequence may draw; `None` if all of them may draw all.
+    pub fn launch(&mut self, plan: &StepPlan, masks: Option<Masks>) -> Result<Launched> {
         let started = Instant::now();
         let answers = plan.runs.len() - plan.prompt_runs;
         let (decodes, work) = (answers > 0, plan.work);
@@ -131,6 +136,11 @@ impl Runner {
         let rows = if all { None } else { Some(mlx::indices(&rows)?) };
         let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
         let ids: Vec<SequenceId> = wanted.into_iter().map(|(id, _)| id).collect();
+        if let Some(masks) = masks {
+            // The device computes the logits while the host computes the masks.
+            mlx_rs::transforms::async_eval(std::iter::once(&logits).chain(&pass.outputs))?;
+            self.restrict(&ids, masks);
+        }
         let (drawn, sampled) = self.sample(&logits, &ids)?;
         let logprobs = drawn.logprobs.iter();
         let logprobs = logprobs.flat_map(|l| std::iter::once(&l.drawn).chain(l.top.iter().flat_map(|(i, v)| [i, v])));
@@ -222,6 +232,14 @@ impl Runner {
                 Ok(all.take_axis(mlx::indices(&places)?, 0)?)
             }
             _ => Ok(host(&known)),
+        }
+    }
+
+    fn restrict(&mut self, ids: &[SequenceId], masks: Masks) {
+        for id in ids {
+            if let (Some(mask), Some(sampler)) = (masks(*id), self.samplers.get_mut(id)) {
+                sampler.restrict(mask.words());
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use super::sequence::{SampledToken, Sequence, SequenceId, cancelled};
 use crate::cache::blocks::BlockId;
 use crate::cache::manager::{BlockCopy, BlockManager, Table};
 use crate::error::{Error, Status};
+use crate::text::grammar::TokenMask;
 
 /// A sequence of a lower class that has waited so long is taken as one of the class above.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -419,7 +420,8 @@ impl Scheduler {
             // All known tokens are computed: go on from the newest sampled one, if the answer may be longer.
             let start = sequence.computed;
             let generated = sequence.completion_len() + sequence.unread;
-            if sequence.unread == 0 || start >= known + sequence.unread || generated >= sequence.max_tokens {
+            let waits = sequence.unread == 0 || sequence.depends_on_unread();
+            if waits || start >= known + sequence.unread || generated >= sequence.max_tokens {
                 return Err(Refused::NotNow);
             }
             (StepInput::Unread, start, start + 1)
@@ -518,6 +520,17 @@ impl Scheduler {
         sequence.computed = 0;
         self.counters.preemptions += 1;
         self.waiting.push(sequence);
+    }
+
+    /// The tokens that may come next in a sequence that samples in the last plan; `None` if all may.
+    pub fn mask(&mut self, id: SequenceId) -> Option<TokenMask> {
+        self.running.iter_mut().find(|sequence| sequence.id == id)?.mask()
+    }
+
+    /// Whether a mask is to be asked for, for some sequence that samples in `plan`.
+    pub fn guides(&self, plan: &StepPlan) -> bool {
+        let guided = |run: &Run| self.running.iter().any(|s| s.id == run.sequence && s.is_guided());
+        plan.runs.iter().any(|run| run.samples && guided(run))
     }
 
     /// Takes a token read from the device; returns the sequence if it ended.

@@ -3,7 +3,7 @@
 //! in the answer.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use proptest::prelude::*;
 
@@ -12,6 +12,7 @@ use crate::cache::manager::GroupKind;
 use crate::engine::{Event, Priority, RequestState, activity::Activity, sequence::Prepared};
 use crate::sampling::SamplingParams;
 use crate::text::StopMatcher;
+use crate::text::grammar::{Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart};
 
 const STOP: u32 = 0;
 
@@ -30,8 +31,53 @@ fn token_after(row: Row, choice: u64) -> u32 {
     ((row ^ choice.wrapping_mul(0xD134_2543_DE82_EF95)) >> 20) as u32 % 97
 }
 
+/// What a sequence may draw.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Guided {
+    Free,
+    /// Words of one to three small tokens with a large one behind each.
+    Constrained,
+    /// So many tokens of thinking at most.
+    Budget(usize),
+}
+
+const THINK: u32 = 95;
+const THOUGHT: u32 = 96;
+
+fn guide(guided: Guided) -> Option<Guide> {
+    static BUILT: OnceLock<Arc<GrammarVocabulary>> = OnceLock::new();
+    let build = || {
+        let mut tokens: Vec<Vec<u8>> = (0..95u8).map(|token| vec![32 + token]).collect();
+        tokens.extend([b"\xff<think>".to_vec(), b"\xff</think>".to_vec()]);
+        let markers = ThinkingMarkers { open: "<think>".into(), close: "</think>".into() };
+        let built = GrammarVocabulary::of_tokens(tokens, &[STOP]).unwrap();
+        Arc::new(built.with_thinking(&markers, [vec![THINK], vec![THOUGHT]]).unwrap())
+    };
+    let vocabulary = Arc::clone(BUILT.get_or_init(build));
+    match guided {
+        Guided::Free => None,
+        Guided::Constrained => {
+            let words = Constraint::Regex("([!-O]{1,3}[P-~]){1,9}".into());
+            let matcher = vocabulary.compile(&words).unwrap();
+            Guide::new(vocabulary, Some(matcher), ThinkingStart::Never, None)
+        }
+        Guided::Budget(tokens) => Guide::new(vocabulary, None, ThinkingStart::Opened, Some(tokens)),
+    }
+}
+
+/// The first token from `token` on that may come.
+fn masked(mask: Option<TokenMask>, token: u32) -> u32 {
+    let allows = |next: &u32| mask.as_ref().is_none_or(|mask| mask.allows(*next));
+    (token..97).chain(0..token).find(allows).expect("some token may come")
+}
+
 /// The answer that a request gets when it is alone.
 fn expected(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64) -> Vec<u32> {
+    expected_of(layers, prompt, max_tokens, choice, Guided::Free)
+}
+
+fn expected_of(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64, guided: Guided) -> Vec<u32> {
+    let mut guide = guide(guided);
     let mut rows = vec![FIRST; layers];
     let mut pass = |token: u32| {
         rows.iter_mut().fold(Row::from(token), |hidden, row| {
@@ -42,11 +88,18 @@ fn expected(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64) -> Ve
     let mut last = prompt.iter().fold(0, |_, &token| pass(token));
     let mut answer = Vec::new();
     while answer.len() < max_tokens {
-        let token = token_after(last, choice);
+        let mask = guide.as_mut().and_then(|guide| guide.mask().unwrap());
+        let token = masked(mask, token_after(last, choice));
         if token == STOP {
             break;
         }
         answer.push(token);
+        if let Some(guide) = &mut guide {
+            guide.accept(token).unwrap();
+            if guide.is_complete() {
+                break;
+            }
+        }
         last = pass(token);
     }
     answer
@@ -57,6 +110,7 @@ struct Asked {
     prompt: Vec<u32>,
     max_tokens: usize,
     choices: usize,
+    guided: Guided,
     cancelled: bool,
 }
 
@@ -85,6 +139,8 @@ struct Machine {
     wrong_tables: bool,
     /// Forgets what it should hold.
     forgets: bool,
+    /// Draws what is not allowed.
+    ignores_masks: bool,
 }
 
 impl Machine {
@@ -107,10 +163,22 @@ impl Machine {
             computed: 0,
             wrong_tables: false,
             forgets: false,
+            ignores_masks: false,
         }
     }
 
     fn ask(&mut self, prompt: Vec<u32>, max_tokens: usize, choices: usize, priority: Priority) -> usize {
+        self.ask_guided(prompt, max_tokens, choices, priority, Guided::Free)
+    }
+
+    fn ask_guided(
+        &mut self,
+        prompt: Vec<u32>,
+        max_tokens: usize,
+        choices: usize,
+        priority: Priority,
+        guided: Guided,
+    ) -> usize {
         let (state, sink) = RequestState::new(Default::default(), Activity::new().enter());
         let prepared = Prepared {
             prompt: prompt.clone(),
@@ -118,6 +186,7 @@ impl Machine {
             sampling: SamplingParams::default(),
             stop_tokens: HashSet::from([STOP]),
             stop: StopMatcher::new::<&str>(&[]).unwrap(),
+            guide: guide(guided),
             answer: None,
             ticket: None,
             choices,
@@ -130,7 +199,7 @@ impl Machine {
             self.scheduler.admit(sequence);
         }
         self.next_id += choices as SequenceId;
-        self.asked.push(Asked { state, prompt, max_tokens, choices, cancelled: false });
+        self.asked.push(Asked { state, prompt, max_tokens, choices, guided, cancelled: false });
         self.asked.len() - 1
     }
 
@@ -233,7 +302,9 @@ impl Machine {
         self.unread.clear();
         let mut sampled = Vec::new();
         for (run, hidden) in plan.runs.iter().zip(hidden).filter(|(run, _)| run.samples) {
-            let token = token_after(hidden[hidden.len() - 1], self.choices[&run.sequence]);
+            let mask = if self.ignores_masks { None } else { self.scheduler.mask(run.sequence) };
+            prop_assert!(mask.is_none() || self.scheduler.guides(plan), "a mask that nobody asks for");
+            let token = masked(mask, token_after(hidden[hidden.len() - 1], self.choices[&run.sequence]));
             self.unread.insert(run.sequence, token);
             sampled.push((run.sequence, token));
         }
@@ -305,7 +376,8 @@ impl Machine {
         prop_assert_eq!(asked.state.next(Some(Duration::ZERO)), Err(Status::Closed), "something after the end");
         let room = self.limits.blocks * self.scheduler.blocks.block_tokens();
         for (choice, answer) in answers.iter().enumerate() {
-            let expected = expected(self.limits.layers, &asked.prompt, asked.max_tokens, choice as u64);
+            let (layers, choice) = (self.limits.layers, choice as u64);
+            let expected = expected_of(layers, &asked.prompt, asked.max_tokens, choice, asked.guided);
             let fits = asked.prompt.len() + expected.len() < room;
             if done.error.is_none() && fits {
                 prop_assert_eq!(answer, &expected, "{} tokens of prompt", asked.prompt.len());
@@ -324,17 +396,23 @@ impl Machine {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Ask { family: u32, shared: usize, own: usize, max_tokens: usize, choices: usize, priority: usize },
+    Ask { family: u32, shared: usize, own: usize, max_tokens: usize, choices: usize, priority: usize, guided: Guided },
     Cancel { which: usize },
     Turns(usize),
     ClearCache,
 }
 
 fn actions() -> impl Strategy<Value = Vec<Action>> {
-    let ask = (0u32..3, 0usize..30, 1usize..12, 1usize..25, prop_oneof![4 => Just(1usize), 1 => 2usize..4], 0usize..3);
+    let guided = prop_oneof![
+        3 => Just(Guided::Free),
+        1 => Just(Guided::Constrained),
+        1 => (0usize..5).prop_map(Guided::Budget),
+    ];
+    let choices = prop_oneof![4 => Just(1usize), 1 => 2usize..4];
+    let ask = (0u32..3, 0usize..30, 1usize..12, 1usize..25, choices, 0usize..3, guided);
     let action = prop_oneof![
-        5 => ask.prop_map(|(family, shared, own, max_tokens, choices, priority)| {
-            Action::Ask { family, shared, own, max_tokens, choices, priority }
+        5 => ask.prop_map(|(family, shared, own, max_tokens, choices, priority, guided)| {
+            Action::Ask { family, shared, own, max_tokens, choices, priority, guided }
         }),
         1 => (0usize..64).prop_map(|which| Action::Cancel { which }),
         5 => (1usize..12).prop_map(Action::Turns),
@@ -356,11 +434,11 @@ fn limits() -> impl Strategy<Value = Limits> {
 fn play(machine: &mut Machine, actions: &[Action]) -> Result<(), TestCaseError> {
     for (at, action) in actions.iter().enumerate() {
         match *action {
-            Action::Ask { family, shared, own, max_tokens, choices, priority } => {
+            Action::Ask { family, shared, own, max_tokens, choices, priority, guided } => {
                 let mut prompt: Vec<u32> = (0..shared as u32).map(|i| 30 + i * 7 % 5 + family * 10).collect();
                 prompt.extend((0..own as u32).map(|i| if i == 0 { 60 + at as u32 % 4 } else { i % 3 }));
                 let priority = [Priority::High, Priority::Normal, Priority::Low][priority];
-                machine.ask(prompt, max_tokens, choices, priority);
+                machine.ask_guided(prompt, max_tokens, choices, priority, guided);
             }
             Action::Cancel { which } => {
                 let count = machine.asked.len().max(1);
@@ -420,6 +498,43 @@ fn a_wrong_block_table_is_noticed() {
     };
     run(false).unwrap();
     assert!(run(true).is_err());
+}
+
+#[test]
+fn a_token_that_is_not_allowed_is_noticed() {
+    let run = |ignores: bool| {
+        let mut machine = Machine::new(plenty(4, 8), 4);
+        machine.ignores_masks = ignores;
+        machine.ask_guided((30..50).collect(), 12, 2, Priority::Normal, Guided::Constrained);
+        machine.settle()
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
+}
+
+/// Whoever has a constraint waits until its token is read, and nobody else does.
+#[test]
+fn only_guided_sequences_wait_for_their_tokens() {
+    let mut machine = Machine::new(plenty(4, 8), 4);
+    machine.scheduler.blocks().grow(20);
+    for (own, guided) in [Guided::Free, Guided::Constrained, Guided::Budget(2)].into_iter().enumerate() {
+        machine.ask_guided(vec![30 + own as u32], 9, 1, Priority::Normal, guided);
+    }
+    let mut planned = vec![Vec::new(); 3];
+    for _ in 0..5 {
+        let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        for (id, steps) in planned.iter_mut().enumerate() {
+            steps.push(plan.runs.iter().any(|run| run.sequence == id as SequenceId));
+        }
+        let sampled = machine.run(&plan).unwrap();
+        for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
+            machine.commit(id, token, Instant::now());
+        }
+    }
+    assert_eq!(planned[0], [true; 5]);
+    assert_eq!(planned[1], [true, false, true, false, true]);
+    // The second token of the thinking is the last, and the third must be the marker.
+    assert_eq!(planned[2], [true, true, false, true, false]);
 }
 
 #[test]

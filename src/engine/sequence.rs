@@ -11,6 +11,7 @@ use super::request::Priority;
 use crate::cache::manager::Table;
 use crate::error::{Error, Result, Status};
 use crate::sampling::SamplingParams;
+use crate::text::grammar::{Guide, TokenMask};
 use crate::text::{StopMatcher, TextModel};
 
 /// Names a sequence within its engine; never reused.
@@ -29,6 +30,8 @@ pub struct Prepared {
     pub stop_tokens: HashSet<u32>,
     /// Finds the strings that end the answer and are not part of it.
     pub stop: StopMatcher,
+    /// Which tokens the answer may have, if not all.
+    pub guide: Option<Guide>,
     /// How the answer is told apart into text, reasoning and tool calls; `None` if all of it is text.
     pub answer: Option<AnswerPlan>,
     /// Its place in the queue.
@@ -66,6 +69,9 @@ pub struct Sequence {
     pub(super) table: Option<Table>,
     sampling: SamplingParams,
     stop_tokens: HashSet<u32>,
+    guide: Option<Guide>,
+    /// Why no mask could be made for its next token.
+    unguided: Option<Error>,
     sink: ChoiceSink,
     text: Option<AnswerText>,
     first_token: Option<Instant>,
@@ -85,8 +91,19 @@ impl Sequence {
     /// The sequences of a request, one for each answer, named from `first` on. `text` is absent for models without a
     /// tokenizer: their events carry token ids only.
     pub fn of_request(first: SequenceId, prepared: Prepared, text: Option<Arc<TextModel>>, now: Instant) -> Vec<Self> {
-        let Prepared { prompt, max_tokens, sampling, stop_tokens, stop, answer, mut ticket, choices, priority, sink } =
-            prepared;
+        let Prepared {
+            prompt,
+            max_tokens,
+            sampling,
+            stop_tokens,
+            stop,
+            guide,
+            answer,
+            mut ticket,
+            choices,
+            priority,
+            sink,
+        } = prepared;
         let sinks = ChoiceSink::of(sink, choices).into_iter().enumerate();
         sinks
             .map(|(choice, sink)| Self {
@@ -105,6 +122,8 @@ impl Sequence {
                 // Answers differ, and the first is the one that a request for a single answer gets.
                 sampling: SamplingParams { seed: sampling.seed.wrapping_add(choice as u64), ..sampling.clone() },
                 stop_tokens: stop_tokens.clone(),
+                guide: guide.clone(),
+                unguided: None,
                 sink,
                 text: text.clone().map(|model| AnswerText::new(model, stop.clone(), answer.as_ref(), choice)),
                 first_token: None,
@@ -126,6 +145,26 @@ impl Sequence {
     /// How it samples.
     pub fn sampling(&self) -> &SamplingParams {
         &self.sampling
+    }
+
+    /// Whether its next token can only be chosen when all before it have been read.
+    pub fn depends_on_unread(&self) -> bool {
+        self.guide.as_ref().is_some_and(Guide::depends_on_unread)
+    }
+
+    /// Whether its next tokens may be some only.
+    pub fn is_guided(&self) -> bool {
+        self.guide.as_ref().is_some_and(Guide::restricts)
+    }
+
+    /// The tokens that may come next; `None` if all may. All before have been read. What goes wrong ends the sequence when
+    /// it takes the next token.
+    pub fn mask(&mut self) -> Option<TokenMask> {
+        let mask = self.guide.as_mut().map_or(Ok(None), Guide::mask);
+        mask.unwrap_or_else(|error| {
+            self.unguided = Some(error);
+            None
+        })
     }
 
     /// Sampled tokens that have been read.
@@ -177,8 +216,14 @@ impl Sequence {
         self.tokens.push(sampled.token);
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
+        if let Some(error) = self.unguided.take() {
+            return Err(error);
+        }
         if self.stop_tokens.contains(&sampled.token) {
             return Ok(Some(FinishReason::Stop));
+        }
+        if let Some(guide) = &mut self.guide {
+            guide.accept(sampled.token)?;
         }
         let Pieces { pieces, ends: stopped } = match &mut self.text {
             Some(text) => text.push(sampled.token)?,
@@ -190,7 +235,8 @@ impl Sequence {
             let (tokens, logprobs) = (token.take().into_iter().collect(), logprob.take().into_iter().collect());
             self.sink.delta(Delta { kind, text, tokens, logprobs, ..Delta::default() });
         }
-        Ok(if stopped {
+        let complete = self.guide.as_ref().is_some_and(Guide::is_complete);
+        Ok(if stopped || complete {
             Some(FinishReason::Stop)
         } else if self.completion_len() >= self.max_tokens {
             Some(FinishReason::Length)

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use super::memory::{Denied, EngineMemory};
 use super::metrics::EngineMetrics;
 use super::restore::{Restores, Then, read_ahead};
-use super::runner::{Launched, Runner};
+use super::runner::{Launched, Masks, Runner};
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::threads::end_before_exit;
@@ -510,7 +510,10 @@ impl Worker<'_> {
         }
         let turn = self.seat.take();
         fault::point("worker.step", &self.options.id);
-        match self.runner.launch(&plan) {
+        let guided = self.scheduler.guides(&plan);
+        let mut mask = |id| self.scheduler.mask(id);
+        let masks: Option<Masks> = if guided { Some(&mut mask) } else { None };
+        match self.runner.launch(&plan, masks) {
             Ok(launched) => {
                 self.metrics.build_seconds += launched.build.as_secs_f64();
                 self.metrics.encode_seconds += launched.encode.as_secs_f64();

@@ -1,8 +1,8 @@
 //! Choosing the next token, on MLX arrays, for all rows of a step in one graph: by one kernel on the CPU, composed of MLX's
 //! operations elsewhere. The two draw different tokens for the same seed.
 //!
-//! Order of operations, as in Hugging Face and vLLM: logit bias and penalties, temperature, then the filters (top-k,
-//! top-p, min-p) on the tempered distribution. Noise depends on a row's seed and the number of tokens it has drawn,
+//! Order of operations, as in Hugging Face and vLLM: logit bias and penalties, tokens that are not allowed, temperature, then the
+//! filters (top-k, top-p, min-p) on the tempered distribution. Noise depends on a row's seed and the number of tokens it has drawn,
 //! and belongs to token ids: what else is in the batch does not change what a row draws.
 
 mod params;
@@ -28,6 +28,8 @@ pub struct Sampler {
     seen: Option<Array>,
     /// Occurrences in the answer, `[1, vocab]` f32; with presence or frequency penalty only.
     counts: Option<Array>,
+    /// The tokens that the next draw may give, `[1, vocab]` bool; all if absent.
+    allowed: Option<Array>,
 }
 
 /// What a step drew; arrays that are not evaluated yet.
@@ -71,7 +73,7 @@ impl Sampler {
             Array::from_slice(&seen, &row)
         });
         let counts = params.counts_answer().then(|| Array::from_slice(&vec![0f32; vocab], &row));
-        Self { params, vocab, drawn: 0, bias, seen, counts }
+        Self { params, vocab, drawn: 0, bias, seen, counts, allowed: None }
     }
 
     /// The parameters.
@@ -79,7 +81,19 @@ impl Sampler {
         &self.params
     }
 
-    /// This row's logits `[1, vocab]` with bias and penalties.
+    /// Lets the next draw give only tokens whose bit is set in `words`, token 0 in the lowest bit of the first word.
+    pub fn restrict(&mut self, words: &[u32]) {
+        let bit = |token: usize| words.get(token / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+        let allowed: Vec<bool> = (0..self.vocab).map(bit).collect();
+        self.allowed = Some(Array::from_slice(&allowed, &[1, self.vocab as i32]));
+    }
+
+    /// Whether the row's logits are changed before it draws.
+    fn adjusts(&self) -> bool {
+        self.bias.is_some() || self.seen.is_some() || self.counts.is_some() || self.allowed.is_some()
+    }
+
+    /// This row's logits `[1, vocab]` with bias and penalties, and minus infinity where a token is not allowed.
     fn adjust(&self, logits: Array) -> Result<Array> {
         let mut logits = logits;
         if let Some(bias) = &self.bias {
@@ -96,6 +110,9 @@ impl Sampler {
             let present = counts.gt(Array::from_f32(0.0))?.as_type::<f32>()?;
             let presence = present.multiply(Array::from_f32(self.params.presence_penalty))?;
             logits = logits.subtract(frequency)?.subtract(presence)?;
+        }
+        if let Some(allowed) = &self.allowed {
+            logits = select(allowed, &logits, Array::from_f32(f32::NEG_INFINITY))?;
         }
         Ok(logits)
     }
@@ -115,6 +132,7 @@ impl Sampler {
     /// Takes note of the token `[1, 1]` that was drawn.
     fn advance(&mut self, token: &Array) -> Result<()> {
         self.drawn += 1;
+        self.allowed = None;
         if self.seen.is_none() && self.counts.is_none() {
             return Ok(());
         }
@@ -178,7 +196,7 @@ fn column(rows: &[&mut Sampler], value: fn(&SamplingParams) -> f32) -> Result<Ar
 }
 
 fn adjust_rows(raw: &Array, rows: &[&mut Sampler]) -> Result<Array> {
-    if rows.iter().all(|row| row.bias.is_none() && row.seen.is_none() && row.counts.is_none()) {
+    if rows.iter().all(|row| !row.adjusts()) {
         return Ok(raw.clone());
     }
     let adjusted = rows

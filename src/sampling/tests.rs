@@ -242,3 +242,51 @@ fn the_cpu_kernel_takes_the_same_parameters() {
         Ok(())
     });
 }
+
+/// Draws of three rows, of which the second may draw `allowed` only where a bit of `restricted` says so.
+fn draws_beside(backend: &Backend, allowed: &[u32], restricted: u32) -> Result<Vec<Vec<u32>>> {
+    let kinds = [
+        SamplingParams { top_p: 0.7, ..params() },
+        SamplingParams { temperature: 0.8, top_k: 4, seed: 2, ..params() },
+        SamplingParams { temperature: 0.0, repetition_penalty: 1.3, ..params() },
+    ];
+    let mut samplers: Vec<_> = kinds.into_iter().map(|kind| Sampler::new(kind, &[3], VOCAB)).collect();
+    let word = allowed.iter().fold(0, |word, token| word | 1 << token);
+    (0..16)
+        .map(|step| {
+            if restricted >> step & 1 == 1 {
+                samplers[1].restrict(&[word]);
+            }
+            let mut rows: Vec<&mut Sampler> = samplers.iter_mut().collect();
+            Ok(sample(backend, &array(&vec![logits(); 3]), &mut rows)?.tokens.as_slice::<u32>().to_vec())
+        })
+        .collect()
+}
+
+#[test]
+fn a_mask_holds_for_one_draw_of_one_row() {
+    let cpu = Backend::Cpu(crate::kernels::Cpu::new(Some(1), Default::default()));
+    on_cpu(|| {
+        let ranked = ranking(&logits());
+        // Tokens that top-k would never keep.
+        let allowed = &ranked[VOCAB - 3..];
+        for backend in [&Backend::Mlx, &cpu] {
+            let free = draws_beside(backend, allowed, 0)?;
+            let masked = draws_beside(backend, allowed, 0b1010_1111_0000_0101)?;
+            for (step, (free, masked)) in free.iter().zip(&masked).enumerate() {
+                assert_eq!((free[0], free[2]), (masked[0], masked[2]), "a neighbour's draw changed in step {step}");
+                match 0b1010_1111_0000_0101 >> step & 1 {
+                    1 => assert!(allowed.contains(&masked[1]), "{masked:?} in step {step}"),
+                    _ => assert_eq!(free[1], masked[1], "the mask of another step holds in step {step}"),
+                }
+                assert!(!allowed.contains(&free[1]), "the case shows nothing");
+            }
+            // Greedy: the best of what is allowed.
+            let mut greedy = Sampler::new(SamplingParams::default(), &[], VOCAB);
+            greedy.restrict(&[1 << allowed[2] | 1 << allowed[1]]);
+            let drawn = sample(backend, &array(&[logits()]), &mut [&mut greedy])?;
+            assert_eq!(drawn.tokens.as_slice::<u32>(), [allowed[1]]);
+        }
+        Ok(())
+    });
+}

@@ -19,6 +19,7 @@ pub mod answer;
 mod decoding;
 pub mod detokenizer;
 mod encoder_input;
+pub mod grammar;
 mod pair_format;
 mod special;
 pub mod stop;

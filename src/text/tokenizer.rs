@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use serde::Deserialize;
-use tokenizers::{PostProcessor, TruncationParams, truncate_encodings};
+use tokenizers::{AddedToken, PostProcessor, TruncationParams, truncate_encodings};
 
 use super::TextTokens;
 use super::decoding::{Decoding, Piece, byte_level};
@@ -19,6 +19,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     decoding: Decoding,
     special: HashSet<u32>,
+    /// Special tokens, and added ones that look like a tag.
+    markers: HashSet<u32>,
     vocab_size: usize,
 }
 
@@ -48,8 +50,10 @@ impl Tokenizer {
         inner.with_padding(None);
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let is_marker = |token: &AddedToken| token.special || is_tag(&token.content);
+        let markers = added.iter().filter(|(_, token)| is_marker(token)).map(|(id, _)| *id).collect();
         let vocab_size = inner.get_vocab_size(true);
-        Ok(Self { decoding: Decoding::parse(&entry.decoder), inner, special, vocab_size })
+        Ok(Self { decoding: Decoding::parse(&entry.decoder), inner, special, markers, vocab_size })
     }
 
     /// Token ids of `text`; with `add_special_tokens` also those that the model's post-processor adds (BOS and the
@@ -139,6 +143,16 @@ impl Tokenizer {
         self.special.contains(&id)
     }
 
+    /// Whether the token marks a part of a conversation (`<|im_end|>`, `<think>`) rather than being a piece of its text.
+    pub fn is_marker(&self, id: u32) -> bool {
+        self.markers.contains(&id)
+    }
+
+    /// Whether the [`token_bytes`](Self::token_bytes) of a text's tokens, joined, are the text.
+    pub fn has_token_bytes(&self) -> bool {
+        matches!(self.decoding, Decoding::ByteLevel | Decoding::Pieces(_))
+    }
+
     pub(super) fn decoding(&self) -> &Decoding {
         &self.decoding
     }
@@ -157,6 +171,11 @@ impl Tokenizer {
             Err(_) => Err(Error::internal("the tokenizer failed to decode")),
         }
     }
+}
+
+fn is_tag(token: &str) -> bool {
+    let within = |open, close| token.len() > 2 && token.starts_with(open) && token.ends_with(close);
+    within('<', '>') || within('[', ']')
 }
 
 impl std::fmt::Debug for Tokenizer {
