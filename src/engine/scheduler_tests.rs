@@ -627,3 +627,6 @@ fn a_failed_step_ends_what_runs_and_empties_the_cache() {
     while machine.turn().unwrap() {}
     assert!(machine.scheduler.is_idle(), "the third request is served");
 }
+
+#[path = "scheduler_cancel_tests.rs"]
+mod cancels;
