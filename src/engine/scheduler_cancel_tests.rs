@@ -37,3 +37,15 @@ fn a_cancelled_request_is_in_no_later_step() {
     }
     assert!(would_go_on > 12, "most of them would have gone on: {would_go_on}");
 }
+
+#[test]
+fn a_piece_passes_the_rest_at_once_when_nobody_waits() {
+    let (mut machine, _) = with_a_piece_on_its_way();
+    step(&mut machine);
+    machine.asked[0].cancelled = true;
+    machine.asked[0].state.cancel();
+    machine.scheduler.reap_cancelled();
+    machine.scheduler.tell_ends();
+    assert_eq!(step(&mut machine), (vec![40], 2..4, vec![true]));
+    machine.settle().unwrap();
+}
