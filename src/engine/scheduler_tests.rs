@@ -648,18 +648,6 @@ fn a_piece_whose_sequence_ends_is_forgotten() {
 }
 
 #[test]
-fn a_piece_passes_the_rest_at_once_when_nobody_waits() {
-    let (mut machine, _) = with_a_piece_on_its_way();
-    step(&mut machine);
-    machine.asked[0].cancelled = true;
-    machine.asked[0].state.cancel();
-    machine.scheduler.reap_cancelled();
-    machine.scheduler.tell_ends();
-    assert_eq!(step(&mut machine), (vec![40], 2..4, vec![true]));
-    machine.settle().unwrap();
-}
-
-#[test]
 fn lost_hidden_states_are_noticed() {
     let run = |forgets: bool| {
         let (mut machine, _) = with_a_piece_on_its_way();
@@ -743,3 +731,6 @@ fn a_failed_step_ends_what_runs_and_empties_the_cache() {
     while machine.turn().unwrap() {}
     assert!(machine.scheduler.is_idle(), "the third request is served");
 }
+
+#[path = "scheduler_cancel_tests.rs"]
+mod cancels;

@@ -202,6 +202,27 @@ fn a_cancelled_request_ends_as_cancelled() {
 }
 
 #[test]
+fn a_cancel_takes_effect_within_one_step() {
+    for overlap in [false, true] {
+        let steps = |cancels: bool| {
+            let options = PoolOptions { device: Some(Device::Cpu), overlap: Some(overlap), ..Default::default() };
+            let pool = EnginePool::open(options).unwrap();
+            pool.add_model(&fixture("qwen3-f32"), Some("cancel-steps")).unwrap();
+            let state = generate(&pool, "cancel-steps", 30);
+            // Called by the engine itself, between two steps: nobody is late.
+            let request = Arc::downgrade(&state);
+            let cancel = move || request.upgrade().iter().filter(|_| cancels).for_each(|state| state.cancel());
+            state.set_wake(Some(Box::new(cancel)));
+            let (tokens, done) = finish(&state);
+            (pool.metrics()[0].1.steps, tokens.len(), done.reason)
+        };
+        // The prompt's step gives the first token; where steps overlap, the one behind it is on its way by then.
+        assert_eq!(steps(true), (1 + u64::from(overlap), 1, FinishReason::Cancelled));
+        assert_eq!(steps(false).1, 30, "there was something to cancel");
+    }
+}
+
+#[test]
 fn every_close_waits_until_the_engines_are_gone() {
     let pool = Arc::new(pool("close"));
     let running = generate(&pool, "close", 500);
