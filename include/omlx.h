@@ -191,9 +191,10 @@ OMLX_ENUM(omlx_dtype, uint32_t) {
     OMLX_DTYPE_BF16 = 3,
 };
 
-/// How products with quantised weights are computed on the CPU.
+/// How products with weights are computed on the CPU.
 OMLX_ENUM(omlx_precision, uint32_t) {
-    /// Activations are rounded to 8 bits per group of weights: about five times as fast.
+    /// Quantised weights: activations are rounded to 8 bits per group of weights, about five times as fast. Others: sums
+    /// of prompts are added in another order than those of answers.
     OMLX_PRECISION_FAST = 0,
     /// 32-bit floats, added in a fixed order: results do not depend on what else is computed, on `prefill_chunk` or
     /// on `threads` (except for weights in mxfp8, which MLX computes).
