@@ -193,9 +193,8 @@ impl Machine {
             priority,
             sink,
         };
-        let first = self.next_id;
-        for (choice, sequence) in Sequence::of_request(first, prepared, None, Instant::now()).into_iter().enumerate() {
-            self.choices.insert(sequence.id(), choice as u64);
+        for sequence in Sequence::of_request(self.next_id, prepared, None, Instant::now()) {
+            self.choices.insert(sequence.id(), sequence.id() - self.next_id);
             self.scheduler.admit(sequence);
         }
         self.next_id += choices as SequenceId;
