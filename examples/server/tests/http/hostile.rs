@@ -208,7 +208,7 @@ fn fuzzed(random: &mut Random) -> Vec<u8> {
 #[test]
 fn fuzzed_bodies_are_answered() {
     let count: usize = std::env::var("OMLX_FUZZ").map_or(1500, |count| count.parse().unwrap());
-    let server = Server::start(&["--log-level", "error"]);
+    let server = Server::start(&[]);
     let paths = [
         CHAT,
         "/v1/completions",

@@ -44,7 +44,7 @@ fn a_client_that_leaves_ends_its_request() {
 #[test]
 fn clients_that_leave_at_any_moment_leave_nothing_behind() {
     let count: u64 = std::env::var("OMLX_DISCONNECTS").map_or(60, |count| count.parse().unwrap());
-    let server = Server::start(&["--log-level", "error", "--queue-length", "4096"]);
+    let server = Server::start(&["--queue-length", "4096"]);
     let paths = ["/v1/chat/completions", "/v1/messages", "/v1/responses"];
     let body = |path: &str| match path {
         "/v1/responses" => json!({"input": "Tell me a story.", "stream": true}).to_string(),

@@ -109,12 +109,11 @@ fn completions_continue_texts() {
     let server = Server::start(&[]);
     let body = |stream: bool| {
         json!({"model": "tiny-chat", "prompt": ["Once upon a time", "The code of the red box is"], "max_tokens": 6,
-            "temperature": 0, "logprobs": 2, "stream": stream, "stream_options": {"include_usage": true}})
+            "temperature": 0, "stream": stream, "stream_options": {"include_usage": true}})
     };
     let whole = server.post("/v1/completions", &body(false)).expect(200);
     let choices = whole["choices"].as_array().unwrap();
     assert_eq!(choices.len(), 2);
-    assert_eq!(choices[0]["logprobs"]["tokens"].as_array().unwrap().len(), 6);
     assert_eq!(whole["usage"]["completion_tokens"], 12);
     let chunks = server.post("/v1/completions", &body(true)).data();
     for index in 0..2 {
@@ -123,6 +122,12 @@ fn completions_continue_texts() {
         assert_eq!(text, choices[index]["text"].as_str().unwrap());
     }
     assert_eq!(chunks.last().unwrap()["usage"]["completion_tokens"], 12);
+    let told = json!({"prompt": "Once upon a time", "max_tokens": 6, "logprobs": 2});
+    let told = server.post("/v1/completions", &told).expect(200)["choices"][0]["logprobs"].clone();
+    for part in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(told[part].as_array().unwrap().len(), 6, "{part}");
+    }
+    assert_eq!(told["text_offset"][1], told["tokens"][0].as_str().unwrap().len());
     let refused = server.post("/v1/completions", &json!({"prompt": "a", "suffix": "b"})).expect(400);
     assert!(refused["error"]["message"].as_str().unwrap().contains("suffix"));
 }
@@ -214,7 +219,7 @@ fn errors_are_openais_objects() {
         ),
         ("/v1/responses", json!({"input": 3}), 400, "input"),
         ("/v1/completions", json!({"prompt": {}}), 400, "prompt"),
-        ("/v1/embeddings", json!({"input": "x", "model": "tiny-chat"}), 400, "embedding"),
+        ("/v1/embeddings", json!({"input": "x", "model": "tiny-chat"}), 400, "vectors"),
         ("/v1/nothing", json!({}), 404, "/v1/nothing"),
     ] {
         let error = server.post(path, &body).expect(status);
