@@ -128,7 +128,14 @@ fn signature(returns: &str, parameters: &str) -> Result<String, String> {
 /// Name and Rust type of `const char *text`.
 fn parameter(text: &str) -> Result<(&str, String), String> {
     let at = text.rfind(['*', ' ']).ok_or_else(|| format!("no type in {text:?}"))? + 1;
-    Ok((&text[at..], kind(&text[..at])?))
+    match &text[at..] {
+        name if is_name(name) => Ok((name, kind(&text[..at])?)),
+        other => Err(format!("not a name: {other:?}")),
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
 /// The Rust type of a C type.
@@ -142,7 +149,7 @@ fn kind(text: &str) -> Result<String, String> {
     let base = base.strip_prefix("struct ").unwrap_or(base);
     let rust = match scalar(base) {
         Some(rust) => rust,
-        None if base.starts_with("omlx_") && base.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') => base,
+        None if base.starts_with("omlx_") && is_name(base) => base,
         None => return Err(format!("an unknown type, {text:?}")),
     };
     match (stars, constant) {
