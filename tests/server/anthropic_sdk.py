@@ -50,15 +50,15 @@ def counting(url, key):
 
 
 def a_turn_with_results_of_tools(url, key):
-    tools = [{"name": "get_weather", "description": "The weather of a city.",
+    tools = [{"name": "get_weather", "description": "Get the weather of a city.",
               "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]
     messages = [{"role": "user", "content": "What is the weather in Oslo?"},
                 {"role": "assistant", "content": [
                     {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}]},
                 {"role": "user", "content": [
-                    {"type": "tool_result", "tool_use_id": "toolu_1", "content": '{"weather": "rain", "degrees": 7}'}]}]
+                    {"type": "tool_result", "tool_use_id": "toolu_1", "content": '{"temperature": 7, "sky": "rainy"}'}]}]
     answer = client(url, key).messages.create(model=MODEL, max_tokens=60, extra_body=GREEDY, tools=tools, messages=messages)
-    assert "rain" in answer.content[0].text or "7" in answer.content[0].text, answer
+    assert "rainy" in answer.content[0].text, answer
 
 
 def errors(url, key):

@@ -8,11 +8,11 @@ import openai
 from anthropic_sdk import GREEDY
 from openai_sdk import MODEL, client
 
-WEATHER = {"name": "get_weather", "description": "The weather of a city.",
+WEATHER = {"name": "get_weather", "description": "Get the weather of a city.",
            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
 TOOLS = [{"type": "function", "function": WEATHER}]
 QUESTION = [{"role": "user", "content": "What is the weather in Oslo?"}]
-RESULT = '{"weather": "rain", "degrees": 7}'
+RESULT = '{"temperature": 7, "sky": "rainy"}'
 
 
 def a_tool_loop(url, key):
@@ -24,7 +24,7 @@ def a_tool_loop(url, key):
     messages = [*QUESTION, first.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": RESULT}]
     second = create(model=MODEL, messages=messages, tools=TOOLS, temperature=0)
     assert second.choices[0].finish_reason == "stop"
-    assert "rain" in second.choices[0].message.content or "7" in second.choices[0].message.content, second
+    assert "rainy" in second.choices[0].message.content, second
 
 
 def streamed_calls(url, key):
@@ -49,7 +49,7 @@ def calls_in_responses(url, key):
     assert json.loads(call.arguments) == {"city": "Oslo"}
     output = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
     second = client(url, key).responses.create(model=MODEL, input=[*QUESTION, call, output], tools=tools, temperature=0)
-    assert "rain" in second.output_text or "7" in second.output_text
+    assert "rainy" in second.output_text
     with client(url, key).responses.stream(model=MODEL, input=QUESTION, tools=tools, temperature=0) as events:
         kinds = {event.type for event in events}
     assert "response.function_call_arguments.done" in kinds
@@ -66,7 +66,7 @@ def calls_in_messages(url, key):
     result = {"type": "tool_result", "tool_use_id": call.id, "content": RESULT}
     messages = [*QUESTION, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
     second = create.create(model=MODEL, max_tokens=60, messages=messages, tools=tools, extra_body=GREEDY)
-    assert "rain" in second.content[0].text or "7" in second.content[0].text
+    assert "rainy" in second.content[0].text
 
 
 def thinking(url, key):

@@ -14,8 +14,8 @@ use crate::log;
 use crate::options::Options;
 use crate::routes;
 
-/// Threads for connections: their work is small, the processors are the models'.
-const THREADS: usize = 2;
+/// Threads for connections. Their work is small, and a second one costs every token a futile look for more of it.
+const THREADS: usize = 1;
 
 /// Serves until a signal to end.
 pub fn run(options: &Options) -> Result<(), String> {

@@ -17,6 +17,9 @@ use crate::app::Shared;
 /// A body takes this many pauses of the full timeout at most.
 const PAUSES: u32 = 8;
 
+/// Bytes from which reading JSON takes long enough to be noticed by other connections.
+const LONG: usize = 256 << 10;
+
 /// A body that is a JSON object.
 pub struct JsonObject(pub Map<String, Value>);
 
@@ -30,7 +33,10 @@ impl FromRequest<Shared> for JsonObject {
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, what));
         }
         let bytes = read(request, app.limits.body, app.limits.timeout).await?;
-        parse(&bytes)
+        match bytes.len() > LONG {
+            true => blocking(move || parse(&bytes)).await,
+            false => parse(&bytes),
+        }
     }
 }
 

@@ -13,11 +13,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::keys::Keys;
+use super::reader::Reader;
 use crate::app::Shared;
 use crate::log;
 
 /// Bytes of a request's head at most.
 const MAX_HEAD: usize = 64 << 10;
+/// How long a client may take nothing of an answer.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Headers of a request at most.
 const MAX_HEADERS: usize = 100;
 
@@ -86,7 +89,8 @@ async fn connection(
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(app.limits.timeout);
     builder.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
-    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let connection =
+        builder.serve_connection(TokioIo::new(Reader::new(stream, PATIENCE)), TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = connection.as_mut() => result,

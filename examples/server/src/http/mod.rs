@@ -7,5 +7,6 @@ pub mod error;
 pub mod guard;
 pub mod keys;
 pub mod listen;
+pub mod reader;
 pub mod responses_input;
 pub mod sse;

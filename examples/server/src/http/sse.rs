@@ -1,7 +1,7 @@
 //! Server-sent events. The work that makes them runs inside the body: when the client goes away, hyper drops the body, with
 //! it the work, and with that the request, which is thereby cancelled.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,8 +27,8 @@ const COMMENT: &str = ": keep-alive\n\n";
 pub struct Out(Arc<Mutex<String>>);
 
 impl Out {
-    /// An event without a name.
-    pub fn data(&self, data: &Value) {
+    /// An event without a name: JSON.
+    pub fn data(&self, data: &impl Display) {
         self.write(format_args!("data: {data}\n\n"));
     }
 
@@ -47,7 +47,8 @@ impl Out {
         let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).write_fmt(event);
     }
 
-    fn take(&self) -> String {
+    /// All events so far, which are gone then.
+    pub fn take(&self) -> String {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -185,6 +185,31 @@ impl Head {
     }
 }
 
+/// What stands around the text of a chunk, written once: there is a chunk for each token.
+struct Frame {
+    before: String,
+    after: &'static str,
+}
+
+impl Frame {
+    fn new(head: &Head) -> Self {
+        let mut before = head.chunk(Value::Null).to_string();
+        let choices = before.find("\"choices\":null").unwrap_or(before.len());
+        before.truncate(choices);
+        before.push_str("\"choices\":[{\"index\":");
+        let after = if head.usage { "],\"usage\":null}" } else { "]}" };
+        Self { before, after }
+    }
+
+    fn write(&self, out: &Out, choice: usize, key: &str, text: &str) {
+        // A text is always JSON.
+        let text = serde_json::to_string(text).unwrap_or_default();
+        let (before, after) = (&self.before, self.after);
+        let rest = "\"logprobs\":null,\"finish_reason\":null}";
+        out.data(&format_args!("{before}{choice},\"delta\":{{\"{key}\":{text}}},{rest}{after}"));
+    }
+}
+
 /// Which of the answers and calls of a stream have begun or ended.
 #[derive(Default)]
 struct Progress {
@@ -194,19 +219,23 @@ struct Progress {
 }
 
 async fn stream(mut events: Events, head: Head, out: Out) {
-    let mut progress = Progress::default();
+    let (mut progress, frame) = (Progress::default(), Frame::new(&head));
     while let Some(event) = events.next().await {
         match event {
             Event::Text(piece) if piece.text.is_empty() && piece.logprobs.is_empty() => {}
+            Event::Text(piece) if head.with_logprobs => {
+                progress.begin(&head, &out, piece.choice);
+                let logprobs = logprobs_json(&piece.logprobs);
+                out.data(&head.delta(piece.choice, json!({"content": piece.text}), logprobs, None));
+            }
             Event::Text(piece) => {
                 progress.begin(&head, &out, piece.choice);
-                let logprobs = if head.with_logprobs { logprobs_json(&piece.logprobs) } else { Value::Null };
-                out.data(&head.delta(piece.choice, json!({"content": piece.text}), logprobs, None));
+                frame.write(&out, piece.choice, "content", &piece.text);
             }
             Event::Reasoning(piece) if piece.text.is_empty() => {}
             Event::Reasoning(piece) => {
                 progress.begin(&head, &out, piece.choice);
-                out.data(&head.delta(piece.choice, json!({"reasoning_content": piece.text}), Value::Null, None));
+                frame.write(&out, piece.choice, "reasoning_content", &piece.text);
             }
             Event::ToolCall(call) => {
                 progress.begin(&head, &out, call.piece.choice);
@@ -281,4 +310,24 @@ fn logprobs_json(tokens: &[TokenLogprob]) -> Value {
         object
     });
     json!({"content": all.collect::<Vec<_>>(), "refusal": null})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_framed_chunk_is_the_chunk() {
+        for usage in [false, true] {
+            // Names that would be found first, were they not escaped.
+            let model = "\"choices\":null".to_owned();
+            let head = Head { id: "chatcmpl-1".to_owned(), created: 5, model, usage, with_logprobs: false };
+            let (framed, built) = (Out::default(), Out::default());
+            for (choice, text) in [(0, "a"), (3, "\"\n\u{1f600}\u{0}")] {
+                Frame::new(&head).write(&framed, choice, "content", text);
+                built.data(&head.delta(choice, json!({"content": text}), Value::Null, None));
+            }
+            assert_eq!(framed.take(), built.take());
+        }
+    }
 }

@@ -119,3 +119,29 @@ fn a_drain_has_an_end() {
     assert!(server.wait().success());
     assert!(began.elapsed() < Duration::from_secs(20));
 }
+
+#[test]
+fn a_conversation_goes_on_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["--cache-dir", folder.path().to_str().unwrap()];
+    let mut messages = vec![json!({"role": "system", "content": "The code of the red box is 4821.\n".repeat(40)})];
+    let mut before = 0;
+    for turn in 0..6 {
+        // A new server for every second turn.
+        let mut server = Server::start(&arguments);
+        for _ in 0..2 {
+            messages.push(json!({"role": "user", "content": "What is the code of the red box?"}));
+            let body = json!({"messages": messages, "temperature": 0, "max_tokens": 30});
+            let answer = server.post("/v1/chat/completions", &body).expect(200);
+            let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+            assert!(text.contains("4821"), "{text}");
+            let usage = &answer["usage"];
+            let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+            assert!(cached >= before, "turn {turn}: {cached} of the {before} tokens of the turn before are cached");
+            before = usage["prompt_tokens"].as_u64().unwrap();
+            messages.push(json!({"role": "assistant", "content": text}));
+        }
+        server.terminate();
+        assert!(server.wait().success());
+    }
+}
