@@ -94,7 +94,10 @@ fn convert(message: &Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
     let role = message["role"].as_str();
     let role = role.ok_or_else(|| ApiError::bad_request("a message without \"role\""))?;
     let blocks = match &message["content"] {
-        Value::String(text) => return Ok(messages.push(json!({"role": role, "content": text}))),
+        Value::String(text) => {
+            messages.push(json!({"role": role, "content": text}));
+            return Ok(());
+        }
         Value::Array(blocks) => blocks,
         _ => return Err(ApiError::bad_request("the \"content\" of a message must be a text or an array of blocks")),
     };

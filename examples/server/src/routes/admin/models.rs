@@ -17,7 +17,9 @@ pub async fn list(State(app): State<Shared>) -> Result<Response, ApiError> {
         let settings = model["id"].as_str().and_then(|id| app.pool.model_settings(id).ok());
         model["settings"] = settings.map_or(Value::Null, |text| parsed(&text));
         // Paths are nobody's business who is not on this machine.
-        model.as_object_mut().map(|model| (model.remove("folder"), model.remove("license_file")));
+        for path in ["folder", "license_file"] {
+            model.as_object_mut().and_then(|model| model.remove(path));
+        }
     }
     Ok(json_response(&json!({"models": models})))
 }
