@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -35,8 +36,10 @@ def schemathesis(tests):
     """Requests made up from the OpenAPI document: no 5xx, and answers as they are described."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     amount = ["--max-examples", "60"] if "full" in OPTIONS else ["--max-examples", "6", "--phases", "fuzzing"]
-    # Small answers, so that time goes into requests.
-    with Server(PROGRAM, "--context-length", "256") as server:
+    # Small answers, so that time goes into requests; a folder of its own, in which downloads may begin.
+    models = WORK / "models"
+    shutil.copytree(ROOT / "models", models, dirs_exist_ok=True)
+    with Server(PROGRAM, "--context-length", "256", models=models) as server:
         command = [WORK / "venv/bin/schemathesis", "run", server.url + "/openapi.json", "--checks", checks, "--seed", "1",
                    "--request-timeout", "60", "--generation-database", "none", *amount]
         output = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3000)
