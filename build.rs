@@ -13,6 +13,8 @@ fn main() {
     for folder in [origin, &library] {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
     }
+    // Programs of other packages that hold this library need the same: DEP_OMLX_LIBDIR in their build scripts.
+    println!("cargo:libdir={library}");
     if !macos {
         // A CUDA build of libmlx needs libraries of the NVIDIA driver, which a build machine may lack.
         println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");

@@ -1,0 +1,28 @@
+//! `POST /v1/messages/count_tokens`: how long the prompt of a request would be.
+
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::{Value, json};
+
+use crate::app::Shared;
+use crate::http::anthropic;
+use crate::http::body::{JsonObject, blocking, json_response};
+use crate::http::error::ApiError;
+
+/// The handler.
+pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
+    app.note_ignored("messages/count_tokens", &body, anthropic::KNOWN);
+    let mut chat = anthropic::to_chat(&body)?;
+    let tokens = blocking(move || -> Result<usize, ApiError> {
+        // Rendering takes only what it knows.
+        chat.retain(|key, _| RENDERED.contains(&key.as_str()));
+        let text = app.with_default_model(chat, |app, json| app.pool.render_template(json))?;
+        let (model, text) = text;
+        Ok(app.pool.tokenize(model.as_deref(), &text, false)?.len())
+    });
+    let tokens = tokens.await?;
+    Ok(json_response(&json!({"input_tokens": Value::from(tokens)})))
+}
+
+/// Keys that the prompt depends on.
+const RENDERED: &[&str] = &["model", "messages", "tools", "tool_choice", "chat_template_kwargs"];

@@ -1,0 +1,175 @@
+//! `POST /v1/messages`: Anthropic's chat, streamed or not.
+
+use axum::extract::{Extension, State};
+use axum::response::Response;
+use omlx_client::{Event, FinishReason, ToolCall, Usage};
+use serde_json::{Map, Value, json};
+
+use super::chat_completions::{flag, model_name};
+use crate::app::Shared;
+use crate::http::answer::{Answer, Events};
+use crate::http::anthropic;
+use crate::http::body::{JsonObject, json_response};
+use crate::http::error::ApiError;
+use crate::http::guard::RequestId;
+use crate::http::sse::{self, Out};
+
+/// The handler.
+pub async fn handle(
+    State(app): State<Shared>,
+    Extension(request_id): Extension<RequestId>,
+    JsonObject(body): JsonObject,
+) -> Result<Response, ApiError> {
+    app.note_ignored("messages", &body, anthropic::KNOWN);
+    if !body.get("max_tokens").is_some_and(Value::is_u64) {
+        return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
+    }
+    let head = Head { id: app.id("msg_"), model: model_name(&body) };
+    let streams = flag(&body, "stream")?;
+    let request = app.generate(anthropic::to_chat(&body)?)?;
+    if streams {
+        let events = Events::begin(request).await?;
+        return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
+    }
+    let answer = Answer::collect(request).await?;
+    Ok(json_response(&head.whole(answer)))
+}
+
+struct Head {
+    id: String,
+    model: String,
+}
+
+impl Head {
+    fn whole(&self, answer: Answer) -> Value {
+        let mut content = Vec::new();
+        let choice = answer.choices.into_iter().next().unwrap_or_default();
+        if !choice.reasoning.is_empty() {
+            content.push(json!({"type": "thinking", "thinking": choice.reasoning, "signature": ""}));
+        }
+        if !choice.text.is_empty() {
+            content.push(json!({"type": "text", "text": choice.text, "citations": null}));
+        }
+        for call in choice.calls {
+            let input = serde_json::from_str(&call.arguments).ok().filter(Value::is_object);
+            let input = input.unwrap_or_else(|| Value::Object(Map::new()));
+            content.push(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}));
+        }
+        let mut message = self.message(usage_json(&answer.usage));
+        message["content"] = content.into();
+        message["stop_reason"] = stop_reason(choice.finish).into();
+        message
+    }
+
+    fn message(&self, usage: Value) -> Value {
+        json!({
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": [],
+            "stop_reason": null,
+            "stop_sequence": null,
+            "usage": usage,
+        })
+    }
+}
+
+fn stop_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Length => "max_tokens",
+        FinishReason::ToolCalls => "tool_use",
+        _ => "end_turn",
+    }
+}
+
+/// Input tokens are those that no cache had.
+fn usage_json(usage: &Usage) -> Value {
+    json!({
+        "input_tokens": usage.prompt_tokens.saturating_sub(usage.cached_tokens),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+    })
+}
+
+/// The kind of a content block that is being written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Thinking,
+    Text,
+    Call(usize),
+}
+
+/// The content blocks of a stream: one is open at most.
+struct Blocks<'a> {
+    out: &'a Out,
+    open: Option<Kind>,
+    index: usize,
+}
+
+impl Blocks<'_> {
+    fn delta(&mut self, kind: Kind, start: impl FnOnce() -> Value, delta: Value) {
+        if self.open != Some(kind) {
+            self.close();
+            self.open = Some(kind);
+            let block = json!({"type": "content_block_start", "index": self.index, "content_block": start()});
+            self.out.event("content_block_start", &block);
+        }
+        let delta = json!({"type": "content_block_delta", "index": self.index, "delta": delta});
+        self.out.event("content_block_delta", &delta);
+    }
+
+    fn close(&mut self) {
+        if let Some(kind) = self.open.take() {
+            if kind == Kind::Thinking {
+                let delta = json!({"type": "signature_delta", "signature": ""});
+                let delta = json!({"type": "content_block_delta", "index": self.index, "delta": delta});
+                self.out.event("content_block_delta", &delta);
+            }
+            self.out.event("content_block_stop", &json!({"type": "content_block_stop", "index": self.index}));
+            self.index += 1;
+        }
+    }
+
+    fn call(&mut self, call: ToolCall) {
+        let block = || json!({"type": "tool_use", "id": call.id, "name": call.name, "input": {}});
+        let delta = json!({"type": "input_json_delta", "partial_json": call.piece.text});
+        self.delta(Kind::Call(call.index), block, delta);
+    }
+}
+
+async fn stream(mut events: Events, head: Head, out: Out) {
+    // Counts of the prompt are not known yet; the message's delta has them.
+    let message = head.message(usage_json(&Usage::default()));
+    out.event("message_start", &json!({"type": "message_start", "message": message}));
+    out.event("ping", &json!({"type": "ping"}));
+    let mut blocks = Blocks { out: &out, open: None, index: 0 };
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Text(piece) if piece.text.is_empty() => {}
+            Event::Text(piece) => {
+                let delta = json!({"type": "text_delta", "text": piece.text});
+                blocks.delta(Kind::Text, || json!({"type": "text", "text": "", "citations": null}), delta);
+            }
+            Event::Reasoning(piece) if piece.text.is_empty() => {}
+            Event::Reasoning(piece) => {
+                let delta = json!({"type": "thinking_delta", "thinking": piece.text});
+                blocks.delta(Kind::Thinking, || json!({"type": "thinking", "thinking": "", "signature": ""}), delta);
+            }
+            Event::ToolCall(call) => blocks.call(call),
+            Event::Done(done) => {
+                blocks.close();
+                if let Some(error) = done.error {
+                    out.event("error", &ApiError::from(error).to_json(true));
+                    return;
+                }
+                let delta = json!({"stop_reason": stop_reason(done.reason), "stop_sequence": null});
+                let usage = usage_json(&done.usage);
+                out.event("message_delta", &json!({"type": "message_delta", "delta": delta, "usage": usage}));
+                out.event("message_stop", &json!({"type": "message_stop"}));
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! `POST /v1/rerank`: how well documents answer a query, in the common shape (Jina's and Cohere's).
+
+use axum::extract::State;
+use axum::response::Response;
+use omlx_client::{Event, Pool};
+use serde_json::{Value, json};
+
+use super::chat_completions::{flag, model_name};
+use crate::app::Shared;
+use crate::http::body::{JsonObject, json_response};
+use crate::http::error::ApiError;
+
+const KNOWN: &[&str] =
+    &["documents", "instruction", "model", "priority", "query", "return_documents", "top_n", "truncate"];
+
+/// The handler.
+pub async fn handle(State(app): State<Shared>, JsonObject(mut body): JsonObject) -> Result<Response, ApiError> {
+    app.note_ignored("rerank", &body, KNOWN);
+    let model = model_name(&body);
+    let with_documents = flag(&body, "return_documents")?;
+    body.remove("return_documents");
+    let documents = if with_documents { body.get("documents").cloned().unwrap_or_default() } else { Value::Null };
+    let mut request = app.start(body, Pool::rerank)?;
+    let (mut results, mut tokens) = (Vec::new(), 0);
+    while let Some(event) = request.next().await {
+        match event {
+            Event::Scores(scores) => {
+                for index in scores.order {
+                    let index = index as usize;
+                    let mut result = json!({"index": index, "relevance_score": scores.values.get(index)});
+                    if with_documents {
+                        let document = documents.get(index).cloned().unwrap_or_default();
+                        let text = if document.is_string() { json!({"text": document}) } else { document };
+                        result["document"] = text;
+                    }
+                    results.push(result);
+                }
+            }
+            Event::Done(done) => {
+                if let Some(error) = done.error {
+                    return Err(error.into());
+                }
+                tokens = done.usage.prompt_tokens;
+            }
+            _ => {}
+        }
+    }
+    let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
+    Ok(json_response(&json!({"object": "list", "model": model, "results": results, "usage": usage})))
+}

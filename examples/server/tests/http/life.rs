@@ -1,0 +1,147 @@
+//! How requests and the server end.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::Server;
+
+fn long_story(stream: bool) -> String {
+    json!({"messages": [{"role": "user", "content": "Tell me a long story about a fox."}], "max_tokens": 6000,
+        "ignore_eos": true, "stream": stream})
+    .to_string()
+}
+
+fn tokens(server: &Server) -> f64 {
+    server.metric("omlx_completion_tokens_total")
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_request() {
+    let server = Server::start(&[]);
+    for stream in [true, false] {
+        let mut connection = server.connect();
+        connection.send("POST", "/v1/chat/completions", &[], &long_story(stream));
+        if stream {
+            assert_eq!(connection.head().status, 200);
+            assert!(connection.chunk().is_some());
+        } else {
+            while server.metric(crate::harness::RUNNING) == 0.0 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        connection.hang_up();
+        server.wait_idle();
+        let after = tokens(&server);
+        assert!(after < 5000.0, "it went on to the end");
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(tokens(&server), after);
+    }
+    assert_eq!(server.metric("omlx_http_abandoned_total"), 1.0);
+}
+
+/// `OMLX_DISCONNECTS` sets how many.
+#[test]
+fn clients_that_leave_at_any_moment_leave_nothing_behind() {
+    let count: u64 = std::env::var("OMLX_DISCONNECTS").map_or(60, |count| count.parse().unwrap());
+    let server = Server::start(&["--queue-length", "4096"]);
+    let paths = ["/v1/chat/completions", "/v1/messages", "/v1/responses"];
+    let body = |path: &str| match path {
+        "/v1/responses" => json!({"input": "Tell me a story.", "stream": true}).to_string(),
+        _ => long_story(true),
+    };
+    // The first answers load what stays.
+    server.post(paths[0], &json!({"messages": [{"role": "user", "content": "Hi"}]})).expect(200);
+    let descriptors = server.descriptors();
+    for index in 0..count {
+        let path = paths[(index % 3) as usize];
+        let mut connection = server.connect();
+        connection.send("POST", path, &[], &body(path));
+        std::thread::sleep(Duration::from_micros(index * 7919 % 40_000));
+        connection.hang_up();
+    }
+    server.wait_idle();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.descriptors() > descriptors + 1 {
+        assert!(Instant::now() < deadline, "{} descriptors, {descriptors} before", server.descriptors());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(server.metric("omlx_blocks_used"), 0.0);
+}
+
+#[test]
+fn a_silent_stream_says_that_it_lives() {
+    // One answer at a time: the second stream waits, and has nothing to say.
+    let server = Server::start(&["--max-sequences", "1", "--keep-alive", "1"]);
+    let mut first = server.connect();
+    first.send("POST", "/v1/chat/completions", &[], &long_story(true));
+    assert_eq!(first.head().status, 200);
+    assert!(first.chunk().is_some());
+    let mut second = server.connect();
+    second.send("POST", "/v1/chat/completions", &[], &long_story(true));
+    assert_eq!(second.head().status, 200);
+    let chunk = second.chunk().unwrap();
+    assert_eq!(String::from_utf8(chunk).unwrap(), ": keep-alive\n\n");
+}
+
+#[test]
+fn a_signal_lets_running_requests_end() {
+    let mut server = Server::start(&[]);
+    let body = json!({"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 300,
+        "ignore_eos": true, "stream": true});
+    let mut connection = server.connect();
+    connection.send("POST", "/v1/chat/completions", &[], &body.to_string());
+    assert_eq!(connection.head().status, 200);
+    let mut text = String::from_utf8(connection.chunk().unwrap()).unwrap();
+    server.terminate();
+    server.line("draining");
+    assert!(std::net::TcpStream::connect(&server.address).is_err(), "it still takes connections");
+    while let Some(chunk) = connection.chunk() {
+        text += &String::from_utf8(chunk).unwrap();
+    }
+    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    let finish = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter_map(|data| {
+        let chunk: Value = serde_json::from_str(data).ok()?;
+        chunk["choices"][0]["finish_reason"].as_str().map(str::to_owned)
+    });
+    assert_eq!(finish.collect::<Vec<_>>(), ["length"]);
+    assert!(server.wait().success());
+}
+
+#[test]
+fn a_drain_has_an_end() {
+    let mut server = Server::start(&["--drain", "1"]);
+    let mut connection = server.connect();
+    connection.send("POST", "/v1/chat/completions", &[], &long_story(true));
+    assert_eq!(connection.head().status, 200);
+    let began = Instant::now();
+    server.terminate();
+    assert!(server.wait().success());
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn a_conversation_goes_on_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["--cache-dir", folder.path().to_str().unwrap()];
+    let mut messages = vec![json!({"role": "system", "content": "The code of the red box is 4821.\n".repeat(40)})];
+    let mut before = 0;
+    for turn in 0..6 {
+        // A new server for every second turn.
+        let mut server = Server::start(&arguments);
+        for _ in 0..2 {
+            messages.push(json!({"role": "user", "content": "What is the code of the red box?"}));
+            let body = json!({"messages": messages, "temperature": 0, "max_tokens": 30});
+            let answer = server.post("/v1/chat/completions", &body).expect(200);
+            let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+            assert!(text.contains("4821"), "{text}");
+            let usage = &answer["usage"];
+            let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+            assert!(cached >= before, "turn {turn}: {cached} of the {before} tokens of the turn before are cached");
+            before = usage["prompt_tokens"].as_u64().unwrap();
+            messages.push(json!({"role": "assistant", "content": text}));
+        }
+        server.terminate();
+        assert!(server.wait().success());
+    }
+}

@@ -1,0 +1,11 @@
+//! The server as clients meet it: the program, started on a port of its own with the bundled model, over plain sockets.
+
+mod admin;
+mod anthropic;
+mod document;
+mod encoders;
+mod guard;
+mod harness;
+mod hostile;
+mod life;
+mod openai;
