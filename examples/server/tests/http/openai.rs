@@ -116,10 +116,10 @@ fn completions_continue_texts() {
     assert_eq!(choices.len(), 2);
     assert_eq!(whole["usage"]["completion_tokens"], 12);
     let chunks = server.post("/v1/completions", &body(true)).data();
-    for index in 0..2 {
+    for (index, choice) in choices.iter().enumerate() {
         let own = chunks.iter().map(|chunk| &chunk["choices"][0]).filter(|choice| choice["index"] == index);
         let text: String = own.filter_map(|choice| choice["text"].as_str()).collect();
-        assert_eq!(text, choices[index]["text"].as_str().unwrap());
+        assert_eq!(text, choice["text"].as_str().unwrap());
     }
     assert_eq!(chunks.last().unwrap()["usage"]["completion_tokens"], 12);
     let told = json!({"prompt": "Once upon a time", "max_tokens": 6, "logprobs": 2});
