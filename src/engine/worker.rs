@@ -92,9 +92,12 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
             if let Some(identity) = identity {
                 let ended = &ended;
                 let identify = move || {
-                    // Two that read the same files would share the disk; the second one finds them in memory.
-                    let _ = loaded.recv();
-                    let interrupted = || ended.load(Ordering::Relaxed) || shared.failure.get().is_some();
+                    // Asked before anything is read: hashes that are remembered are there before the model is. Two that
+                    // read the same files would share the disk; the second one finds them in memory.
+                    let interrupted = || {
+                        let _ = loaded.recv();
+                        ended.load(Ordering::Relaxed) || shared.failure.get().is_some()
+                    };
                     let identified = panics::catch(|| {
                         let identity = identity?;
                         identity.fingerprint(&options.tiers, &interrupted).map(|fingerprint| (fingerprint, identity))

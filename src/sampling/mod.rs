@@ -249,7 +249,7 @@ fn draw(tempered: &Array, noise: Array, rows: &[&mut Sampler]) -> Result<Array> 
 fn report(raw: &Array, tokens: &Array, rows: &[&mut Sampler]) -> Result<Option<DrawnLogprobs>> {
     let Some(wanted) = rows.iter().filter_map(|row| row.params.top_logprobs).max() else { return Ok(None) };
     let logprobs = raw.subtract(mlx_rs::ops::logsumexp_axis(raw, -1, true)?)?;
-    let drawn = logprobs.take_along_axis(tokens, -1)?.squeeze_axes(&[1])?;
+    let drawn = logprobs.take_along_axis(tokens, -1)?.squeeze_axes(&[1])?.contiguous()?;
     let wanted = wanted.min(raw.dim(1) as usize) as i32;
     let top = if wanted == 0 {
         None
@@ -258,7 +258,8 @@ fn report(raw: &Array, tokens: &Array, rows: &[&mut Sampler]) -> Result<Option<D
         let indices: Vec<u32> = (0..wanted as u32).collect();
         let ids = order.take_axis(Array::from_slice(&indices, &[wanted]), -1)?;
         let values = logprobs.take_along_axis(&ids, -1)?;
-        Some((ids, values))
+        // Of several rows MLX leaves columns that are no run of memory.
+        Some((ids.contiguous()?, values.contiguous()?))
     };
     Ok(Some(DrawnLogprobs { drawn, top }))
 }

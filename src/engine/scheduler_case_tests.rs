@@ -1,0 +1,218 @@
+//! Single histories: who is in which step, and what is noticed.
+
+use super::*;
+
+#[test]
+fn a_wrong_block_table_is_noticed() {
+    let run = |wrong: bool| {
+        let mut machine = Machine::new(plenty(4, 8), 4);
+        machine.wrong_tables = wrong;
+        for own in 0..4 {
+            machine.ask((30..50).chain([60 + own]).collect(), 12, 1, Priority::Normal);
+        }
+        machine.settle()
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
+}
+
+#[test]
+fn a_token_that_is_not_allowed_is_noticed() {
+    let run = |ignores: bool| {
+        let mut machine = Machine::new(plenty(4, 8), 4);
+        machine.ignores_masks = ignores;
+        machine.ask_guided((30..50).collect(), 12, 2, Priority::Normal, Guided::Constrained);
+        machine.settle()
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
+}
+
+/// Whoever has a constraint waits until its token is read, and nobody else does.
+#[test]
+fn only_guided_sequences_wait_for_their_tokens() {
+    let mut machine = Machine::new(plenty(4, 8), 4);
+    machine.scheduler.blocks().grow(20);
+    for (own, guided) in [Guided::Free, Guided::Constrained, Guided::Budget(2)].into_iter().enumerate() {
+        machine.ask_guided(vec![30 + own as u32], 9, 1, Priority::Normal, guided);
+    }
+    let mut planned = vec![Vec::new(); 3];
+    for _ in 0..5 {
+        let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        for (id, steps) in planned.iter_mut().enumerate() {
+            steps.push(plan.runs.iter().any(|run| run.sequence == id as SequenceId));
+        }
+        let sampled = machine.run(&plan).unwrap();
+        for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
+            machine.commit(id, token, Instant::now());
+        }
+    }
+    assert_eq!(planned[0], [true; 5]);
+    assert_eq!(planned[1], [true, false, true, false, true]);
+    // The second token of the thinking is the last, and the third must be the marker.
+    assert_eq!(planned[2], [true, true, false, true, false]);
+}
+
+#[test]
+fn decoding_runs_ahead_of_reading_and_prompts_run_in_chunks() {
+    let mut machine = Machine::new(plenty(2, 4), 4);
+    machine.scheduler.blocks().grow(20);
+    machine.ask((30..40).collect(), 3, 1, Priority::Normal);
+    let mut planned = Vec::new();
+    for _ in 0..6 {
+        let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        let sampled = machine.run(&plan).unwrap();
+        let before = std::mem::replace(&mut machine.in_flight, sampled);
+        planned
+            .extend(plan.runs.iter().map(|run| (run.start, run.tokens(), run.samples, run.input == StepInput::Unread)));
+        for (id, _) in before {
+            machine.commit(id, 5, Instant::now());
+        }
+    }
+    let expected = [
+        (0, 4, false, false),
+        (4, 4, false, false),
+        (8, 2, true, false),
+        // The token at 10 is not read yet when its successor is planned.
+        (10, 1, true, true),
+        (11, 1, true, true),
+    ];
+    assert_eq!(planned, expected);
+}
+
+#[test]
+fn running_answers_and_a_prompt_share_every_step() {
+    let mut machine = Machine::new(plenty(4, 8), 4);
+    machine.scheduler.blocks().grow(200);
+    let first = machine.ask(vec![41, 42], 60, 1, Priority::Normal);
+    for _ in 0..3 {
+        machine.turn().unwrap();
+    }
+    assert!(expected(1, &machine.asked[first].prompt, 60, 0).len() > 20, "the first answer is long enough");
+    machine.ask((30..70).collect(), 2, 1, Priority::Normal);
+    for _ in 0..5 {
+        let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        assert_eq!(plan.runs.iter().map(Run::tokens).collect::<Vec<_>>(), [1, 8]);
+        let sampled = machine.run(&plan).unwrap();
+        for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
+            machine.commit(id, token, Instant::now());
+        }
+    }
+    machine.settle().unwrap();
+}
+
+#[test]
+fn a_piece_is_shared_and_answered_when_it_has_passed_the_last_layer() {
+    let (mut machine, _) = with_a_piece_on_its_way();
+    let twin = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
+    let entries = machine.scheduler.blocks().entries();
+    let (tokens, layers, samples) = step(&mut machine);
+    assert_eq!((&tokens[1..], layers.clone(), &samples[1..]), (&[40][..], 0..2, &[false][..]));
+    assert_eq!(machine.scheduler.blocks().entries(), entries, "half a piece is shared");
+    // The twin would begin with the same tokens: it waits for them, and then needs its last one only.
+    assert_eq!(step(&mut machine), (tokens, 2..4, vec![true, true]));
+    assert!(machine.scheduler.blocks().entries() > entries);
+    let before = machine.computed;
+    step(&mut machine);
+    assert_eq!(machine.computed - before, 3, "one token each");
+    machine.settle().unwrap();
+    assert_eq!((twin, machine.scheduler.counters().prompt_tokens), (2, 2 + 40 + 1));
+}
+
+#[test]
+fn a_piece_whose_sequence_ends_is_forgotten() {
+    let (mut machine, prompt) = with_a_piece_on_its_way();
+    step(&mut machine);
+    machine.asked[prompt].cancelled = true;
+    machine.asked[prompt].state.cancel();
+    machine.scheduler.reap_cancelled();
+    machine.scheduler.tell_ends();
+    assert_eq!(step(&mut machine).0, [1], "the answer is by itself");
+    assert_eq!(machine.scheduler.counters().prompt_tokens, 2, "half a piece was counted");
+    machine.settle().unwrap();
+}
+
+#[test]
+fn lost_hidden_states_are_noticed() {
+    let run = |forgets: bool| {
+        let (mut machine, _) = with_a_piece_on_its_way();
+        machine.forgets = forgets;
+        machine.settle().map(|()| assert!(machine.stops > 0))
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
+}
+
+#[test]
+fn classes_come_in_their_order_and_nobody_starves() {
+    let mut machine = Machine::new(plenty(1, 8), 4);
+    machine.scheduler.blocks().grow(50);
+    let start = Instant::now();
+    let [low, normal, high] =
+        [Priority::Low, Priority::Normal, Priority::High].map(|p| machine.ask(vec![9, 9], 1, 1, p));
+    let first = |machine: &mut Machine, now: Instant| machine.scheduler.plan(now, &mut Vec::new()).runs[0].sequence;
+    assert_eq!(first(&mut machine, start), high as SequenceId);
+    machine.commit(high as SequenceId, STOP, start);
+    // After a while the lowest class counts as the one above, and it came first.
+    assert_eq!(first(&mut machine, start + PATIENCE * 3), low as SequenceId);
+    machine.commit(low as SequenceId, STOP, start);
+    assert_eq!(first(&mut machine, start), normal as SequenceId);
+}
+
+#[test]
+fn a_shared_prompt_is_computed_once_and_held_once() {
+    let mut machine = Machine::new(plenty(16, 64), 32);
+    let system: Vec<u32> = (0..2000).map(|i| 30 + i % 97).collect();
+    for own in 0..16 {
+        let prompt = system.iter().copied().chain([200 + own, 1, 2]).collect();
+        machine.ask(prompt, 1, 1, Priority::Normal);
+    }
+    machine.settle().unwrap();
+    assert_eq!(machine.computed, 2000 + 16 * 3);
+    let counters = machine.scheduler.counters();
+    assert_eq!((counters.prompt_tokens, counters.cached_tokens), (2000 + 16 * 3, 15 * 2000));
+    // 62 whole blocks are shared, the half block behind them is everybody's own.
+    assert_eq!(machine.scheduler.blocks().counts(0).cached, 62 + 16);
+}
+
+#[test]
+fn preempted_sequences_come_back() {
+    let limits = Limits { blocks: 12, ..plenty(4, 16) };
+    let mut machine = Machine::new(limits, 4);
+    for own in 0..4 {
+        machine.ask(vec![30 + own, 31, 32 + own, 33], 40, 1, Priority::Normal);
+    }
+    machine.settle().unwrap();
+    assert!(machine.scheduler.counters().preemptions > 0, "the blocks were enough: this test sees nothing");
+}
+
+#[test]
+fn what_never_fits_is_refused_with_numbers() {
+    let mut machine = Machine::new(Limits { blocks: 3, ..plenty(2, 16) }, 4);
+    let (too_long, fits) =
+        (machine.ask((30..43).collect(), 4, 1, Priority::Normal), machine.ask(vec![1], 2, 1, Priority::Low));
+    let states = [too_long, fits].map(|at| Arc::clone(&machine.asked[at].state));
+    while machine.turn().unwrap() {}
+    let Ok(Event::Done(done)) = states[0].next(Some(Duration::ZERO)) else { panic!("an answer") };
+    let error = done.error.unwrap();
+    assert_eq!(error.status(), Status::OutOfMemory);
+    assert!(error.message().contains("14 tokens") && error.message().contains("12 tokens"), "{error}");
+    assert!(matches!(states[1].next(Some(Duration::ZERO)), Ok(Event::Delta(_))));
+}
+
+#[test]
+fn a_failed_step_ends_what_runs_and_empties_the_cache() {
+    let mut machine = Machine::new(plenty(2, 16), 4);
+    let all: Vec<usize> =
+        (0..3).map(|own| machine.ask(vec![30, 31, 32, 33, 34 + own], 400, 1, Priority::Normal)).collect();
+    for _ in 0..4 {
+        machine.turn().unwrap();
+    }
+    machine.in_flight.clear();
+    let ended = machine.scheduler.fail_running(&Error::backend("broken"));
+    assert_eq!(ended, [all[0] as SequenceId, all[1] as SequenceId]);
+    let counts = machine.scheduler.blocks().counts(0);
+    assert_eq!((counts.used, counts.cached, machine.scheduler.blocks().entries()), (0, 0, 0));
+    while machine.turn().unwrap() {}
+    assert!(machine.scheduler.is_idle(), "the third request is served");
+}
