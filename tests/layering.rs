@@ -91,7 +91,7 @@ const IMPURE_MARKS: &[&str] = &[
     "crate::weights",
 ];
 
-const UNSAFE_PLACES: &[&str] = &["capi/", "kernels/", "mlx.rs"];
+const UNSAFE_PLACES: &[&str] = &["capi/", "kernels/", "mlx.rs", "mlx/"];
 
 fn source_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
