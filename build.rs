@@ -44,13 +44,15 @@ fn link_by_its_own_name(file: &str, linked: &str) {
     }
 }
 
-/// The graph nodes that call kernels in Rust.
+/// What MLX's C interface lacks: graph nodes that call kernels in Rust, and memory that becomes arrays.
 fn compile_shim() {
-    let source = "src/kernels/shim.cpp";
-    println!("cargo:rerun-if-changed={source}");
+    let sources = ["src/kernels/shim.cpp", "src/mlx/buffer.cpp"];
+    for source in sources {
+        println!("cargo:rerun-if-changed={source}");
+    }
     let include = env::var_os("DEP_MLX_INCLUDE").expect("mlx-sys publishes MLX's include folders");
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++20").opt_level(2).file(source);
+    build.cpp(true).std("c++20").opt_level(2).files(sources);
     // MLX's own headers are not free of warnings.
     for folder in env::split_paths(&include) {
         build.flag("-isystem").flag(folder);

@@ -122,6 +122,11 @@ impl Restores {
         self.queue.is_empty()
     }
 
+    /// Whether sequences wait for what is brought.
+    pub fn have_sequences(&self) -> bool {
+        self.queue.iter().any(|restore| matches!(restore.then, Then::Run(_)))
+    }
+
     /// How fast rows have got from the host's memory into the pools.
     pub fn moving(&self) -> MoveRate {
         self.moving
@@ -282,12 +287,18 @@ impl Restore {
 
     /// Blocks that it has to wait for.
     fn missing_blocks(&self, scheduler: &mut Scheduler) -> Option<usize> {
-        let (limit, others_run) = (scheduler.blocks_limit(), scheduler.counters().running > 0);
+        let (limit, counters) = (scheduler.blocks_limit(), scheduler.counters());
+        let (others, owed) = (counters.running + counters.waiting > 0, scheduler.owed_blocks());
         let blocks = scheduler.blocks();
         let needed = self.needed(blocks.block_tokens());
+        // What the pools have of it is not to be taken for the rest of it.
+        let mut table = blocks.table();
+        blocks.find(&mut table, &self.tokens, 0, self.from);
+        let available = blocks.available();
+        blocks.release(table);
         // Rather more blocks than the loss of cached ones.
         let grows = blocks.counts(0).free < needed && blocks.capacity(0) < limit;
-        (grows || others_run && blocks.available() < needed).then_some(needed)
+        (grows || others && available < needed + owed).then_some(needed)
     }
 
     /// Tokens whose rows can be of use: the last one is computed in any case.

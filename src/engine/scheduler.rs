@@ -113,6 +113,8 @@ pub struct Scheduler {
     wanted: usize,
     /// Free blocks that there should be besides.
     reserved: usize,
+    /// Sequences wait for a place that are not here yet.
+    others_come: bool,
 }
 
 /// Prompt tokens that pass the layers together. They count as computed, and other sequences may share their blocks, when the
@@ -157,6 +159,7 @@ impl Scheduler {
             firm: true,
             wanted: 0,
             reserved: 0,
+            others_come: false,
         }
     }
 
@@ -178,6 +181,19 @@ impl Scheduler {
     /// Whether another sequence would begin at once, if there are blocks for it.
     pub fn has_place(&self) -> bool {
         self.running.len() + self.waiting.len() < self.limits.sequences
+    }
+
+    /// Whether sequences wait for a place before they are admitted, since their rows come from elsewhere.
+    pub fn expect_others(&mut self, others_come: bool) {
+        self.others_come = others_come;
+    }
+
+    /// Blocks of the sequences that were admitted and have not begun. What is cached of them becomes the last to be evicted:
+    /// somebody is about to take blocks, and what was just brought for them is older than what has just ended.
+    pub fn owed_blocks(&mut self) -> usize {
+        let Self { waiting, blocks, .. } = self;
+        waiting.iter().for_each(|sequence| _ = blocks.peek(&sequence.tokens));
+        waiting.iter().map(|sequence| (sequence.tokens.len() + 1).div_ceil(blocks.block_tokens())).sum()
     }
 
     /// So many blocks should be free for rows that come from elsewhere.
@@ -392,7 +408,7 @@ impl Scheduler {
 
     fn schedule(&mut self, at: usize, share: Share, plan: &mut StepPlan) -> Result<Run, Refused> {
         // A reader that is far behind makes its own sequence wait, but not the ones behind it.
-        let others_wait = !self.waiting.is_empty();
+        let others_wait = self.others_come || !self.waiting.is_empty();
         let sequence = &mut self.running[at];
         let on_its_way = self.piece.runs.iter().any(|run| run.sequence == sequence.id);
         if on_its_way || sequence.sink_is_full() && !others_wait {

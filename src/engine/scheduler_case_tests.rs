@@ -216,3 +216,33 @@ fn a_failed_step_ends_what_runs_and_empties_the_cache() {
     while machine.turn().unwrap() {}
     assert!(machine.scheduler.is_idle(), "the third request is served");
 }
+
+/// What was brought for a sequence that has not begun is older than what has just ended, and goes all the same last.
+#[test]
+fn rows_of_an_admitted_sequence_are_not_taken_for_another() {
+    fn cache(blocks: &mut BlockManager, tokens: &[u32]) {
+        let mut table = blocks.table();
+        blocks.extend(&mut table, 0, tokens.len(), &mut Vec::new()).unwrap();
+        blocks.index(&mut table, tokens, tokens.len());
+        blocks.release(table);
+    }
+    let left = |asked: bool| {
+        let mut machine = Machine::new(plenty(4, 8), 4);
+        machine.scheduler.blocks().grow(8);
+        let (brought, ended): (Vec<u32>, Vec<u32>) = ((30..46).collect(), (50..66).collect());
+        machine.ask(brought.clone(), 2, 1, Priority::Normal);
+        let blocks = machine.scheduler.blocks();
+        cache(blocks, &brought);
+        cache(blocks, &ended);
+        blocks.next_step();
+        if asked {
+            assert_eq!(machine.scheduler.owed_blocks(), 5, "a token more than it has");
+        }
+        let blocks = machine.scheduler.blocks();
+        let mut table = blocks.table();
+        blocks.extend(&mut table, 0, 16, &mut Vec::new()).unwrap();
+        blocks.peek(&brought)
+    };
+    assert_eq!(left(true), 16);
+    assert!(left(false) < 16, "they would be there without that");
+}

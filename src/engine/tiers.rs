@@ -390,7 +390,7 @@ impl ModelTiers {
 
     /// Bytes per second of the cold tier.
     fn reading_rate(&self) -> f64 {
-        self.tiers.cold.as_ref().and_then(|cold| cold.tier.stats().read_rate()).unwrap_or(ASSUMED_RATE)
+        self.tiers.cold.as_ref().map_or(ASSUMED_RATE, |cold| cold.tier.read_rate(ASSUMED_RATE))
     }
 
     /// Gets rows and hands them to `done`, on another thread or at once; `None` if they are not there any more.

@@ -1,7 +1,7 @@
 //! The weight files of a model folder: their headers are checked when they are opened, their tensors are read layer by layer.
 //!
-//! Files are read with ordinary reads into buffers that MLX then owns: no memory map, so a file that shrinks or a disk that
-//! fails is an error and not a signal.
+//! Files are read with ordinary reads into memory that becomes the arrays: no memory map, so a file that shrinks or a disk
+//! that fails is an error and not a signal.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -335,6 +335,7 @@ mod tests {
 
     #[test]
     fn a_file_that_shrinks_is_an_error_that_names_a_tensor() {
+        crate::mlx::init().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let tensors = write(folder.path());
         let mut files = Files::open(folder.path()).unwrap();

@@ -97,6 +97,27 @@ fn rows_that_were_evicted_come_back_from_files() {
     assert!(comes_true(|| self::stats(&pool)["blocks_used"] == 0), "{stats}");
 }
 
+/// An answer that nobody reads pauses, but not at the cost of those who wait for its place, also if their rows are in files.
+#[test]
+fn who_waits_with_rows_in_files_does_not_wait_for_a_slow_reader() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-chat");
+    let pool = open(&model, PoolOptions { max_sequences: Some(1), ..tiered(folder.path()) });
+    identified(&pool);
+    let mut body = prompts(29, 1, 4).remove(0);
+    body["temperature"] = json!(0);
+    let expected = answer(&pool, &body).0;
+    pool.cache_flush(None, FLUSH).unwrap();
+    pool.cache_clear(None, TierSet { pools: true, hot: false, cold: false }).unwrap();
+    // More tokens than a reader may be behind.
+    let long = json!({ "prompt": [5, 6, 7], "max_tokens": 1500, "ignore_eos": true, "temperature": 0 });
+    let unread = pool.generate(crate::request(&long)).unwrap();
+    assert!(comes_true(|| pool.metrics()[0].1.completion_tokens >= 1024), "it never gets so far");
+    let (tokens, _, usage) = answer(&pool, &body);
+    assert_eq!((tokens, usage.cached_tokens), (expected, CACHED));
+    unread.cancel();
+}
+
 /// Pools for one prompt, a hot tier for a few, and files for all: what leaves one is found in the next, after an unload and
 /// a restart too, with and without the hot tier.
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::index::record_len;
 use super::pins::{Pin, Pins};
+use super::rate::ReadRate;
 use super::segment::{Segment, SegmentName};
 use super::{Codec, ColdModelStats, Record};
 use crate::cache::prefix::{BlockKey, chain_key};
@@ -158,6 +159,7 @@ pub struct Catalog {
     /// Bytes of files being written.
     pub in_flight: u64,
     reads: ReadClock,
+    rate: ReadRate,
 }
 
 /// Bytes that a file of `bytes` is charged with.
@@ -464,14 +466,21 @@ impl Catalog {
         self.reads.seconds()
     }
 
+    /// Bytes per second that reads would get now; `assumed` before there were any.
+    pub fn read_rate(&self, assumed: f64) -> f64 {
+        self.rate.bytes_per_second(assumed, Instant::now())
+    }
+
     /// A segment is being read.
     pub fn begin_read(&mut self, entry: &Entry) {
+        self.rate.begin(Instant::now());
         self.reads.begin();
         self.models[entry.model].reads.begin();
     }
 
-    /// The end of [`Self::begin_read`].
-    pub fn end_read(&mut self, entry: &Entry) {
+    /// The end of [`Self::begin_read`]; so many bytes were read.
+    pub fn end_read(&mut self, entry: &Entry, bytes: u64) {
+        self.rate.end(bytes, Instant::now());
         self.models[entry.model].reads.end();
         self.reads.end();
     }

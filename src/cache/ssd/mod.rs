@@ -12,6 +12,7 @@ mod folder;
 mod index;
 mod model;
 mod pins;
+mod rate;
 mod recover;
 pub mod segment;
 mod storage;
@@ -92,14 +93,6 @@ pub struct ColdStats {
     pub sums: ColdModelStats,
     /// By model name.
     pub models: BTreeMap<String, ColdModelStats>,
-}
-
-impl ColdStats {
-    /// Bytes that a second of reading has brought, if anything was read.
-    pub fn read_rate(&self) -> Option<f64> {
-        let ColdModelStats { read_seconds, read_bytes, .. } = self.sums;
-        (read_seconds > 0.0 && read_bytes > 0).then(|| read_bytes as f64 / read_seconds)
-    }
 }
 
 /// Counters of a model name since the tier was opened; entries and bytes are what there is now.

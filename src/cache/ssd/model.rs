@@ -115,7 +115,7 @@ impl ColdModel {
         }
         self.tier.catalog().begin_read(&entry);
         let outcome = read_rows(&self.tier, &entry, layout);
-        self.tier.catalog().end_read(&entry);
+        self.tier.catalog().end_read(&entry, outcome.as_ref().map_or(0, |_| entry.bytes));
         match outcome {
             Ok(rows) => {
                 let mut catalog = self.tier.catalog();

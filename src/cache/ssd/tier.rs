@@ -117,6 +117,11 @@ impl ColdTier {
         ColdStats { index_bytes, limit: lock(&self.options).limit, sums, models }
     }
 
+    /// Bytes per second that reads would get now, by what was read lately; `assumed` before anything was.
+    pub fn read_rate(&self, assumed: f64) -> f64 {
+        self.catalog().read_rate(assumed)
+    }
+
     /// Removes all segments, or those of one model name, that no pinned prefix needs. Returns how many bytes of files went.
     pub fn clear(&self, model: Option<&str>) -> u64 {
         let mut freed = 0;

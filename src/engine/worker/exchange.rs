@@ -149,6 +149,7 @@ impl Worker<'_> {
         for cancelled in self.restores.take_cancelled(&mut self.scheduler) {
             self.restored(cancelled);
         }
+        self.scheduler.expect_others(self.restores.have_sequences());
         loop {
             let Some(tiers) = &self.tiers else { return Ok(()) };
             self.restores.ask(tiers, &mut self.scheduler, self.myself);

@@ -29,7 +29,7 @@ fn rows_come_back_after_a_restart() {
         assert_eq!(stats.models.keys().collect::<Vec<_>>(), ["small"]);
         let (own, sums) = (&stats.models["small"], &stats.sums);
         assert!(own.read_seconds > 0.0 && own.read_seconds <= sums.read_seconds, "{stats:?}");
-        assert_eq!(stats.read_rate(), Some(sums.read_bytes as f64 / sums.read_seconds));
+        assert!(tier.read_rate(1e3) > 1050.0, "what was read counts: {}", tier.read_rate(1e3));
         assert_eq!(own.written_bytes_per_new_token(), None);
         model.count_new(10);
         let stats = tier.stats();
