@@ -128,7 +128,7 @@ struct Scratch {
     /// A chunk, widened to f32: only for many rows.
     keys: Vec<f32>,
     values: Vec<f32>,
-    /// `[rows, CHUNK]`, first scores and then weights.
+    /// `[rows of all heads, CHUNK]`, first scores and then weights.
     scores: Vec<f32>,
     split: Partial,
     total: Partial,
@@ -385,7 +385,7 @@ impl AttendTile<'_> {
         let rows = attention.rows_per_head(tile) * tile.kv_heads.len();
         let padded = attention.values.width.next_multiple_of(LANES);
         load_queries(attention, tile, &mut scratch.queries);
-        scratch.scores.resize(attention.rows_per_head(tile) * CHUNK, 0.0);
+        scratch.scores.resize(rows * CHUNK, 0.0);
         scratch.total.reset(rows, padded);
         for split in self.splits.clone() {
             scratch.split.reset(rows, padded);

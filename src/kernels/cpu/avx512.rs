@@ -28,6 +28,7 @@ macro_rules! op {
 impl Simd for Avx512 {
     const INT_ROWS: usize = 12;
     const DOT_ROWS: usize = 6;
+    const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 12;
     type F = __m512;
     type I = __m512i;

@@ -10,9 +10,6 @@ use super::matmul::{PAIR, PANEL};
 use super::matrix::{Coding, Packed};
 use super::simd::{LANES, Simd, Work};
 
-/// Weight rows of a tile.
-const COLUMNS: usize = 4;
-
 thread_local! {
     /// Unpacked weights of a unit.
     static UNPACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -116,16 +113,21 @@ fn tiles<S: Simd, T: Element>(simd: S, w: &[T], columns: usize, x: &[f32], acc: 
         while column < rows {
             let (w, x) = (&w[column * columns..], &x[row * columns..]);
             let acc = &mut acc[row * PAIR * PANEL + column..];
-            let four = rows - column >= COLUMNS;
-            done = match (left, four) {
-                (6.., true) if S::DOT_ROWS >= 6 => simd.call(Tile::<T, 6, COLUMNS> { w, x, columns, acc }),
+            let several = rows - column >= S::DOT_COLUMNS;
+            // Register tiles that the instruction set has room for; the others are compiled away.
+            done = match (left, several) {
+                (6.., true) if S::DOT_ROWS >= 6 => simd.call(Tile::<T, 6, 4> { w, x, columns, acc }),
                 (6.., false) if S::DOT_ROWS >= 6 => simd.call(Tile::<T, 6, 1> { w, x, columns, acc }),
-                (2.., true) if S::DOT_ROWS >= 2 => simd.call(Tile::<T, 2, COLUMNS> { w, x, columns, acc }),
+                (2.., true) if S::DOT_ROWS >= 2 && S::DOT_COLUMNS < 4 => {
+                    simd.call(Tile::<T, 2, 2> { w, x, columns, acc })
+                }
+                (2.., true) if S::DOT_ROWS >= 2 => simd.call(Tile::<T, 2, 4> { w, x, columns, acc }),
                 (2.., false) if S::DOT_ROWS >= 2 => simd.call(Tile::<T, 2, 1> { w, x, columns, acc }),
-                (_, true) => simd.call(Tile::<T, 1, COLUMNS> { w, x, columns, acc }),
+                (_, true) if S::DOT_COLUMNS < 4 => simd.call(Tile::<T, 1, 2> { w, x, columns, acc }),
+                (_, true) => simd.call(Tile::<T, 1, 4> { w, x, columns, acc }),
                 (_, false) => simd.call(Tile::<T, 1, 1> { w, x, columns, acc }),
             };
-            column += if four { COLUMNS } else { 1 };
+            column += if several { S::DOT_COLUMNS } else { 1 };
         }
         row += done;
     }
@@ -177,17 +179,22 @@ impl<T: Element, const M: usize, const N: usize> Work for Tile<'_, T, M, N> {
             }
         }
         for m in 0..M {
-            let acc = &mut self.acc[m * PAIR * PANEL..][..N];
-            if N == COLUMNS {
-                let four = simd.sum4([sums[m][0], sums[m][1 % N], sums[m][2 % N], sums[m][3 % N]]);
-                acc.copy_from_slice(&four);
-            } else {
-                for n in 0..N {
-                    acc[n] = simd.sum(sums[m][n]);
-                }
-            }
+            sum_all(simd, &sums[m], &mut self.acc[m * PAIR * PANEL..][..N]);
         }
         M
+    }
+}
+
+/// The lanes of each vector added up, with the same bits however many vectors there are.
+#[inline(always)]
+pub fn sum_all<S: Simd, const N: usize>(simd: S, vectors: &[S::F; N], sums: &mut [f32]) {
+    assert_eq!(sums.len(), N);
+    if N == 4 {
+        sums.copy_from_slice(&simd.sum4([vectors[0], vectors[1 % N], vectors[2 % N], vectors[3 % N]]));
+    } else {
+        for n in 0..N {
+            sums[n] = simd.sum(vectors[n]);
+        }
     }
 }
 

@@ -176,6 +176,7 @@ impl Simd for Neon {
     const INT_ROWS: usize = 2;
     // Four sums of sixteen lanes take 16.
     const DOT_ROWS: usize = 1;
+    const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 2;
     type F = F;
     type I = I;

@@ -22,8 +22,10 @@ pub const FOLD: usize = 8;
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Rows of activations in a register tile of the integer product; it has two panels of weights.
     const INT_ROWS: usize;
-    /// Rows of activations in a register tile of the dot product; it has four rows of weights.
+    /// Rows of activations in a register tile of the dot product.
     const DOT_ROWS: usize;
+    /// Rows of weights in such a tile.
+    const DOT_COLUMNS: usize;
     /// Rows of activations in a register tile of the product with panels; it has two vectors of columns.
     const GEMM_ROWS: usize;
     /// Sixteen f32.

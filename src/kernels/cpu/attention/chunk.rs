@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::super::dot::load_tail;
+use super::super::dot::{load_tail, sum_all};
 use super::super::floats::{Element, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
-use super::{Attention, CHUNK, Scratch, Tile, exp};
+use super::{Attention, CHUNK, Partial, Scratch, Tile, exp};
 
 /// Some neighbouring keys, and a tile that attends to them.
 pub(super) struct Chunk<'a> {
@@ -23,10 +23,32 @@ trait HeadRows: Copy {
     type Element: Element;
     fn width(&self) -> usize;
     fn row(&self, key: usize) -> &[Self::Element];
-    /// Fetches some of the elements of the row that takes the place of `key` in the next chunk.
-    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>);
+    /// Bytes of an element where the rows are fetched from.
+    const FETCHED: usize;
+    /// The row of `key`, and the one to fetch meanwhile.
+    fn ahead(&self, key: usize) -> Ahead<Self::Element>;
     /// The same rows; of the next chunk's those in the places of `keys` are to be fetched, the others are not.
     fn fetching(self, keys: Range<usize>) -> Self;
+}
+
+/// Where a row is, and the one that is to be fetched while it is computed with: itself, if there is none.
+struct Ahead<T> {
+    row: *const T,
+    next: *const u8,
+}
+
+impl<T> Clone for Ahead<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Ahead<T> {}
+
+impl<T> Default for Ahead<T> {
+    fn default() -> Self {
+        Self { row: std::ptr::null(), next: std::ptr::null() }
+    }
 }
 
 /// Rows in a pool: those of key `i` begin at `offset + slots[i] * stride`.
@@ -51,6 +73,7 @@ struct Widened<'a, T> {
 
 impl<T: Element> HeadRows for Pooled<'_, T> {
     type Element = T;
+    const FETCHED: usize = size_of::<T>();
 
     #[inline(always)]
     fn width(&self) -> usize {
@@ -64,17 +87,11 @@ impl<T: Element> HeadRows for Pooled<'_, T> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>) {
-        if !(self.fetch.0..self.fetch.1).contains(&key) {
-            return;
-        }
-        let at = self.offset + self.next[key] * self.stride;
-        let row = self.numbers.as_ptr().wrapping_add(at).cast::<u8>();
-        let mut at = columns.start * size_of::<T>();
-        while at < columns.end * size_of::<T>() {
-            simd.prefetch(row.wrapping_add(at));
-            at += 64;
-        }
+    fn ahead(&self, key: usize) -> Ahead<T> {
+        let row = self.row(key).as_ptr();
+        let fetched = (self.fetch.0..self.fetch.1).contains(&key);
+        let at = self.offset + if fetched { self.next[key] } else { self.slots[key] } * self.stride;
+        Ahead { row, next: self.numbers.as_ptr().wrapping_add(at).cast() }
     }
 
     #[inline(always)]
@@ -85,6 +102,7 @@ impl<T: Element> HeadRows for Pooled<'_, T> {
 
 impl<T: Element> HeadRows for Widened<'_, T> {
     type Element = f32;
+    const FETCHED: usize = size_of::<T>();
 
     #[inline(always)]
     fn width(&self) -> usize {
@@ -97,8 +115,8 @@ impl<T: Element> HeadRows for Widened<'_, T> {
     }
 
     #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, key: usize, columns: Range<usize>) {
-        self.pooled.prefetch(simd, key, columns);
+    fn ahead(&self, key: usize) -> Ahead<f32> {
+        Ahead { row: self.row(key).as_ptr(), next: self.pooled.ahead(key).next }
     }
 
     #[inline(always)]
@@ -137,41 +155,67 @@ impl<T: Element> Work for AttendChunk<'_, T> {
         let (attention, tile) = (chunk.attention, chunk.tile);
         let rows = attention.rows_per_head(tile);
         let (key_width, value_width) = (attention.keys.width, attention.values.width);
-        let (key_padded, value_padded) = (key_width.next_multiple_of(LANES), value_width.next_multiple_of(LANES));
+        let key_padded = key_width.next_multiple_of(LANES);
         let stride = attention.kind.kv_heads;
-        for (i, head) in tile.kv_heads.clone().enumerate() {
-            let pooled = |numbers, width| Pooled {
-                numbers,
-                width,
-                stride: stride * width,
-                offset: head * width,
-                slots,
-                next,
-                fetch: (0, 0),
-            };
-            let (key_rows, value_rows) = (pooled(self.keys, key_width), pooled(self.values, value_width));
-            let queries = &queries[i * rows * key_padded..];
-            let mut sums = Sums {
-                max: &mut split.max[i * rows..(i + 1) * rows],
-                sum: &mut split.sum[i * rows * LANES..(i + 1) * rows * LANES],
-                values: &mut split.values[i * rows * value_padded..(i + 1) * rows * value_padded],
-            };
-            if rows > 2 * FOUR {
-                // Many rows: widened once for all of them.
+        let pooled = |numbers, width, head, next| Pooled {
+            numbers,
+            width,
+            stride: stride * width,
+            offset: head * width,
+            slots,
+            next,
+            fetch: (0, 0),
+        };
+        let heads = || tile.kv_heads.clone().enumerate();
+        if rows > 2 * FOUR {
+            // Many rows: keys and values are widened once for all of them.
+            for (i, head) in heads() {
+                let key_rows = pooled(self.keys, key_width, head, next);
+                let value_rows = pooled(self.values, value_width, head, next);
+                let mut sums = split.of_head(i, rows);
                 simd.call(Widen { rows: key_rows, seen: chunk.seen.clone(), out: keys });
                 simd.call(Widen { rows: value_rows, seen: chunk.seen.clone(), out: values });
                 let keys = Widened { numbers: keys, pooled: key_rows };
                 let values = Widened { numbers: values, pooled: value_rows };
-                chunk.score(simd, queries, keys, scores);
+                chunk.score(simd, &queries[i * rows * key_padded..], keys, fours(&chunk.seen), scores);
                 chunk.weigh(simd, scores, &mut sums);
-                chunk.add_values(simd, scores, values, &mut sums);
-            } else {
-                chunk.score(simd, queries, key_rows, scores);
-                chunk.weigh(simd, scores, &mut sums);
-                chunk.add_values(simd, scores, value_rows, &mut sums);
+                chunk.add_values(simd, scores, values, chunk.seen.clone(), &mut sums);
+            }
+            return;
+        }
+        // Few rows: memory is the limit. It is read as it lies, all heads of a few keys after those of the keys before. A
+        // head's rows alone are a power of two apart, and would drive each other out of the first cache.
+        let ahead: [usize; CHUNK] = std::array::from_fn(|key| match key + STRIP {
+            within if within < CHUNK => slots[within],
+            beyond => next[beyond - CHUNK],
+        });
+        for strip in strips(&fours(&chunk.seen)) {
+            for (i, head) in heads() {
+                let keys = pooled(self.keys, key_width, head, &ahead);
+                let scores = &mut scores[i * rows * CHUNK..];
+                chunk.score(simd, &queries[i * rows * key_padded..], keys, strip.clone(), scores);
+            }
+        }
+        for (i, _) in heads() {
+            chunk.weigh(simd, &mut scores[i * rows * CHUNK..], &mut split.of_head(i, rows));
+        }
+        for strip in strips(&chunk.seen) {
+            for (i, head) in heads() {
+                let values = pooled(self.values, value_width, head, &ahead);
+                let scores = &scores[i * rows * CHUNK..];
+                chunk.add_values(simd, scores, values, strip.clone(), &mut split.of_head(i, rows));
             }
         }
     }
+}
+
+/// Keys of all heads that are read together.
+const STRIP: usize = 2 * FOUR;
+
+/// The parts of `keys` that lie in each run of `STRIP`.
+fn strips(keys: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *keys;
+    (start / STRIP..end.div_ceil(STRIP)).map(move |at| start.max(at * STRIP)..end.min((at + 1) * STRIP))
 }
 
 /// The part of a [`Partial`](super::Partial) that belongs to one head of keys.
@@ -179,6 +223,19 @@ struct Sums<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
     values: &'a mut [f32],
+}
+
+impl Partial {
+    /// The part of a tile's head `i`, each of which has `rows`.
+    #[inline(always)]
+    fn of_head(&mut self, i: usize, rows: usize) -> Sums<'_> {
+        let padded = self.values.len() / self.max.len().max(1);
+        Sums {
+            max: &mut self.max[i * rows..(i + 1) * rows],
+            sum: &mut self.sum[i * rows * LANES..(i + 1) * rows * LANES],
+            values: &mut self.values[i * rows * padded..(i + 1) * rows * padded],
+        }
+    }
 }
 
 /// Copies rows to f32, one after another.
@@ -218,22 +275,23 @@ impl Chunk<'_> {
         }
     }
 
-    /// `step` rows' share of what is to be fetched: a burst of requests would wait for itself.
-    fn share(&self, row: usize, step: usize) -> Range<usize> {
-        row * CHUNK / self.rows()..(row + step) * CHUNK / self.rows()
+    /// `step` rows' share of what is to be fetched while `keys` are computed with: a burst of requests would wait for itself.
+    fn share(&self, row: usize, step: usize, keys: &Range<usize>) -> Range<usize> {
+        let at = |row: usize| keys.start + row * keys.len() / self.rows();
+        at(row)..at(row + step)
     }
 
-    /// Dot products of all rows with all seen keys.
+    /// Dot products of all rows with some of the keys, in whole fours.
     #[inline(always)]
-    fn score<S: Simd, R: HeadRows>(&self, simd: S, queries: &[f32], keys: R, scores: &mut [f32]) {
+    fn score<S: Simd, R: HeadRows>(&self, simd: S, queries: &[f32], keys: R, seen: Range<usize>, scores: &mut [f32]) {
         let padded = keys.width().next_multiple_of(LANES);
         let mut row = 0;
         while row < self.rows() {
             let queries = &queries[row * padded..];
             let scores = &mut scores[row * CHUNK..];
-            let seen = self.seen.clone();
             let step = self.step::<S>(row);
-            let keys = keys.fetching(self.share(row, step));
+            let keys = keys.fetching(self.share(row, step, &seen));
+            let seen = seen.clone();
             match step {
                 6 => simd.call(Scores::<R, 6> { keys, queries, scores, seen }),
                 4 => simd.call(Scores::<R, 4> { keys, queries, scores, seen }),
@@ -269,17 +327,24 @@ impl Chunk<'_> {
         }
     }
 
-    /// Adds the values of the seen keys, weighted.
+    /// Adds the values of some of the seen keys, weighted.
     #[inline(always)]
-    fn add_values<S: Simd, R: HeadRows>(&self, simd: S, weights: &[f32], values: R, sums: &mut Sums<'_>) {
+    fn add_values<S: Simd, R: HeadRows>(
+        &self,
+        simd: S,
+        weights: &[f32],
+        values: R,
+        seen: Range<usize>,
+        sums: &mut Sums<'_>,
+    ) {
         let padded = values.width().next_multiple_of(LANES);
         let mut row = 0;
         while row < self.rows() {
             let weights = &weights[row * CHUNK..];
             let sums = &mut sums.values[row * padded..];
-            let seen = self.seen.clone();
             let step = self.step::<S>(row);
-            let values = values.fetching(self.share(row, step));
+            let values = values.fetching(self.share(row, step, &seen));
+            let seen = seen.clone();
             match step {
                 6 => simd.call(AddValues::<R, 6> { weights, values, seen, sums }),
                 4 => simd.call(AddValues::<R, 4> { weights, values, seen, sums }),
@@ -373,50 +438,73 @@ impl<R: HeadRows, const M: usize> Work for Scores<'_, R, M> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { keys, queries, scores, seen } = self;
-        let keys_in_fours = fours(&seen);
-        let mut key = keys_in_fours.start;
-        while key < keys_in_fours.end {
-            for ahead in key..key + FOUR {
-                keys.prefetch(simd, ahead, 0..keys.width());
+        let mut key = seen.start;
+        while key < seen.end {
+            for key in key..key + FOUR {
+                let next = keys.ahead(key).next;
+                let mut at = 0;
+                while at < keys.width() * R::FETCHED {
+                    simd.prefetch(next.wrapping_add(at));
+                    at += 64;
+                }
             }
             let four = [keys.row(key), keys.row(key + 1), keys.row(key + 2), keys.row(key + 3)];
-            dot_four::<S, R::Element, M>(simd, four, queries, &mut scores[key..]);
+            if S::DOT_COLUMNS >= FOUR {
+                dots::<S, R::Element, M, FOUR>(simd, four, queries, &mut scores[key..]);
+            } else {
+                dots::<S, R::Element, M, 2>(simd, [four[0], four[1]], queries, &mut scores[key..]);
+                dots::<S, R::Element, M, 2>(simd, [four[2], four[3]], queries, &mut scores[key + 2..]);
+            }
             key += FOUR;
         }
     }
 }
 
-/// Dot products of `M` queries with four keys, into the first four of every `CHUNK` scores.
+/// Dot products of `M` queries with `N` keys, into the first ones of every `CHUNK` scores.
 #[inline(always)]
-fn dot_four<S: Simd, T: Element, const M: usize>(simd: S, keys: [&[T]; FOUR], queries: &[f32], scores: &mut [f32]) {
+fn dots<S: Simd, T: Element, const M: usize, const N: usize>(
+    simd: S,
+    keys: [&[T]; N],
+    queries: &[f32],
+    scores: &mut [f32],
+) {
     let width = keys[0].len();
     let padded = width.next_multiple_of(LANES);
     let queries = &queries[..M * padded];
-    assert!(keys[1].len() == width && keys[2].len() == width && keys[3].len() == width);
-    let mut sums = [[simd.splat(0.0); FOUR]; M];
+    assert!(keys.iter().all(|key| key.len() == width));
+    let mut sums = [[simd.splat(0.0); N]; M];
+    let mut key = [simd.splat(0.0); N];
+    let whole = width / LANES * LANES;
     let mut at = 0;
-    while at < width {
-        let mut key = [simd.splat(0.0); FOUR];
-        for n in 0..FOUR {
-            key[n] = if at + LANES <= width {
-                // SAFETY: sixteen elements from `at` on.
-                unsafe { T::load(simd, keys[n].as_ptr().add(at)) }
-            } else {
-                load_tail(simd, &keys[n][at..])
-            };
+    while at < whole {
+        for n in 0..N {
+            // SAFETY: sixteen elements from `at` on.
+            key[n] = unsafe { T::load(simd, keys[n].as_ptr().add(at)) };
         }
         for m in 0..M {
             // SAFETY: `M` rows of `padded` numbers.
             let query = unsafe { simd.load(queries.as_ptr().add(m * padded + at)) };
-            for n in 0..FOUR {
+            for n in 0..N {
                 sums[m][n] = simd.fma(key[n], query, sums[m][n]);
             }
         }
         at += LANES;
     }
-    let scores = &mut scores[..(M - 1) * CHUNK + FOUR];
+    if whole < width {
+        for n in 0..N {
+            key[n] = load_tail(simd, &keys[n][whole..]);
+        }
+        for m in 0..M {
+            // SAFETY: as above.
+            let query = unsafe { simd.load(queries.as_ptr().add(m * padded + whole)) };
+            for n in 0..N {
+                sums[m][n] = simd.fma(key[n], query, sums[m][n]);
+            }
+        }
+    }
+    let scores = &mut scores[..(M - 1) * CHUNK + N];
     for m in 0..M {
-        scores[m * CHUNK..m * CHUNK + FOUR].copy_from_slice(&simd.sum4(sums[m]));
+        sum_all(simd, &sums[m], &mut scores[m * CHUNK..m * CHUNK + N]);
     }
 }
 
@@ -434,13 +522,17 @@ impl<R: HeadRows, const M: usize> Work for AddValues<'_, R, M> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let width = self.values.width();
+        let mut rows = [Ahead::default(); CHUNK];
+        for key in self.seen.clone() {
+            rows[key] = self.values.ahead(key);
+        }
         let mut at = 0;
         while at < width {
             let left = width - at;
             at += match left / LANES {
-                4.. if S::DOT_ROWS >= 6 => self.columns::<S, 4>(simd, at),
-                2.. if S::DOT_ROWS >= 2 => self.columns::<S, 2>(simd, at),
-                1.. => self.columns::<S, 1>(simd, at),
+                4.. if S::DOT_ROWS >= 6 => self.columns::<S, 4>(simd, at, &rows),
+                2.. if S::DOT_ROWS >= 2 => self.columns::<S, 2>(simd, at, &rows),
+                1.. => self.columns::<S, 1>(simd, at, &rows),
                 0 => self.last_columns(simd, at),
             };
         }
@@ -448,14 +540,15 @@ impl<R: HeadRows, const M: usize> Work for AddValues<'_, R, M> {
 }
 
 impl<R: HeadRows, const M: usize> AddValues<'_, R, M> {
-    /// `V` vectors from column `at` on; returns their columns.
+    /// `V` vectors from column `at` on; returns their columns. `rows` has those of the seen keys.
     #[inline(always)]
-    fn columns<S: Simd, const V: usize>(&mut self, simd: S, at: usize) -> usize {
+    fn columns<S: Simd, const V: usize>(&mut self, simd: S, at: usize, rows: &[Ahead<R::Element>; CHUNK]) -> usize {
         let width = self.values.width();
         let padded = width.next_multiple_of(LANES);
         let sums = &mut self.sums[..M * padded];
         let weights = &self.weights[..(M - 1) * CHUNK + self.seen.end];
-        assert!(at + V * LANES <= width);
+        let lines = (V * LANES * R::FETCHED).div_ceil(64);
+        assert!(at + V * LANES <= width && self.seen.end <= CHUNK);
         let mut acc = [[simd.splat(0.0); V]; M];
         // SAFETY: `V` vectors from `at` on are inside each of the `M` rows of sums and inside each row of values.
         unsafe {
@@ -464,12 +557,15 @@ impl<R: HeadRows, const M: usize> AddValues<'_, R, M> {
                     acc[m][v] = simd.load(sums.as_ptr().add(m * padded + at + v * LANES));
                 }
             }
-            for key in self.seen.clone() {
-                self.values.prefetch(simd, key, at..at + V * LANES);
-                let row = self.values.row(key).as_ptr().add(at);
+            let mut key = self.seen.start;
+            while key < self.seen.end {
+                let Ahead { row, next } = *rows.get_unchecked(key);
+                for line in 0..lines {
+                    simd.prefetch(next.wrapping_add(at * R::FETCHED + 64 * line));
+                }
                 let mut values = [simd.splat(0.0); V];
                 for v in 0..V {
-                    values[v] = R::Element::load(simd, row.add(v * LANES));
+                    values[v] = R::Element::load(simd, row.add(at + v * LANES));
                 }
                 for m in 0..M {
                     let weight = simd.splat(*weights.get_unchecked(m * CHUNK + key));
@@ -477,6 +573,7 @@ impl<R: HeadRows, const M: usize> AddValues<'_, R, M> {
                         acc[m][v] = simd.fma(weight, values[v], acc[m][v]);
                     }
                 }
+                key += 1;
             }
             for m in 0..M {
                 for v in 0..V {
