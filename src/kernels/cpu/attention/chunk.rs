@@ -27,7 +27,7 @@ trait HeadRows: Copy {
     const FETCHED: usize;
     /// The row of `key`, and the one to fetch meanwhile.
     fn ahead(&self, key: usize) -> Ahead<Self::Element>;
-    /// The same rows; of the next chunk's those in the places of `keys` are to be fetched, the others are not.
+    /// The same rows; for those of `keys` another is to be fetched, for the others not.
     fn fetching(self, keys: Range<usize>) -> Self;
 }
 
@@ -59,8 +59,9 @@ struct Pooled<'a, T> {
     stride: usize,
     offset: usize,
     slots: &'a [usize; CHUNK],
+    /// Those of the rows to fetch meanwhile.
     next: &'a [usize; CHUNK],
-    /// Keys, from the first to before the second, in whose places rows of the next chunk are to be fetched.
+    /// Keys, from the first to before the second, for which one is to be fetched.
     fetch: (usize, usize),
 }
 
