@@ -135,7 +135,13 @@ fn arrivals(state: &RequestState) -> Result<Vec<Instant>> {
     loop {
         match state.next(None) {
             Ok(Event::Delta(delta)) => times.extend(delta.tokens.iter().map(|_| Instant::now())),
-            Ok(Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_)) => {}
+            Ok(
+                Event::Loading(..)
+                | Event::Started(..)
+                | Event::ChoiceDone(..)
+                | Event::Embeddings(_)
+                | Event::Scores(_),
+            ) => {}
             Ok(Event::Done(done)) => return done.error.map_or(Ok(times), Err),
             Err(_) => return Err(Error::internal("the request ended without a done event")),
         }

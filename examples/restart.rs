@@ -109,7 +109,13 @@ fn first_token(pool: &EnginePool, request: &Request) -> Result<(f64, u32)> {
                 let token = delta.tokens.first().copied();
                 first = first.or(token.map(|token| (sent.elapsed().as_secs_f64(), token)));
             }
-            Ok(Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_)) => {}
+            Ok(
+                Event::Loading(..)
+                | Event::Started(..)
+                | Event::ChoiceDone(..)
+                | Event::Embeddings(_)
+                | Event::Scores(_),
+            ) => {}
             Ok(Event::Done(done)) => {
                 return done.error.map_or(first.ok_or_else(|| Error::internal("no token came")), Err);
             }

@@ -453,6 +453,9 @@ OMLX_ENUM(omlx_event_kind, uint32_t) {
     /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as for
     /// text. A call that is malformed or cut off ends early, and its rest is text. Chat requests with tools only.
     OMLX_EVENT_KIND_TOOL_CALL = 8,
+    /// The prompt begins to be computed: `prompt_tokens` and `cached_tokens` of `usage`, of which the latter may grow until the
+    /// end, where another request computes the same. Before any text, and only for requests that asked for it.
+    OMLX_EVENT_KIND_STARTED = 9,
 };
 
 /// Why a request ended.
@@ -536,7 +539,7 @@ typedef struct omlx_event {
     const char *tool_name;
     /// Details of the failure, NUL-terminated; never NULL.
     const char *error_message;
-    /// Filled in the done event.
+    /// Filled in the done event; in the started event as far as it is known.
     omlx_usage usage;
     /// Numbers `[rows, columns]`, row after row, in the order of the request's texts; NULL if there are none.
     const float *values;
@@ -554,10 +557,13 @@ typedef struct omlx_event {
     uint64_t loaded_bytes;
     /// Bytes that there will be; 0 until that is known, and while the model waits for memory.
     uint64_t total_bytes;
+    /// The stop string that ended the answer, NUL-terminated; empty if none did; never NULL. In the done event and at the end
+    /// of one of several answers.
+    const char *stop_string;
 } omlx_event;
 
 /// Initialiser of `omlx_event`: all defaults.
-#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0 }
+#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0, NULL }
 
 // Requests --------------------------------------------------------------------------------------------------
 
@@ -589,8 +595,8 @@ typedef struct omlx_generate_options {
     omlx_destroy_fn destroy;
     /// Not 0: the events begin with `OMLX_EVENT_KIND_LOADING` while the model is being loaded.
     uint32_t loading_events;
-    /// Reserved, zero.
-    uint32_t reserved;
+    /// Not 0: there is an `OMLX_EVENT_KIND_STARTED` before the first text. Not for texts that are encoded.
+    uint32_t started_event;
 } omlx_generate_options;
 
 /// Initialiser of `omlx_generate_options`: all defaults.
@@ -692,6 +698,10 @@ omlx_status omlx_rerank(
     const omlx_generate_options *options,
     omlx_request **request,
     omlx_error **error);
+
+/// Id of the model that answers a request: as in `omlx_pool_models`, also where the request had an alias or none. Alive as
+/// long as the request; "" for NULL.
+const char *omlx_request_model(const omlx_request *request);
 
 /// Waits `timeout_ms` milliseconds for the next event of a request without callback; 0 never waits, a negative timeout
 /// waits for ever. `event` is valid until the next event is fetched or the request is released. Blocking unless
@@ -874,14 +884,15 @@ omlx_status omlx_detokenize(
     omlx_string **text,
     omlx_error **error);
 
-/// The prompt that a chat template makes of a request, which is JSON as for `omlx_generate`, with "messages". Blocking
-/// while the tokenizer is read.
+/// The prompt that a chat template makes of a request, which is JSON as for `omlx_generate`, with "messages"; `lenient` as in
+/// `omlx_generate_options`. Blocking while the tokenizer is read.
 ///
 /// Errors: `OMLX_E_TEMPLATE` (the template failed or refused the messages), and those of `omlx_generate`.
 omlx_status omlx_render_template(
     omlx_pool *pool,
     const char *request_json,
     size_t request_len,
+    int32_t lenient,
     omlx_string **text,
     omlx_error **error);
 
@@ -979,6 +990,10 @@ typedef struct omlx_cache_limits {
 /// Errors: `OMLX_E_INVALID_ARGUMENT` (`hot_bytes` and `hot_percent` at once, or more than 100 percent),
 /// `OMLX_E_UNSUPPORTED` (limits on files without a `cache_dir`).
 omlx_status omlx_cache_set_limits(omlx_pool *pool, const omlx_cache_limits *limits, omlx_error **error);
+
+/// The limits that hold, in bytes: `hot_percent` is 0, `cold_bytes` without a `cache_dir` too, and `cold_bytes_per_model` is
+/// `UINT64_MAX` where there is none. `limits` starts from `OMLX_CACHE_LIMITS_INIT`.
+omlx_status omlx_cache_get_limits(omlx_pool *pool, omlx_cache_limits *limits, omlx_error **error);
 
 /// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor
 /// `omlx_cache_clear` take its place. With a `cache_dir` it is kept there too, and comes back with the model; without one

@@ -19,7 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "mlx", "nn", "text", "weights"]),
     ("sampling", &["error", "kernels", "mlx"]),
-    ("text", &["error", "panics"]),
+    ("text", &["error", "panics", "sync"]),
     (
         "engine",
         &[

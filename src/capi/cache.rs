@@ -207,6 +207,30 @@ pub unsafe extern "C" fn omlx_cache_set_limits(
     })
 }
 
+/// The limits that hold, in bytes: `hot_percent` is 0, `cold_bytes` without a `cache_dir` too, and `cold_bytes_per_model` is
+/// `UINT64_MAX` where there is none. `limits` starts from `OMLX_CACHE_LIMITS_INIT`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_cache_get_limits(
+    pool: *mut omlx_pool,
+    limits: *mut omlx_cache_limits,
+    error: *mut *mut omlx_error,
+) -> Status {
+    boundary(error, || {
+        let limits = output(limits, "limits")?;
+        // SAFETY: NULL or valid, by the header's contract.
+        let pool = unsafe { borrow(pool, "pool") }?;
+        let now = pool.pool.cache_limits();
+        let now = omlx_cache_limits {
+            hot_bytes: now.hot.unwrap_or(0),
+            cold_bytes: now.cold.unwrap_or(0),
+            cold_bytes_per_model: now.cold_per_model.unwrap_or(u64::MAX),
+            ..omlx_cache_limits::default()
+        };
+        // SAFETY: not NULL, and the struct begins with its size.
+        unsafe { super::write_sized(limits, now, "limits") }
+    })
+}
+
 /// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor
 /// `omlx_cache_clear` take its place. With a `cache_dir` it is kept there too, and comes back with the model; without one
 /// it goes with it. `tokens`, which may be NULL, receives for how many tokens; run the

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::callback::{UserData, omlx_destroy_fn, omlx_progress_fn};
 use super::request::MAX_WAIT_MS;
-use super::{borrow, boundary, bytes, omlx_error, omlx_pool, omlx_string, output};
+use super::{SizedOptions, borrow, boundary, bytes, omlx_error, omlx_pool, omlx_string, output};
 use crate::error::{Error, Status};
 use crate::hub::{Download, DownloadRequest, OnProgress, Progress, State};
 
@@ -66,6 +66,11 @@ impl Default for omlx_download_progress {
             retries: 0,
         }
     }
+}
+
+// SAFETY: repr(C), the size comes first, and every other field is an integer.
+unsafe impl SizedOptions for omlx_download_progress {
+    const MIN_SIZE: usize = size_of::<Self>();
 }
 
 impl From<Progress> for omlx_download_progress {
@@ -166,13 +171,7 @@ pub unsafe extern "C" fn omlx_download_status(
         let download = unsafe { borrow(download, "download") }?;
         let current = omlx_download_progress::from(download.download.progress());
         // SAFETY: not NULL, and the struct begins with its size.
-        let size = unsafe { progress.cast::<u32>().read() };
-        if (size as usize) < size_of::<omlx_download_progress>() || size as usize > super::MAX_STRUCT_SIZE {
-            return Err(Error::invalid_argument(format!("progress.struct_size is {size}; use the _INIT macro")));
-        }
-        // SAFETY: the struct has room for all that this library knows.
-        unsafe { progress.write(omlx_download_progress { struct_size: size, ..current }) };
-        Ok(())
+        unsafe { super::write_sized(progress, current, "progress") }
     })
 }
 

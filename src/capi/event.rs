@@ -32,6 +32,9 @@ pub enum omlx_event_kind {
     /// `tool_name` are the same in all pieces of a call, the first of which has no text. `tokens` and `logprobs` as for
     /// text. A call that is malformed or cut off ends early, and its rest is text. Chat requests with tools only.
     ToolCall = 8,
+    /// The prompt begins to be computed: `prompt_tokens` and `cached_tokens` of `usage`, of which the latter may grow until the
+    /// end, where another request computes the same. Before any text, and only for requests that asked for it.
+    Started = 9,
 }
 
 /// Why a request ended.
@@ -123,7 +126,7 @@ pub struct omlx_event {
     pub tool_name: *const c_char,
     /// Details of the failure, NUL-terminated; never NULL.
     pub error_message: *const c_char,
-    /// Filled in the done event.
+    /// Filled in the done event; in the started event as far as it is known.
     pub usage: omlx_usage,
     /// Numbers `[rows, columns]`, row after row, in the order of the request's texts; NULL if there are none.
     pub values: *const f32,
@@ -141,6 +144,9 @@ pub struct omlx_event {
     pub loaded_bytes: u64,
     /// Bytes that there will be; 0 until that is known, and while the model waits for memory.
     pub total_bytes: u64,
+    /// The stop string that ended the answer, NUL-terminated; empty if none did; never NULL. In the done event and at the end
+    /// of one of several answers.
+    pub stop_string: *const c_char,
 }
 
 /// An event in C's form with everything it points to.
@@ -151,8 +157,8 @@ pub(super) struct EventView {
     _logprobs: LogprobView,
     _values: Vec<f32>,
     _order: Vec<u32>,
-    _message: CString,
-    _tool: [CString; 2],
+    /// What most events do not have, and what the event's pointers lead to otherwise.
+    _texts: [Option<CString>; 4],
 }
 
 #[derive(Default)]
@@ -193,12 +199,17 @@ impl EventView {
                 };
                 Self::build(kind, delta, None)
             }
-            Event::ChoiceDone(choice, reason) => {
-                let mut view = Self::build(omlx_event_kind::ChoiceDone, Delta { choice, ..Delta::default() }, None);
-                view.event.finish_reason = finish_reason(reason) as u32;
-                view
+            Event::ChoiceDone(choice, reason, stop) => {
+                // The usage is the request's.
+                let end = Done { reason, stop, error: None, usage: Usage::default() };
+                Self::build(omlx_event_kind::ChoiceDone, Delta { choice, ..Delta::default() }, Some(end))
             }
             Event::Done(done) => Self::build(omlx_event_kind::Done, Delta::default(), Some(done)),
+            Event::Started(prompt_tokens, cached_tokens) => {
+                let mut view = Self::build(omlx_event_kind::Started, Delta::default(), None);
+                view.event.usage = usage(&Usage { prompt_tokens, cached_tokens, ..Usage::default() });
+                view
+            }
             Event::Loading(there, all) => {
                 let mut view = Self::build(omlx_event_kind::Loading, Delta::default(), None);
                 (view.event.loaded_bytes, view.event.total_bytes) = (there, all);
@@ -228,15 +239,19 @@ impl EventView {
     fn build(kind: omlx_event_kind, delta: Delta, done: Option<Done>) -> Self {
         let Delta { choice, kind: delta_kind, text, tokens, logprobs } = delta;
         let (tool_index, tool) = match &delta_kind {
-            DeltaKind::ToolCall(ToolCallPart { index, id, name }) => (*index, [c_string(id), c_string(name)]),
-            DeltaKind::Text | DeltaKind::Reasoning => (0, [CString::default(), CString::default()]),
+            DeltaKind::ToolCall(ToolCallPart { index, id, name }) => (*index, [id.as_str(), name]),
+            DeltaKind::Text | DeltaKind::Reasoning => (0, ["", ""]),
         };
         let logprobs = LogprobView::new(logprobs);
         let text_len = text.len();
         let mut text = text.into_bytes();
         text.push(0);
         let error = done.as_ref().and_then(|done| done.error.as_ref());
-        let message = c_string(error.map_or("", |error| error.message()));
+        let message = error.map_or("", |error| error.message());
+        let stop = done.as_ref().and_then(|done| done.stop.as_deref()).unwrap_or_default();
+        let texts = [tool[0], tool[1], message, stop].map(|text| (!text.is_empty()).then(|| c_string(text)));
+        let [tool_id, tool_name, error_message, stop_string] =
+            texts.each_ref().map(|text| text.as_ref().map_or(c"".as_ptr(), |text| text.as_ptr()));
         let event = omlx_event {
             struct_size: size_of::<omlx_event>() as u32,
             kind: kind as u32,
@@ -250,9 +265,9 @@ impl EventView {
             logprob_count: logprobs.entries.len(),
             status: error.map_or(Status::Ok, |error| error.status()) as i32,
             tool_index: tool_index as u32,
-            tool_id: tool[0].as_ptr(),
-            tool_name: tool[1].as_ptr(),
-            error_message: message.as_ptr(),
+            tool_id,
+            tool_name,
+            error_message,
             usage: done.as_ref().map(|done| usage(&done.usage)).unwrap_or_default(),
             values: std::ptr::null(),
             rows: 0,
@@ -262,6 +277,7 @@ impl EventView {
             truncated: 0,
             loaded_bytes: 0,
             total_bytes: 0,
+            stop_string,
         };
         Self {
             event,
@@ -270,8 +286,7 @@ impl EventView {
             _logprobs: logprobs,
             _values: Vec::new(),
             _order: Vec::new(),
-            _message: message,
-            _tool: tool,
+            _texts: texts,
         }
     }
 

@@ -181,6 +181,25 @@ unsafe fn split_options<T: SizedOptions>(pointer: *const T, name: &str) -> Resul
     Ok((own, newer))
 }
 
+/// Fills a struct of the host, whose first field says how much of it there is, and which keeps that.
+///
+/// # Safety
+/// `out` points to a struct that begins with its size and is valid for it.
+unsafe fn write_sized<T: SizedOptions>(out: *mut T, mut value: T, name: &str) -> Result<()> {
+    // SAFETY: the struct begins with its size.
+    let size = unsafe { out.cast::<u32>().read() };
+    if !(T::MIN_SIZE..=MAX_STRUCT_SIZE).contains(&(size as usize)) {
+        return Err(Error::invalid_argument(format!("{name}.struct_size is {size}; use the _INIT macro")));
+    }
+    let (own, bytes) = ((&raw mut value).cast::<u8>(), size_of::<T>().min(size as usize));
+    // SAFETY: both begin with their size, and have at least so many bytes.
+    unsafe {
+        own.cast::<u32>().write(size);
+        std::ptr::copy_nonoverlapping(own, out.cast::<u8>(), bytes);
+    }
+    Ok(())
+}
+
 /// What C hosts expect of an empty array: NULL instead of Rust's dangling pointer.
 fn array_pointer<T>(array: &[T]) -> *const T {
     if array.is_empty() { std::ptr::null() } else { array.as_ptr() }

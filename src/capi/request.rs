@@ -1,10 +1,11 @@
 //! `omlx_request`: a running request.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::{CString, c_char, c_void};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::callback::{self, UserData, omlx_destroy_fn, omlx_event_fn, omlx_wake_fn};
+use super::error::c_string;
 use super::event::EventView;
 use super::pool::Dispatcher;
 use super::{SizedOptions, borrow, boundary, bytes, omlx_error, omlx_event, omlx_pool, output, split_options};
@@ -32,8 +33,8 @@ pub struct omlx_generate_options {
     pub destroy: omlx_destroy_fn,
     /// Not 0: the events begin with `OMLX_EVENT_KIND_LOADING` while the model is being loaded.
     pub loading_events: u32,
-    /// Reserved, zero.
-    pub reserved: u32,
+    /// Not 0: there is an `OMLX_EVENT_KIND_STARTED` before the first text. Not for texts that are encoded.
+    pub started_event: u32,
 }
 
 impl Default for omlx_generate_options {
@@ -45,7 +46,7 @@ impl Default for omlx_generate_options {
             user_data: std::ptr::null_mut(),
             destroy: None,
             loading_events: 0,
-            reserved: 0,
+            started_event: 0,
         }
     }
 }
@@ -61,6 +62,7 @@ pub struct omlx_request {
     /// The event that the host reads in the pull form.
     current: Mutex<Option<Box<EventView>>>,
     pull: bool,
+    model: CString,
 }
 
 impl Drop for omlx_request {
@@ -124,6 +126,7 @@ pub unsafe extern "C" fn omlx_generate(
             start(pool, request_json, request_len, options, request, |pool, json, options| {
                 let mut request = Request::from_json(json, options.lenient != 0)?;
                 request.tells_loading = options.loading_events != 0;
+                request.tells_start = options.started_event != 0;
                 pool.generate(request)
             })
         }
@@ -159,7 +162,8 @@ pub(super) unsafe fn start(
         spawn_dispatcher(Arc::clone(&state), callback, user_data, dispatcher)?;
     }
     if !request.is_null() {
-        let handle = omlx_request { state, current: Mutex::default(), pull: options.callback.is_none() };
+        let (model, pull) = (c_string(state.model()), options.callback.is_none());
+        let handle = omlx_request { state, current: Mutex::default(), pull, model };
         // SAFETY: not NULL.
         unsafe { request.write(Arc::into_raw(Arc::new(handle)).cast_mut()) };
     }
@@ -213,6 +217,14 @@ fn deliver(event: Event, callback: EventCallback, user_data: &UserData) -> i32 {
     let view = EventView::new(event);
     // SAFETY: the host's function with its own data; the view outlives the call.
     unsafe { callback(user_data.pointer(), view.as_ptr()) }
+}
+
+/// Id of the model that answers a request: as in `omlx_pool_models`, also where the request had an alias or none. Alive as
+/// long as the request; "" for NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn omlx_request_model(request: *const omlx_request) -> *const c_char {
+    // SAFETY: NULL or a live handle, by the header's contract.
+    unsafe { request.as_ref() }.map_or(c"".as_ptr(), |request| request.model.as_ptr())
 }
 
 /// Waits `timeout_ms` milliseconds for the next event of a request without callback; 0 never waits, a negative timeout

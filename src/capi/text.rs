@@ -116,8 +116,8 @@ pub unsafe extern "C" fn omlx_detokenize(
     })
 }
 
-/// The prompt that a chat template makes of a request, which is JSON as for `omlx_generate`, with "messages". Blocking
-/// while the tokenizer is read.
+/// The prompt that a chat template makes of a request, which is JSON as for `omlx_generate`, with "messages"; `lenient` as in
+/// `omlx_generate_options`. Blocking while the tokenizer is read.
 ///
 /// Errors: `OMLX_E_TEMPLATE` (the template failed or refused the messages), and those of `omlx_generate`.
 #[unsafe(no_mangle)]
@@ -125,6 +125,7 @@ pub unsafe extern "C" fn omlx_render_template(
     pool: *mut omlx_pool,
     request_json: *const c_char,
     request_len: usize,
+    lenient: i32,
     text: *mut *mut omlx_string,
     error: *mut *mut omlx_error,
 ) -> Status {
@@ -132,7 +133,7 @@ pub unsafe extern "C" fn omlx_render_template(
         output(text, "text")?;
         // SAFETY: NULL or valid, by the header's contract.
         let (pool, json) = unsafe { (borrow(pool, "pool")?, bytes(request_json.cast(), request_len, "request_json")?) };
-        let request = Request::from_json(json, false)?;
+        let request = Request::from_json(json, lenient != 0)?;
         omlx_string::write(pool.pool.render(&request)?, text)
     })
 }

@@ -102,6 +102,11 @@ impl AnswerText {
         pieces
     }
 
+    /// The stop string that ended it.
+    pub fn stopped_by(&self) -> Option<&str> {
+        self.stop.matched_text()
+    }
+
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.model.tokenizer().ok()

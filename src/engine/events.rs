@@ -104,6 +104,8 @@ pub struct Usage {
 pub struct Done {
     /// Why it ended.
     pub reason: FinishReason,
+    /// The stop string that ended it; of several answers, the last one.
+    pub stop: Option<String>,
     /// Set exactly when `reason` is `Error` or `Cancelled`.
     pub error: Option<Error>,
     /// Counts and times.
@@ -117,7 +119,7 @@ impl Done {
             Status::Cancelled => FinishReason::Cancelled,
             _ => FinishReason::Error,
         };
-        Self { reason, error: Some(error), usage }
+        Self { reason, stop: None, error: Some(error), usage }
     }
 }
 
@@ -151,21 +153,23 @@ pub enum Event {
     /// The model is being loaded: bytes of weights that are there, and that there will be (0 until that is known). Only for
     /// requests that want to know.
     Loading(u64, u64),
+    /// The prompt begins to be computed: its tokens, and those of them that a cache has. Only for requests that want to know.
+    Started(usize, usize),
     /// What an embedding model computed.
     Embeddings(Embeddings),
     /// What a reranker computed.
     Scores(Scores),
     /// Text and tokens.
     Delta(Delta),
-    /// The end of one of several answers, and why; not sent for the only one.
-    ChoiceDone(usize, FinishReason),
+    /// The end of one of several answers, why, and by which stop string; not sent for the only one.
+    ChoiceDone(usize, FinishReason, Option<String>),
     /// The end; nothing follows.
     Done(Done),
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// At most one word on loading, one end for each answer, one result and one done. Unread deltas merge, so that each answer
+    /// At most one word on loading, one start, one end for each answer, one result and one done. Unread deltas merge, so that each answer
     /// has one more only where text, reasoning and calls meet.
     events: VecDeque<Event>,
     unread_tokens: usize,
@@ -173,6 +177,8 @@ struct Queue {
     loaded: u64,
     /// A done event was queued.
     ended: bool,
+    /// Threads that wait for an event: without any, telling them would cost a call of the system for each token.
+    readers: usize,
 }
 
 /// Called when an event becomes available to a queue that was empty.
@@ -183,6 +189,7 @@ pub(super) type Nudge = Box<dyn Fn() + Send>;
 
 /// The two ends of a request: the host reads events and cancels, the engine writes through an [`EventSink`].
 pub struct RequestState {
+    model: Arc<str>,
     accepted: Instant,
     queue: Mutex<Queue>,
     available: Condvar,
@@ -199,9 +206,10 @@ impl std::fmt::Debug for RequestState {
 }
 
 impl RequestState {
-    /// A new request and its only writer; `failure` is the engine's reason cell, and `in_use` ends with the request.
-    pub fn new(failure: Failure, in_use: InUse) -> (Arc<Self>, EventSink) {
+    /// A new request to `model` and its only writer; `failure` is the engine's reason cell, and `in_use` ends with the request.
+    pub fn new(model: Arc<str>, failure: Failure, in_use: InUse) -> (Arc<Self>, EventSink) {
         let state = Arc::new(Self {
+            model,
             accepted: Instant::now(),
             queue: Mutex::default(),
             available: Condvar::new(),
@@ -210,6 +218,11 @@ impl RequestState {
             worker: Mutex::default(),
         });
         (Arc::clone(&state), EventSink { state, failure, in_use: Some(in_use) })
+    }
+
+    /// Id of the model that answers.
+    pub fn model(&self) -> &str {
+        &self.model
     }
 
     /// When the request was accepted.
@@ -248,16 +261,18 @@ impl RequestState {
             if queue.ended {
                 return Err(Status::Closed);
             }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(Status::Timeout);
+            }
+            queue.readers += 1;
             queue = match deadline {
                 None => self.available.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner()),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(Status::Timeout);
-                    }
                     self.available.wait_timeout(queue, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0
                 }
             };
+            queue.readers -= 1;
         }
     }
 
@@ -296,7 +311,7 @@ impl RequestState {
     }
 
     fn push(&self, event: Event) {
-        let was_empty = {
+        let (was_empty, readers) = {
             let mut queue = lock(&self.queue);
             let was_empty = queue.events.is_empty();
             match event {
@@ -319,15 +334,19 @@ impl RequestState {
                     queue.events.retain(|event| !matches!(event, Event::Loading(..)));
                     queue.events.push_back(event);
                 }
-                Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => queue.events.push_back(event),
+                Event::Started(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {
+                    queue.events.push_back(event);
+                }
                 Event::Done(done) => {
                     queue.ended = true;
                     queue.events.push_back(Event::Done(done));
                 }
             }
-            was_empty
+            (was_empty, queue.readers)
         };
-        self.available.notify_all();
+        if readers > 0 {
+            self.available.notify_all();
+        }
         if was_empty {
             // Called without the lock held: it may be replaced from within.
             let wake = lock(&self.wake).clone();
@@ -438,6 +457,13 @@ impl ChoiceSink {
         lock(&self.shared.open).sink.is_none()
     }
 
+    /// Tells that the prompt begins.
+    pub fn start(&self, prompt_tokens: usize, cached_tokens: usize) {
+        if let Some(sink) = &lock(&self.shared.open).sink {
+            sink.send(Event::Started(prompt_tokens, cached_tokens));
+        }
+    }
+
     /// Sends a piece of the answer.
     pub fn delta(&self, delta: Delta) {
         if let Some(sink) = &lock(&self.shared.open).sink {
@@ -445,8 +471,8 @@ impl ChoiceSink {
         }
     }
 
-    /// Ends the answer.
-    pub fn finish(self, end: Result<FinishReason, Error>, usage: Usage) {
+    /// Ends the answer; `stop` is the stop string that did.
+    pub fn finish(self, end: Result<FinishReason, Error>, stop: Option<String>, usage: Usage) {
         let mut open = lock(&self.shared.open);
         open.left -= 1;
         open.usage.add(&usage);
@@ -456,12 +482,12 @@ impl ChoiceSink {
             Err(error) => Done::failed(error, usage),
             Ok(reason) => {
                 if let Some(sink) = open.sink.as_ref().filter(|_| self.shared.count > 1) {
-                    sink.state.push(Event::ChoiceDone(self.choice, reason));
+                    sink.state.push(Event::ChoiceDone(self.choice, reason, stop.clone()));
                 }
                 if !last {
                     return;
                 }
-                Done { reason, error: None, usage }
+                Done { reason, stop, error: None, usage }
             }
         };
         let sink = open.sink.take();

@@ -268,9 +268,12 @@ impl EngineText {
     }
 
     /// How answers to a chat are read; other answers are text.
-    fn answer(&self, input: &Input, prompt: Option<&str>) -> Option<AnswerPlan> {
-        let (Input::Chat(chat), Some(prompt), Some(model)) = (input, prompt, &self.model) else { return None };
-        let settings = AnswerSettings::new(model.answer_format(), chat.tools.as_ref(), prompt);
+    fn answer(&self, request: &Request, prompt: Option<&str>) -> Option<AnswerPlan> {
+        let (Input::Chat(chat), Some(prompt), Some(model)) = (&request.input, prompt, &self.model) else { return None };
+        // Held to JSON, an answer cannot call: what looks like a call is what was asked for.
+        let is_json = matches!(request.constraint, Some(Constraint::JsonSchema(_) | Constraint::JsonObject));
+        let tools = chat.tools.as_ref().filter(|_| !is_json || chat.tool_choice != ToolChoice::Auto);
+        let settings = AnswerSettings::new(model.answer_format(), tools, prompt);
         AnswerPlan::new(model, settings, chat.parallel_tool_calls, fresh_seed())
     }
 
@@ -293,6 +296,7 @@ impl EngineText {
             Ok(guide) => guide,
             Err(error) => return Err((error, sink)),
         };
+        let answer = self.answer(&request, text.as_deref());
         let defaults = &self.defaults;
         let room = context - prompt.len();
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
@@ -325,10 +329,11 @@ impl EngineText {
             stop_tokens,
             stop,
             guide,
-            answer: self.answer(&request.input, text.as_deref()),
+            answer,
             ticket: None,
             choices: request.choices,
             priority: request.priority,
+            tells_start: request.tells_start,
             sink,
         })
     }

@@ -141,6 +141,8 @@ enum Phase {
 /// State shared by an engine's handle and its threads.
 #[derive(Debug)]
 struct Shared {
+    /// Of the model.
+    id: Arc<str>,
     phase: Mutex<Phase>,
     changed: Condvar,
     failure: Failure,
@@ -214,8 +216,8 @@ impl Loading {
 
 impl Shared {
     /// The model is loaded.
-    fn ready(&self, id: &str, info: LoadedInfo) {
-        tracing::info!(model = id, weight_bytes = info.weight_bytes, seconds = info.load_seconds, "loaded");
+    fn ready(&self, info: LoadedInfo) {
+        tracing::info!(model = &*self.id, weight_bytes = info.weight_bytes, seconds = info.load_seconds, "loaded");
         self.activity.touch();
         self.loading.complete();
         self.set(Phase::Ready(info));
@@ -296,6 +298,7 @@ impl Engine {
     /// Starts the engine's threads; the model loads on them, and requests may be submitted at once.
     pub fn start(options: EngineOptions) -> Result<Self> {
         let shared = Arc::new(Shared {
+            id: options.id.as_str().into(),
             phase: Mutex::new(Phase::Loading),
             changed: Condvar::new(),
             failure: Arc::new(OnceLock::new()),
@@ -405,7 +408,11 @@ impl Engine {
 
     fn accept<R>(&self, intake: &Sender<Message<R>>, request: R, tells_loading: bool) -> Result<Arc<RequestState>> {
         let ticket = self.shared.queue.enter()?;
-        let (state, sink) = RequestState::new(Arc::clone(&self.shared.failure), self.shared.activity.enter());
+        let (state, sink) = RequestState::new(
+            Arc::clone(&self.shared.id),
+            Arc::clone(&self.shared.failure),
+            self.shared.activity.enter(),
+        );
         if tells_loading && self.loaded().is_none() {
             self.shared.loading.tell(&state);
         }

@@ -126,6 +126,8 @@ pub struct Request {
     pub context_limit: Option<usize>,
     /// Whether its events tell how far the model is loaded. Not part of the JSON.
     pub tells_loading: bool,
+    /// Whether they tell when the prompt begins to be computed, and how much of it was cached. Not part of the JSON.
+    pub tells_start: bool,
 }
 
 /// Keys of a request that a model may have defaults for.
@@ -350,6 +352,7 @@ impl RawRequest {
             priority: self.priority.unwrap_or_default(),
             context_limit: None,
             tells_loading: false,
+            tells_start: false,
             model: self.model.clone(),
             input: self.input()?,
         })

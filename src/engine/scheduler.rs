@@ -443,6 +443,7 @@ impl Scheduler {
             (StepInput::Unread, start, start + 1)
         };
         self.blocks.extend(table, start, end, &mut plan.copies).map_err(|_| Refused::NoBlocks)?;
+        self.running[at].tell_start();
         let samples = share.whole && self.complete(at, table, end);
         let tables = (0..self.blocks.groups()).map(|group| table.blocks(group).collect()).collect();
         Ok(Run { sequence: self.running[at].id, input, start, samples, tables })

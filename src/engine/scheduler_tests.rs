@@ -179,7 +179,7 @@ impl Machine {
         priority: Priority,
         guided: Guided,
     ) -> usize {
-        let (state, sink) = RequestState::new(Default::default(), Activity::new().enter());
+        let (state, sink) = RequestState::new("m".into(), Default::default(), Activity::new().enter());
         let prepared = Prepared {
             prompt: prompt.clone(),
             max_tokens,
@@ -191,6 +191,7 @@ impl Machine {
             ticket: None,
             choices,
             priority,
+            tells_start: false,
             sink,
         };
         for sequence in Sequence::of_request(self.next_id, prepared, None, Instant::now()) {
@@ -367,8 +368,8 @@ impl Machine {
         let done = loop {
             match asked.state.next(Some(Duration::ZERO)) {
                 Ok(Event::Delta(delta)) => answers[delta.choice].extend(delta.tokens),
-                Ok(Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_)) => {}
                 Ok(Event::Done(done)) => break done,
+                Ok(_) => {}
                 Err(status) => return Err(TestCaseError::fail(format!("no done event: {status:?}"))),
             }
         };

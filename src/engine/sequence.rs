@@ -40,6 +40,8 @@ pub struct Prepared {
     pub choices: usize,
     /// Before whom it runs.
     pub priority: Priority,
+    /// Whether its events tell when it begins.
+    pub tells_start: bool,
     /// Where the events go.
     pub sink: EventSink,
 }
@@ -65,6 +67,8 @@ pub struct Sequence {
     reached: usize,
     /// Its place in the queue, until it runs.
     pub(super) ticket: Option<QueueTicket>,
+    /// The host is still to be told that the prompt has begun: by the first of its answers.
+    untold: bool,
     /// Its blocks, while it has any.
     pub(super) table: Option<Table>,
     sampling: SamplingParams,
@@ -102,6 +106,7 @@ impl Sequence {
             mut ticket,
             choices,
             priority,
+            tells_start,
             sink,
         } = prepared;
         let sinks = ChoiceSink::of(sink, choices).into_iter().enumerate();
@@ -118,6 +123,7 @@ impl Sequence {
                 cached: 0,
                 reached: 0,
                 ticket: if choice == 0 { ticket.take() } else { None },
+                untold: tells_start && choice == 0,
                 table: None,
                 // Answers differ, and the first is the one that a request for a single answer gets.
                 sampling: SamplingParams { seed: sampling.seed.wrapping_add(choice as u64), ..sampling.clone() },
@@ -195,6 +201,13 @@ impl Sequence {
         samples
     }
 
+    /// Tells the host that it begins, if it is to be told.
+    pub fn tell_start(&mut self) {
+        if std::mem::take(&mut self.untold) {
+            self.sink.start(self.prompt_len, self.cached);
+        }
+    }
+
     /// What is computed again later counts neither as new nor as cached.
     fn reach(&mut self) {
         self.reached = self.reached.max(self.computed);
@@ -266,7 +279,8 @@ impl Sequence {
                 _ => reason,
             }
         });
-        self.sink.finish(end, usage);
+        let stop = self.text.as_ref().and_then(AnswerText::stopped_by).map(str::to_owned);
+        self.sink.finish(end, stop, usage);
     }
 
     fn usage(&self) -> Usage {

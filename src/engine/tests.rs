@@ -42,7 +42,6 @@ fn finish(state: &RequestState) -> (Vec<u32>, Done) {
     loop {
         match state.next(Some(deadline - Instant::now())).expect("an event") {
             Event::Delta(delta) => tokens.extend(delta.tokens),
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => {
                 assert_eq!(
                     state.next(Some(Duration::ZERO)),
@@ -51,6 +50,7 @@ fn finish(state: &RequestState) -> (Vec<u32>, Done) {
                 );
                 return (tokens, done);
             }
+            _ => {}
         }
     }
 }
@@ -351,7 +351,7 @@ fn a_reader_that_sleeps_pauses_its_sequence_and_loses_nothing() {
 
 #[test]
 fn unread_pieces_merge_with_the_last_of_their_kind_only() {
-    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
+    let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
     let call = |index| DeltaKind::ToolCall(ToolCallPart { index, id: format!("id{index}"), name: "f".into() });
     let pieces = [
         (0, DeltaKind::Reasoning, "a"),
@@ -385,11 +385,11 @@ fn unread_pieces_merge_with_the_last_of_their_kind_only() {
 
 #[test]
 fn a_lost_sink_still_ends_its_request() {
-    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
+    let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
     drop(sink);
     assert_eq!(finish(&state).1.error.map(|e| e.status()), Some(Status::Internal));
-    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
-    sink.done(Done { reason: FinishReason::Stop, error: None, usage: Usage::default() });
+    let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
+    sink.done(Done { reason: FinishReason::Stop, stop: None, error: None, usage: Usage::default() });
     assert_eq!(finish(&state).1.reason, FinishReason::Stop);
 }
 
@@ -403,7 +403,7 @@ fn the_wake_function_is_called_for_new_and_for_waiting_events() {
             calls.fetch_add(1, Ordering::SeqCst);
         }))
     };
-    let (state, sink) = RequestState::new(Failure::default(), Activity::new().enter());
+    let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
     state.set_wake(wake(&calls));
     sink.delta(Delta { text: "a".into(), ..Delta::default() });
     sink.delta(Delta { text: "b".into(), ..Delta::default() });

@@ -173,7 +173,7 @@ fn serve(
     };
     // Whoever asks a loaded engine learns the size of its blocks.
     worker.publish();
-    shared.ready(&options.id, info);
+    shared.ready(info);
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
     worker.end_restores();
     if outcome.is_ok() {

@@ -60,6 +60,11 @@ impl EnginePool {
         Ok(freed)
     }
 
+    /// The limits of the tiers.
+    pub fn cache_limits(&self) -> TierLimits {
+        TierLimits::of(&self.tiers)
+    }
+
     /// Changes limits of the tiers; what is beyond them goes.
     pub fn set_cache_limits(&self, limits: TierLimits) -> Result<()> {
         let memory = lock(&self.shared.reading).total;

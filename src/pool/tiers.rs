@@ -94,6 +94,17 @@ fn hot_limit(bytes: Option<u64>, percent: Option<u32>, memory: u64) -> Result<Op
 }
 
 impl TierLimits {
+    /// Those that hold; `cold_per_model` is `None` where there is none.
+    pub(super) fn of(tiers: &Tiers) -> Self {
+        let cold = tiers.cold.as_ref().map(|cold| cold.tier.options());
+        Self {
+            hot: Some(tiers.hot.limit()),
+            hot_percent: None,
+            cold: cold.as_ref().map(|options| options.limit),
+            cold_per_model: cold.and_then(|options| options.model_quota),
+        }
+    }
+
     /// Sets them, where the host has `memory` bytes; what is beyond them goes.
     pub(super) fn apply(self, tiers: &Tiers, memory: u64) -> Result<()> {
         if let Some(bytes) = hot_limit(self.hot, self.hot_percent, memory)? {

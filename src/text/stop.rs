@@ -5,6 +5,7 @@
 //! withheld, so what is emitted does not depend on how the text was cut into pieces.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
@@ -29,6 +30,8 @@ pub struct StopMatcher {
     /// Text seen but not released; always `nodes[state].depth` bytes between calls.
     held: VecDeque<u8>,
     matched: Option<usize>,
+    /// The stop strings.
+    stops: Arc<[String]>,
 }
 
 /// A state of the automaton: one prefix of at least one stop string.
@@ -69,7 +72,8 @@ impl StopMatcher {
             nodes[state].output.get_or_insert((index, stop.len()));
         }
         link(&mut nodes);
-        Ok(Self { nodes, state: 0, held: VecDeque::new(), matched: None })
+        let stops = stops.iter().map(|stop| stop.as_ref().to_owned()).collect();
+        Ok(Self { nodes, state: 0, held: VecDeque::new(), matched: None, stops })
     }
 
     /// Takes the next piece of text and releases what is now safe.
@@ -100,6 +104,11 @@ impl StopMatcher {
     /// Index of the stop string found so far.
     pub fn matched(&self) -> Option<usize> {
         self.matched
+    }
+
+    /// The stop string found so far.
+    pub fn matched_text(&self) -> Option<&str> {
+        self.stops.get(self.matched?).map(String::as_str)
     }
 
     /// The automaton's transition; amortised constant time, because every failure link shortens the state.

@@ -100,7 +100,7 @@ fn something(parameter: &Parameter) -> String {
         "omlx_request *" => "request",
         "const omlx_pool_options *" => "&pool_options",
         "const omlx_generate_options *" => "&generate_options",
-        "const omlx_cache_limits *" => "&cache_limits",
+        "const omlx_cache_limits *" | "omlx_cache_limits *" => "&cache_limits",
         "omlx_download *" => "download",
         "omlx_download_progress *" => "&progress",
         "const uint32_t *" => "tokens",

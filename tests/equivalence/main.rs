@@ -81,7 +81,11 @@ fn read(state: &RequestState, choices: usize, most: usize) -> (Vec<Vec<u32>>, bo
                     state.cancel();
                 }
             }
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => match done.error {
                 None => return (answers, false),
                 Some(error) if error.status() == Status::Cancelled => return (answers, true),

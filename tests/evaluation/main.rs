@@ -164,7 +164,11 @@ fn answer(request: &RequestState) -> String {
     loop {
         match request.next(PATIENCE).expect("an event") {
             Event::Delta(delta) => text.push_str(&delta.text),
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => {
                 assert_eq!(done.error, None);
                 return text.trim().to_owned();

@@ -112,7 +112,13 @@ pub fn answer_with_usage(state: &Arc<RequestState>) -> Result<Option<(Vec<u32>, 
     loop {
         match state.next(PATIENCE) {
             Ok(Event::Delta(delta)) => tokens.extend(delta.tokens),
-            Ok(Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_)) => {}
+            Ok(
+                Event::Loading(..)
+                | Event::Started(..)
+                | Event::ChoiceDone(..)
+                | Event::Embeddings(_)
+                | Event::Scores(_),
+            ) => {}
             Ok(Event::Done(done)) => {
                 return match done.error {
                     None => Ok(Some((tokens, done.usage))),

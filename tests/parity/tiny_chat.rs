@@ -34,7 +34,11 @@ fn answer(state: &Arc<RequestState>) -> (String, Vec<u32>, FinishReason) {
                 text.push_str(&delta.text);
                 tokens.extend(delta.tokens);
             }
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => {
                 assert_eq!(done.error, None);
                 assert_eq!(calls, usize::from(done.reason == FinishReason::ToolCalls));

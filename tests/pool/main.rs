@@ -51,7 +51,11 @@ fn read(state: &RequestState) -> Result<Vec<u32>, Error> {
     loop {
         match state.next(PATIENCE).expect("an event") {
             Event::Delta(delta) => tokens.extend(delta.tokens),
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => return done.error.map_or(Ok(tokens), Err),
         }
     }

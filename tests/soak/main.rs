@@ -95,7 +95,12 @@ fn play(pool: &EnginePool, seed: u64, counts: &Counts) {
             state.cancel();
         }
         match state.next(PATIENCE).unwrap_or_else(|status| panic!("{status:?} instead of an event: {body}")) {
-            Event::Loading(..) | Event::Delta(_) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::Delta(_)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => {
                 counts.done.fetch_add(1, Relaxed);
                 match done.error {

@@ -59,8 +59,8 @@ fn finish(state: &RequestState, choices: usize) -> (Vec<Answer>, Done) {
                 }
                 answer.tokens.extend(delta.tokens);
             }
-            Event::ChoiceDone(choice, reason) => answers[choice].reason = Some(reason),
-            Event::Loading(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::ChoiceDone(choice, reason, _) => answers[choice].reason = Some(reason),
+            Event::Loading(..) | Event::Started(..) | Event::Embeddings(_) | Event::Scores(_) => {}
             Event::Done(done) => {
                 if choices == 1 {
                     answers[0].reason = Some(done.reason);

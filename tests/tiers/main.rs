@@ -69,7 +69,11 @@ fn answer(pool: &EnginePool, body: &Value) -> (Vec<u32>, String, Usage) {
                 tokens.extend(delta.tokens);
                 text += &delta.text;
             }
-            Event::Loading(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {}
+            Event::Loading(..)
+            | Event::Started(..)
+            | Event::ChoiceDone(..)
+            | Event::Embeddings(_)
+            | Event::Scores(_) => {}
             Event::Done(done) => match done.error {
                 None => return (tokens, text, done.usage),
                 Some(error) => panic!("{error}"),

@@ -30,8 +30,8 @@ impl std::ops::BitOr for Tiers {
     }
 }
 
-/// Limits that can change while a pool is open; 0 leaves one as it is.
-#[derive(Debug, Clone, Copy, Default)]
+/// Limits that can change while a pool is open; 0 leaves one as it is, or says that there is none of the kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the header describes the fields by these names")]
 pub struct CacheLimits {
     pub hot_percent: u32,
@@ -90,6 +90,21 @@ impl Pool {
         };
         // SAFETY: the pool and the limits live for the call.
         check(|error| unsafe { ffi::omlx_cache_set_limits(self.pointer(), &limits, error) })
+    }
+
+    /// The limits that hold, in bytes.
+    pub fn cache_limits(&self) -> Result<CacheLimits> {
+        let mut limits = ffi::omlx_cache_limits {
+            struct_size: size_of::<ffi::omlx_cache_limits>() as u32,
+            hot_percent: 0,
+            hot_bytes: 0,
+            cold_bytes: 0,
+            cold_bytes_per_model: 0,
+        };
+        // SAFETY: the pool and the limits live for the call.
+        check(|error| unsafe { ffi::omlx_cache_get_limits(self.pointer(), &mut limits, error) })?;
+        let ffi::omlx_cache_limits { hot_percent, hot_bytes, cold_bytes, cold_bytes_per_model, .. } = limits;
+        Ok(CacheLimits { hot_percent, hot_bytes, cold_bytes, cold_bytes_per_model })
     }
 
     /// Keeps what is cached of the beginning of a request's prompt; returns its tokens. Blocking.

@@ -10,14 +10,16 @@ use crate::text::slice;
 pub enum Event {
     /// Bytes of the model's weights that are there, and that there will be (0 until that is known).
     Loading(u64, u64),
+    /// The prompt begins to be computed: its tokens, and those of them that a cache has.
+    Started(u64, u64),
     /// A piece of the answer.
     Text(Piece),
     /// A piece of what the model thought before it.
     Reasoning(Piece),
     /// A piece of a tool call's arguments.
     ToolCall(ToolCall),
-    /// The end of one of several answers: which, and why.
-    ChoiceDone(usize, FinishReason),
+    /// The end of one of several answers: which, why, and by which stop string.
+    ChoiceDone(usize, FinishReason, Option<String>),
     /// The vectors of texts.
     Embeddings(Embeddings),
     /// The scores of documents.
@@ -129,6 +131,8 @@ pub struct Scores {
 pub struct Done {
     /// Why.
     pub reason: FinishReason,
+    /// The stop string that ended the answer.
+    pub stop: Option<String>,
     /// Set if it failed or was cancelled.
     pub error: Option<Error>,
     /// Counts and times.
@@ -153,8 +157,9 @@ impl Event {
                     name: text(event.tool_name),
                 }),
                 ffi::OMLX_EVENT_KIND_CHOICE_DONE => {
-                    Self::ChoiceDone(event.choice as usize, reason(event.finish_reason))
+                    Self::ChoiceDone(event.choice as usize, reason(event.finish_reason), stop_string(event))
                 }
+                ffi::OMLX_EVENT_KIND_STARTED => Self::Started(event.usage.prompt_tokens, event.usage.cached_tokens),
                 ffi::OMLX_EVENT_KIND_LOADING => Self::Loading(event.loaded_bytes, event.total_bytes),
                 ffi::OMLX_EVENT_KIND_EMBEDDINGS => Self::Embeddings(Embeddings {
                     values: slice(event.values, event.rows * event.columns).to_vec(),
@@ -169,6 +174,7 @@ impl Event {
                 }),
                 ffi::OMLX_EVENT_KIND_DONE => Self::Done(Done {
                     reason: reason(event.finish_reason),
+                    stop: stop_string(event),
                     error: (event.status != ffi::OMLX_OK)
                         .then(|| Error::new(Status::from_code(event.status), text(event.error_message))),
                     usage: usage(&event.usage),
@@ -184,6 +190,13 @@ impl Event {
 unsafe fn text_of(event: &ffi::omlx_event) -> String {
     // SAFETY: `text` has `text_len` bytes.
     String::from_utf8_lossy(unsafe { slice(event.text.cast::<u8>(), event.text_len) }).into_owned()
+}
+
+/// # Safety
+/// As for [`Event::read`].
+unsafe fn stop_string(event: &ffi::omlx_event) -> Option<String> {
+    // SAFETY: NUL-terminated.
+    Some(unsafe { text(event.stop_string) }).filter(|stop| !stop.is_empty())
 }
 
 /// # Safety

@@ -219,11 +219,12 @@ impl Pool {
         self.text(|pool, text, error| unsafe { ffi::omlx_detokenize(pool, model.pointer(), data, count, text, error) })
     }
 
-    /// The prompt that a chat template makes of a request. Blocking while the tokenizer is read.
-    pub fn render_template(&self, json: &str) -> Result<String> {
-        let (data, len) = (json.as_ptr().cast(), json.len());
+    /// The prompt that a chat template makes of a request; with `lenient` keys that the library does not know are ignored.
+    /// Blocking while the tokenizer is read.
+    pub fn render_template(&self, json: &str, lenient: bool) -> Result<String> {
+        let (data, len, lenient) = (json.as_ptr().cast(), json.len(), lenient.into());
         // SAFETY: the pool and the JSON live for the call.
-        self.text(|pool, text, error| unsafe { ffi::omlx_render_template(pool, data, len, text, error) })
+        self.text(|pool, text, error| unsafe { ffi::omlx_render_template(pool, data, len, lenient, text, error) })
     }
 
     pub(crate) fn pointer(&self) -> *mut ffi::omlx_pool {

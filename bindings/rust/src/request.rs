@@ -4,13 +4,14 @@ use std::ffi::c_void;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::ptr::{NonNull, null, null_mut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures_core::Stream;
 
-use crate::error::{Error, Result, Status, check};
+use crate::error::{Error, Result, Status, check, text};
 use crate::event::Event;
 use crate::ffi;
 
@@ -21,6 +22,8 @@ pub struct RequestOptions {
     pub lenient: bool,
     /// Begin with [`Event::Loading`] while the model is being loaded.
     pub loading_events: bool,
+    /// Tell by [`Event::Started`] when the prompt begins to be computed.
+    pub started_event: bool,
 }
 
 /// A generation, or texts that are encoded. Dropping it cancels it.
@@ -36,13 +39,17 @@ unsafe impl Send for Request {}
 // SAFETY: as above.
 unsafe impl Sync for Request {}
 
-/// Whom to wake when an event comes.
-#[derive(Debug, Default)]
-struct WakeCell(Mutex<Option<Waker>>);
+/// Whom to wake when an event comes, and whether there may be one.
+#[derive(Debug)]
+struct WakeCell {
+    waker: Mutex<Option<Waker>>,
+    /// False if all events have been read and none has come since.
+    ready: AtomicBool,
+}
 
 impl WakeCell {
     fn set(&self, waker: &Waker) {
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
         match &*slot {
             Some(old) if old.will_wake(waker) => {}
             _ => *slot = Some(waker.clone()),
@@ -50,7 +57,8 @@ impl WakeCell {
     }
 
     fn wake(&self) {
-        let waker = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.ready.store(true, Ordering::Release);
+        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -96,19 +104,26 @@ impl Request {
             user_data: null_mut(),
             destroy: None,
             loading_events: options.loading_events.into(),
-            reserved: 0,
+            started_event: options.started_event.into(),
         };
         let mut handle = null_mut();
         // SAFETY: everything is alive for the call.
         check(|error| unsafe { start(pool, json.as_ptr().cast(), json.len(), &options, &mut handle, error) })?;
         let handle = NonNull::new(handle).ok_or_else(|| Error::new(Status::Internal, "no request came back"))?;
-        let request = Self { handle, wake: Arc::default() };
+        let wake = Arc::new(WakeCell { waker: Mutex::default(), ready: AtomicBool::new(true) });
+        let request = Self { handle, wake };
         let cell = Arc::into_raw(Arc::clone(&request.wake)).cast_mut().cast();
         // SAFETY: the request is alive; the cell is given back in `on_destroy`, also when this fails.
         check(|error| unsafe {
             ffi::omlx_request_set_wake(request.handle.as_ptr(), Some(on_wake), cell, Some(on_destroy), error)
         })?;
         Ok(request)
+    }
+
+    /// Id of the model that answers.
+    pub fn model(&self) -> String {
+        // SAFETY: the request is alive, and with it the text.
+        unsafe { text(ffi::omlx_request_model(self.handle.as_ptr())) }
     }
 
     /// The next event; `None` after the done event.
@@ -118,16 +133,19 @@ impl Request {
 
     /// Polls for the next event.
     pub fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        // First without, then again with the waker in place: an event that came between would wake nobody.
-        for registered in [false, true] {
-            match self.fetch(Some(Duration::ZERO)) {
-                Ok(event) => return Poll::Ready(event),
-                Err(error) if error.status != Status::Timeout => return Poll::Ready(None),
-                Err(_) if registered => {}
-                Err(_) => self.wake.set(context.waker()),
+        // In place before looking: an event that came between would wake nobody.
+        self.wake.set(context.waker());
+        if !self.wake.ready.swap(false, Ordering::AcqRel) {
+            return Poll::Pending;
+        }
+        match self.fetch(Some(Duration::ZERO)) {
+            Err(error) if error.status == Status::Timeout => Poll::Pending,
+            outcome => {
+                // There may be more, of which the library does not tell again.
+                self.wake.ready.store(true, Ordering::Release);
+                Poll::Ready(outcome.unwrap_or_default())
             }
         }
-        Poll::Pending
     }
 
     /// Waits for the next event; `None` after the done event. `OMLX_E_TIMEOUT` if none comes in time; without a

@@ -8,7 +8,8 @@ use std::thread::Thread;
 use std::time::Duration;
 
 use omlx_client::{
-    Device, Download, Event, FinishReason, Metrics, Pool, PoolOptions, Request, RequestOptions, Status, Tiers,
+    CacheLimits, Device, Download, Event, FinishReason, Metrics, Pool, PoolOptions, Request, RequestOptions, Status,
+    Tiers,
 };
 use serde_json::{Value, json};
 
@@ -89,6 +90,21 @@ fn answers_come_to_polls_and_to_waits() {
         }
     }
     assert_eq!(waited, text);
+}
+
+#[test]
+fn a_request_tells_its_model_its_start_and_what_stopped_it() {
+    let pool = pool();
+    let json =
+        json!({"messages": [{"role": "user", "content": "What is 12 plus 30?"}], "temperature": 0, "stop": ["42"]});
+    let options = RequestOptions { started_event: true, ..RequestOptions::default() };
+    let mut request = pool.generate(&json.to_string(), options).unwrap();
+    assert_eq!(request.model(), "tiny-chat");
+    let Some(Event::Started(prompt, 0)) = block_on(request.next()) else { panic!("no start") };
+    let (text, done) = block_on(read(request));
+    assert!(!text.contains("42"), "{text}");
+    assert_eq!((done.stop.as_deref(), done.usage.prompt_tokens), (Some("42"), prompt));
+    assert_eq!(block_on(read(start(&pool, &question(40)))).1.stop, None);
 }
 
 #[test]
@@ -179,7 +195,13 @@ fn texts_tokens_and_settings_go_both_ways() {
     let pool = pool();
     let tokens = pool.tokenize(None, "A fox.", false).unwrap();
     assert_eq!(pool.detokenize(Some("tiny-chat"), &tokens).unwrap(), "A fox.");
-    assert!(pool.render_template(&question(1)).unwrap().contains("12 plus 30"));
+    assert!(pool.render_template(&question(1), false).unwrap().contains("12 plus 30"));
+    let foreign = json!({"messages": [{"role": "user", "content": "12 plus 30"}], "store": true}).to_string();
+    assert!(pool.render_template(&foreign, true).unwrap().contains("12 plus 30"));
+    assert_eq!(pool.render_template(&foreign, false).unwrap_err().status, Status::InvalidRequest);
+    pool.set_cache_limits(CacheLimits { hot_bytes: 1 << 20, ..CacheLimits::default() }).unwrap();
+    let limits = CacheLimits { hot_bytes: 1 << 20, cold_bytes_per_model: u64::MAX, ..CacheLimits::default() };
+    assert_eq!(pool.cache_limits().unwrap(), limits);
     pool.configure_model("tiny-chat", r#"{"pinned":true}"#).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&pool.model_settings("tiny-chat").unwrap()).unwrap()["pinned"], true);
     pool.load_model("tiny-chat").unwrap();

@@ -26,7 +26,7 @@ macro_rules! same_layout {
 #[test]
 fn structs_are_the_librarys() {
     same_layout!(omlx_pool_options: struct_size, models_dir, cache_bytes, memory_percent, hub_cache);
-    same_layout!(omlx_generate_options: struct_size, callback, user_data, destroy, loading_events, reserved);
+    same_layout!(omlx_generate_options: struct_size, callback, user_data, destroy, loading_events, started_event);
     same_layout!(omlx_event: kind, text, tokens, logprobs, status, error_message, usage, values, total_bytes);
     same_layout!(omlx_token_logprob: token, logprob, bytes, byte_count, top, top_count);
     same_layout!(omlx_usage: prompt_tokens, completion_tokens, tokens_per_second);

@@ -120,7 +120,7 @@ impl App {
         body: Map<String, Value>,
         start: fn(&Pool, &str, RequestOptions) -> omlx_client::Result<Request>,
     ) -> Result<Request, ApiError> {
-        let options = RequestOptions { lenient: true, loading_events: false };
+        let options = RequestOptions { lenient: true, started_event: true, ..RequestOptions::default() };
         self.with_default_model(body, |app, json| start(&app.pool, json, options)).map(|(_, request)| request)
     }
 

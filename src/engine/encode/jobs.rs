@@ -164,7 +164,7 @@ mod tests {
     use crate::error::Status;
 
     fn job(lengths: &[usize], priority: Priority) -> (Job, Arc<RequestState>) {
-        let (state, sink) = RequestState::new(Arc::new(OnceLock::new()), Activity::new().enter());
+        let (state, sink) = RequestState::new("m".into(), Arc::new(OnceLock::new()), Activity::new().enter());
         let text = |&n: &usize| TextTokens { ids: vec![1; n], types: vec![0; n], truncated: false };
         let texts = lengths.iter().map(text).collect();
         (Job { texts, output: Output::Scores { top: None }, priority, ticket: None, sink }, state)

@@ -96,7 +96,7 @@ fn serve(options: &EngineOptions, inbox: &Receiver<Command>, shared: &Shared, ac
         metrics,
     };
     worker.publish();
-    shared.ready(&options.id, info);
+    shared.ready(info);
     let outcome = panics::catch(|| worker.run(inbox)).and_then(|outcome| outcome);
     let defect = outcome.err().map(|error| error.context(format!("engine {}", options.id)));
     if let Some(error) = &defect {
@@ -295,7 +295,7 @@ impl Worker<'_> {
         match self.model.result(&job.output, rows, truncated) {
             Ok(event) => {
                 job.sink.send(event);
-                job.sink.done(Done { reason: FinishReason::Stop, error: None, usage });
+                job.sink.done(Done { reason: FinishReason::Stop, stop: None, error: None, usage });
             }
             Err(error) => job.sink.fail_with(error, usage),
         }

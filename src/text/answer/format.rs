@@ -135,7 +135,7 @@ impl CallSyntax {
 }
 
 /// What in a chat template tells a format; the first that fits wins.
-static SIGNS: &[(ToolFormat, &[&str])] = &[
+pub(super) static SIGNS: &[(ToolFormat, &[&str])] = &[
     (ToolFormat::Harmony, &["<|channel|>", "<|message|>"]),
     (ToolFormat::Kimi, &["<|tool_call_begin|>"]),
     (ToolFormat::DeepSeekDsml, &["｜DSML｜"]),
@@ -210,31 +210,6 @@ impl AnswerFormat {
 }
 
 impl ToolFormat {
-    /// All of them.
-    pub const ALL: [Self; 18] = {
-        use ToolFormat::*;
-        [
-            Hermes,
-            Qwen,
-            Seed,
-            Glm,
-            MiniMax,
-            DeepSeekDsml,
-            DeepSeek,
-            DeepSeekV31,
-            Kimi,
-            MistralArray,
-            Mistral,
-            Llama,
-            Pythonic,
-            Lfm2,
-            ToolCode,
-            FunctionGemma,
-            Gemma,
-            Harmony,
-        ]
-    };
-
     /// How calls are written, for parsers and for grammars.
     pub fn syntax(self) -> &'static CallSyntax {
         match self {

@@ -142,10 +142,8 @@ impl SectionReader {
             Head::Kimi => {
                 let name = head.strip_prefix("functions.").unwrap_or(head);
                 let index = |index: &str| !index.is_empty() && index.chars().all(|c| c.is_ascii_digit());
-                match name.rsplit_once(':') {
-                    Some((name, digits)) if index(digits) => (name, Some(head)),
-                    _ => (name, Some(head)),
-                }
+                let numbered = name.rsplit_once(':').filter(|(_, digits)| index(digits));
+                (numbered.map_or(name, |(name, _)| name), Some(head))
             }
         };
         if !is_name(name) {

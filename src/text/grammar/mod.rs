@@ -11,6 +11,7 @@
 //! The grammars and their masks are those of the crate `llguidance`.
 
 mod calls;
+mod compiled;
 mod constraint;
 mod guide;
 mod mask;

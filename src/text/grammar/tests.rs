@@ -429,3 +429,46 @@ fn masks_are_sets_of_tokens() {
     assert_eq!(mask.tokens().count(), 69);
     assert!(TokenMask::none(70).is_empty() && !mask.is_empty());
 }
+
+#[test]
+fn a_grammar_that_comes_again_begins_anew() {
+    let vocabulary = vocabulary(true);
+    let constraint = choice(&["ab", "yes"]);
+    let mut first = vocabulary.compile(&constraint).unwrap();
+    let beginning = first.mask().unwrap();
+    first.accept(id("ab")).unwrap();
+    assert!(first.must_end());
+    let mut second = vocabulary.compile(&constraint).unwrap();
+    assert_eq!(vocabulary.compiled().len(), 1);
+    assert!(!second.must_end());
+    let tokens = |mask: &TokenMask| mask.tokens().collect::<Vec<_>>();
+    assert_eq!(tokens(&second.mask().unwrap()), tokens(&beginning));
+    second.accept(id("ye")).unwrap();
+    second.accept(id("s")).unwrap();
+    assert!(second.must_end());
+    // One that is refused is not kept, and refused again.
+    for _ in 0..2 {
+        assert!(vocabulary.compile(&Constraint::Regex("(".to_owned())).is_err());
+        assert_eq!(vocabulary.compiled().len(), 1);
+    }
+}
+
+#[test]
+fn few_grammars_are_kept_and_the_longest_unused_one_goes() {
+    let vocabulary = vocabulary(true);
+    let numbered = |number: usize| choice(&[&format!("a{number}")]);
+    for number in 0..40 {
+        vocabulary.compile(&numbered(number)).unwrap();
+        vocabulary.compile(&numbered(0)).unwrap();
+    }
+    assert_eq!(vocabulary.compiled().len(), 32);
+    let kept = |number: usize| {
+        let constraint = numbered(number).grammar(|_| None).unwrap();
+        vocabulary.compiled().get(&serde_json::to_string(&constraint).unwrap()).is_some()
+    };
+    assert!(kept(0) && kept(39) && !kept(1));
+    // A source that is too long is compiled each time.
+    vocabulary.compile(&choice(&[&"a".repeat(70_000)])).unwrap();
+    assert_eq!(vocabulary.compiled().len(), 32);
+    assert!(kept(39));
+}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 
+use super::compiled::CompiledGrammars;
 use super::thinking::Thinking;
 use super::{Constraint, ThinkingMarkers, TokenMatcher, matcher};
 use crate::error::{Error, Result, Status};
@@ -24,6 +25,7 @@ pub struct GrammarVocabulary {
     vocab: usize,
     eos: Vec<u32>,
     thinking: Option<Thinking>,
+    compiled: CompiledGrammars,
 }
 
 impl GrammarVocabulary {
@@ -79,14 +81,18 @@ impl GrammarVocabulary {
             Ok((factory, trie))
         });
         let (factory, trie) = built.and_then(|built| built)?;
-        Ok(Self { factory, trie, vocab, eos, thinking: None })
+        Ok(Self { factory, trie, vocab, eos, thinking: None, compiled: CompiledGrammars::default() })
     }
 
-    /// Compiles a constraint. What cannot be generated is `InvalidRequest`, or `Unsupported` if only llguidance does not know
+    /// Compiles a constraint, or finds it compiled. What cannot be generated is `InvalidRequest`, or `Unsupported` if only llguidance does not know
     /// how.
     pub fn compile(&self, constraint: &Constraint) -> Result<TokenMatcher> {
         let trie = self.trie.tok_trie();
         let grammar = constraint.grammar(|text| trie.get_special_token(text))?;
+        let source = serde_json::to_string(&grammar).map_err(|e| Error::internal(format!("a grammar: {e}")))?;
+        if let Some(matcher) = self.compiled.get(&source) {
+            return Ok(TokenMatcher::new(matcher, self.vocab));
+        }
         let parser = panics::catch(|| self.factory.create_parser(grammar))?;
         let mut compiled = Matcher::new(parser);
         // A grammar with nothing but the empty text.
@@ -94,7 +100,10 @@ impl GrammarVocabulary {
         match compiled.get_error() {
             Some(error) => Err(refusal(&matcher::message(&error))),
             None if done => Err(Error::invalid_request("the constraint allows nothing but the empty text")),
-            None => Ok(TokenMatcher::new(compiled, self.vocab)),
+            None => {
+                self.compiled.put(source, &compiled);
+                Ok(TokenMatcher::new(compiled, self.vocab))
+            }
         }
     }
 
@@ -106,6 +115,11 @@ impl GrammarVocabulary {
     /// The tokens that end an answer.
     pub fn eos(&self) -> &[u32] {
         &self.eos
+    }
+
+    #[cfg(test)]
+    pub(super) fn compiled(&self) -> &CompiledGrammars {
+        &self.compiled
     }
 
     pub(super) fn thinking(&self) -> Option<&Thinking> {

@@ -155,13 +155,20 @@ static void it_comes_back_and_is_cleared(void) {
 
 static void limits_change(void) {
     omlx_pool *pool = open_cached();
-    omlx_cache_limits limits = OMLX_CACHE_LIMITS_INIT;
+    omlx_cache_limits limits = OMLX_CACHE_LIMITS_INIT, now = OMLX_CACHE_LIMITS_INIT;
     omlx_error *error = NULL;
     limits.cold_bytes = 1 << 20;
     limits.cold_bytes_per_model = UINT64_MAX;
     limits.hot_percent = 1;
     CHECK_STATUS(OMLX_OK, omlx_cache_set_limits(pool, &limits, &error));
     CHECK(stat_of(pool, NULL, "cold_limit") == 1 << 20);
+    CHECK_STATUS(OMLX_OK, omlx_cache_get_limits(pool, &now, &error));
+    CHECK(now.struct_size == sizeof now && now.hot_percent == 0 && now.hot_bytes > 0);
+    CHECK(now.cold_bytes == 1 << 20 && now.cold_bytes_per_model == UINT64_MAX);
+    /* What was read can be set. */
+    CHECK_STATUS(OMLX_OK, omlx_cache_set_limits(pool, &now, &error));
+    now.struct_size = 4;
+    CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_cache_get_limits(pool, &now, &error));
     limits.hot_bytes = 1;
     CHECK_STATUS(OMLX_E_INVALID_ARGUMENT, omlx_cache_set_limits(pool, &limits, &error));
     limits.hot_bytes = 0;

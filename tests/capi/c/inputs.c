@@ -179,13 +179,18 @@ static void templates(omlx_pool *pool) {
     const char *json = "{\"messages\":[{\"role\":\"user\",\"content\":\"Hi \\\"you\\\"\"}]}";
     const char *expected = "<|im_start|>user\nHi \"you\"<|im_end|>\n<|im_start|>assistant\n";
     const char *prompt = "{\"prompt\":\"x\"}", *broken = "{\"messages\":";
+    const char *foreign = "{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}],\"store\":true}";
     omlx_string *text = NULL;
     omlx_error *error = NULL;
-    CHECK_STATUS(OMLX_OK, omlx_render_template(pool, json, strlen(json), &text, &error));
+    CHECK_STATUS(OMLX_OK, omlx_render_template(pool, json, strlen(json), 0, &text, &error));
     CHECK(strcmp(omlx_string_data(text), expected) == 0);
     omlx_string_release(text);
-    CHECK_STATUS(OMLX_E_INVALID_REQUEST, omlx_render_template(pool, prompt, strlen(prompt), &text, &error));
-    CHECK_STATUS(OMLX_E_INVALID_REQUEST, omlx_render_template(pool, broken, strlen(broken), &text, &error));
+    CHECK_STATUS(OMLX_E_INVALID_REQUEST, omlx_render_template(pool, prompt, strlen(prompt), 0, &text, &error));
+    CHECK_STATUS(OMLX_E_INVALID_REQUEST, omlx_render_template(pool, broken, strlen(broken), 0, &text, &error));
+    /* A key of somebody else's API. */
+    CHECK_STATUS(OMLX_E_INVALID_REQUEST, omlx_render_template(pool, foreign, strlen(foreign), 0, &text, &error));
+    CHECK_STATUS(OMLX_OK, omlx_render_template(pool, foreign, strlen(foreign), 1, &text, &error));
+    omlx_string_release(text);
 }
 
 static int models_contain(omlx_pool *pool, const char *what) {

@@ -68,6 +68,36 @@ static void a_tool_call_streams(omlx_pool *pool) {
     omlx_request_release(request);
 }
 
+/* What is known before the first text, and what ended the answer. */
+static void a_start_and_a_stop_string_are_told(omlx_pool *pool) {
+    static const char json[] =
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"What is 12 plus 30?\"}],\"temperature\":0,\"stop\":[\"no\",\"42\"]}";
+    omlx_generate_options options = OMLX_GENERATE_OPTIONS_INIT;
+    const omlx_event *event = NULL;
+    omlx_error *error = NULL;
+    uint64_t before = 0;
+    int round;
+    options.started_event = 1;
+    for (round = 0; round < 2; round++) {
+        omlx_request *request = NULL;
+        CHECK_STATUS(OMLX_OK, omlx_generate(pool, json, strlen(json), &options, &request, &error));
+        CHECK(strcmp(omlx_request_model(request), "tiny-chat") == 0);
+        CHECK_STATUS(OMLX_OK, omlx_request_next(request, -1, &event, &error));
+        CHECK(event->kind == OMLX_EVENT_KIND_STARTED && event->usage.completion_tokens == 0);
+        CHECK(event->usage.prompt_tokens > 1 && event->stop_string[0] == '\0');
+        /* The second time all but the last token is cached; the first time what other chats begin with. */
+        CHECK(round == 0 ? event->usage.cached_tokens + 1 < event->usage.prompt_tokens
+                         : event->usage.cached_tokens == before - 1);
+        before = event->usage.prompt_tokens;
+        do
+            CHECK_STATUS(OMLX_OK, omlx_request_next(request, -1, &event, &error));
+        while (event->kind == OMLX_EVENT_KIND_TEXT && event->stop_string[0] == '\0');
+        CHECK(event->kind == OMLX_EVENT_KIND_DONE && event->finish_reason == OMLX_FINISH_REASON_STOP);
+        CHECK(strcmp(event->stop_string, "42") == 0 && event->usage.prompt_tokens == before);
+        omlx_request_release(request);
+    }
+}
+
 static void a_callback_cancels_at_the_first_token(omlx_pool *pool) {
     recorder r;
     omlx_request *request;
@@ -370,6 +400,7 @@ int main(int argc, char **argv) {
     pool = open_pool(models_dir);
     a_request_streams(pool);
     a_tool_call_streams(pool);
+    a_start_and_a_stop_string_are_told(pool);
     a_callback_cancels_at_the_first_token(pool);
     a_host_cancels(pool);
     a_slow_callback_delays_only_itself(pool);

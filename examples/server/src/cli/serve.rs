@@ -14,9 +14,6 @@ use crate::log;
 use crate::options::Options;
 use crate::routes;
 
-/// Threads for connections. Their work is small, and a second one costs every token a futile look for more of it.
-const THREADS: usize = 1;
-
 /// Serves until a signal to end.
 pub fn run(options: &Options) -> Result<(), String> {
     let host = options.text("host");
@@ -25,8 +22,9 @@ pub fn run(options: &Options) -> Result<(), String> {
     let address = SocketAddr::new(host, options.number("port")?);
     let app = Arc::new(App::open(options)?);
     listen::check_address(host, &app.keys, options.switch("allow-no-key"))?;
-    let runtime = Builder::new_multi_thread().worker_threads(THREADS).thread_name("omlx-http").enable_all().build();
-    let runtime = runtime.map_err(|error| format!("threads: {error}"))?;
+    // Connections are this thread's: their work is small, and sharing it would cost every token more than it saves.
+    let runtime = Builder::new_current_thread().thread_name("omlx-http").enable_all().build();
+    let runtime = runtime.map_err(|error| format!("the runtime: {error}"))?;
     let served = runtime.block_on(async {
         let listener = TcpListener::bind(address).await.map_err(|error| format!("{address}: {error}"))?;
         let address = listener.local_addr().map_err(|error| error.to_string())?;

@@ -2,39 +2,64 @@
 
 use std::time::Duration;
 
-use omlx_client::{Event, FinishReason, Piece, Request, TokenLogprob, ToolCall, Usage};
+use omlx_client::{Done, Event, FinishReason, Piece, Request, TokenLogprob, ToolCall, Usage};
 
 use super::error::ApiError;
 
 /// How long a stream waits for its first event before it sends its head: what fails by then is an error of HTTP.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// A request whose first event was looked at.
+/// A request whose first piece was looked at.
 pub struct Events {
     first: Option<Event>,
     request: Request,
+    /// Of the prompt.
+    started: Option<Usage>,
 }
 
 impl Events {
-    /// Waits a while for the first event. A request that has failed by then is an error.
-    pub async fn begin(mut request: Request) -> Result<Self, ApiError> {
-        let first = match tokio::time::timeout(PATIENCE, request.next()).await {
-            Ok(Some(Event::Done(done))) => match done.error {
-                Some(error) => return Err(error.into()),
-                None => Some(Event::Done(done)),
-            },
-            Ok(event) => event,
-            Err(_) => None,
-        };
-        Ok(Self { first, request })
+    /// Waits a while for the first piece. A request that has failed by then is an error.
+    pub async fn begin(request: Request) -> Result<Self, ApiError> {
+        let mut events = Self { first: None, request, started: None };
+        let first = tokio::time::timeout(PATIENCE, events.piece()).await.unwrap_or_default();
+        match first {
+            Some(Event::Done(Done { error: Some(error), .. })) => Err(error.into()),
+            first => Ok(Self { first, ..events }),
+        }
+    }
+
+    /// Counts of the prompt, when it begins to be computed; those of nothing if it never does.
+    pub async fn started(&mut self) -> Usage {
+        while self.started.is_none() && self.first.is_none() {
+            match self.request.next().await {
+                Some(Event::Started(prompt_tokens, cached_tokens)) => self.start(prompt_tokens, cached_tokens),
+                None => break,
+                event => self.first = event,
+            }
+        }
+        self.started.unwrap_or_default()
     }
 
     /// The next event.
     pub async fn next(&mut self) -> Option<Event> {
         match self.first.take() {
             Some(event) => Some(event),
-            None => self.request.next().await,
+            None => self.piece().await,
         }
+    }
+
+    /// The next event that is not about the prompt.
+    async fn piece(&mut self) -> Option<Event> {
+        loop {
+            match self.request.next().await {
+                Some(Event::Started(prompt_tokens, cached_tokens)) => self.start(prompt_tokens, cached_tokens),
+                event => return event,
+            }
+        }
+    }
+
+    fn start(&mut self, prompt_tokens: u64, cached_tokens: u64) {
+        self.started = Some(Usage { prompt_tokens, cached_tokens, ..Usage::default() });
     }
 }
 
@@ -62,12 +87,15 @@ pub struct Choice {
     pub logprobs: Vec<TokenLogprob>,
     /// Why it ended.
     pub finish: FinishReason,
+    /// The stop string that ended it.
+    pub stop: Option<String>,
 }
 
 impl Default for Choice {
     fn default() -> Self {
         let finish = FinishReason::Stop;
-        Self { text: String::new(), reasoning: String::new(), calls: Vec::new(), logprobs: Vec::new(), finish }
+        let (text, reasoning) = Default::default();
+        Self { text, reasoning, calls: Vec::new(), logprobs: Vec::new(), finish, stop: None }
     }
 }
 
@@ -89,14 +117,14 @@ impl Answer {
                 Event::Text(piece) => answer.text(piece),
                 Event::Reasoning(piece) => answer.choice(piece.choice).reasoning.push_str(&piece.text),
                 Event::ToolCall(call) => answer.call(call),
-                Event::ChoiceDone(choice, reason) => answer.choice(choice).finish = reason,
+                Event::ChoiceDone(choice, reason, stop) => answer.end(choice, reason, stop),
                 Event::Done(done) => {
                     if let Some(error) = done.error {
                         return Err(error.into());
                     }
                     answer.usage = done.usage;
                     if answer.choices.len() <= 1 {
-                        answer.choice(0).finish = done.reason;
+                        answer.end(0, done.reason, done.stop);
                     }
                 }
                 _ => {}
@@ -121,19 +149,15 @@ impl Answer {
         slot.arguments.push_str(&call.piece.text);
     }
 
+    fn end(&mut self, choice: usize, reason: FinishReason, stop: Option<String>) {
+        let choice = self.choice(choice);
+        (choice.finish, choice.stop) = (reason, stop);
+    }
+
     fn choice(&mut self, index: usize) -> &mut Choice {
         if self.choices.len() <= index {
             self.choices.resize_with(index + 1, Choice::default);
         }
         &mut self.choices[index]
-    }
-}
-
-/// OpenAI's word for the end of an answer.
-pub fn finish_word(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Length => "length",
-        FinishReason::ToolCalls => "tool_calls",
-        _ => "stop",
     }
 }

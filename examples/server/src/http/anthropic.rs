@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
-use crate::routes::enable_thinking;
+use super::openai::enable_thinking;
 
 /// Keys that mean something here.
 pub const KNOWN: &[&str] = &[

@@ -101,3 +101,12 @@ pub async fn blocking<T: Send + 'static>(
     let failed = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the work could not be done");
     tokio::task::spawn_blocking(work).await.map_err(failed)?
 }
+
+/// A switch that may be missing.
+pub fn flag(body: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
+    match body.get(key) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(value)) => Ok(*value),
+        Some(_) => Err(ApiError::bad_request(format!("{key:?} must be true or false"))),
+    }
+}

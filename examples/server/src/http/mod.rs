@@ -7,6 +7,7 @@ pub mod error;
 pub mod guard;
 pub mod keys;
 pub mod listen;
+pub mod openai;
 pub mod reader;
 pub mod responses_input;
 pub mod sse;

@@ -1,17 +1,17 @@
 //! Server-sent events. The work that makes them runs inside the body: when the client goes away, hyper drops the body, with
 //! it the work, and with that the request, which is thereby cancelled.
 
-use std::fmt::{Display, Write};
+use std::fmt::Write;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use serde_json::Value;
 use tokio::time::Sleep;
@@ -20,15 +20,15 @@ use crate::app::Shared;
 use crate::log;
 
 /// What a stream says when it has nothing to say.
-const COMMENT: &str = ": keep-alive\n\n";
+const COMMENT: &[u8] = b": keep-alive\n\n";
 
 /// Where the work puts its events.
 #[derive(Debug, Clone, Default)]
-pub struct Out(Arc<Mutex<String>>);
+pub struct Out(Arc<Mutex<BytesMut>>);
 
 impl Out {
     /// An event without a name: JSON.
-    pub fn data(&self, data: &impl Display) {
+    pub fn data(&self, data: &Value) {
         self.write(format_args!("data: {data}\n\n"));
     }
 
@@ -37,19 +37,31 @@ impl Out {
         self.write(format_args!("event: {name}\ndata: {data}\n\n"));
     }
 
+    /// An event that is put together of JSON's parts: `text` stands between `before` and `after` as a string.
+    pub fn around(&self, text: &str, before: std::fmt::Arguments<'_>, after: std::fmt::Arguments<'_>) {
+        let mut bytes = self.lock();
+        // Writing to memory cannot fail, and a text is always JSON.
+        let _ = bytes.write_fmt(before);
+        let _ = serde_json::to_writer((&mut *bytes).writer(), text);
+        let _ = bytes.write_fmt(after);
+    }
+
     /// The word that ends OpenAI's streams.
     pub fn done(&self) {
         self.write(format_args!("data: [DONE]\n\n"));
     }
 
     fn write(&self, event: std::fmt::Arguments<'_>) {
-        // Writing to a string cannot fail.
-        let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).write_fmt(event);
+        let _ = self.lock().write_fmt(event);
     }
 
-    /// All events so far, which are gone then.
-    pub fn take(&self) -> String {
-        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// All events so far, which are gone then; their memory is used again when they have been sent.
+    pub fn take(&self) -> Bytes {
+        self.lock().split().freeze()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BytesMut> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -64,6 +76,7 @@ where
         work: Some(Box::pin(work(out.clone()))),
         out,
         interval,
+        spoken: Instant::now(),
         silence: Box::pin(tokio::time::sleep(interval)),
         app: Arc::clone(app),
         id: id.to_owned(),
@@ -83,10 +96,27 @@ struct EventStream {
     work: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     out: Out,
     interval: Duration,
+    /// When it last said something.
+    spoken: Instant,
+    /// Set anew when it ends, not with every event.
     silence: Pin<Box<Sleep>>,
     app: Shared,
     id: String,
     began: Instant,
+}
+
+impl EventStream {
+    /// Ready when nothing was said for too long.
+    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.silence.as_mut().poll(context));
+            let next = self.spoken + self.interval;
+            if next <= Instant::now() {
+                return Poll::Ready(());
+            }
+            self.silence.as_mut().reset(next.into());
+        }
+    }
 }
 
 impl http_body::Body for EventStream {
@@ -102,19 +132,16 @@ impl http_body::Body for EventStream {
         {
             self.work = None;
         }
-        let mut text = self.out.take();
-        if text.is_empty() {
+        let mut bytes = self.out.take();
+        if bytes.is_empty() {
             if self.work.is_none() {
                 return Poll::Ready(None);
             }
-            if self.silence.as_mut().poll(context).is_pending() {
-                return Poll::Pending;
-            }
-            text.push_str(COMMENT);
+            ready!(self.poll_silence(context));
+            bytes = Bytes::from_static(COMMENT);
         }
-        let next = tokio::time::Instant::now() + self.interval;
-        self.silence.as_mut().reset(next);
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from(text)))))
+        self.spoken = Instant::now();
+        Poll::Ready(Some(Ok(Frame::data(bytes))))
     }
 }
 

@@ -2,18 +2,19 @@
 
 use axum::extract::{Extension, State};
 use axum::response::Response;
-use omlx_client::{Event, FinishReason, TokenLogprob, Usage};
+use omlx_client::{Event, FinishReason, TokenLogprob};
 use serde_json::{Map, Value, json};
 
 use crate::app::{Shared, unix_time};
-use crate::http::answer::{Answer, Choice, Events, finish_word};
+use crate::http::answer::{Answer, Choice, Events};
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
 use crate::http::guard::RequestId;
+use crate::http::openai::{enable_thinking, finish_word, streaming, usage_json};
 use crate::http::sse::{self, Out};
 
 /// Keys that mean something here or in the library.
-pub const KNOWN: &[&str] = &[
+const KNOWN: &[&str] = &[
     "add_generation_prompt",
     "chat_template",
     "chat_template_kwargs",
@@ -57,16 +58,11 @@ pub async fn handle(
     if !body.get("messages").is_some_and(Value::is_array) {
         return Err(ApiError::bad_request("\"messages\" must be an array"));
     }
-    let head = Head {
-        id: app.id("chatcmpl-"),
-        created: unix_time(),
-        model: model_name(&body),
-        usage: wants_usage(&body)?,
-        with_logprobs: body.get("logprobs").and_then(Value::as_bool).unwrap_or(false),
-    };
-    let streams = flag(&body, "stream")?;
+    let (streams, usage) = streaming(&mut body)?;
+    let with_logprobs = body.get("logprobs").and_then(Value::as_bool).unwrap_or(false);
     prepare(&mut body);
     let request = app.generate(body)?;
+    let head = Head { id: app.id("chatcmpl-"), created: unix_time(), model: request.model(), usage, with_logprobs };
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -75,32 +71,8 @@ pub async fn handle(
     Ok(json_response(&head.whole(answer)))
 }
 
-/// A switch that may be missing.
-pub fn flag(body: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
-    match body.get(key) {
-        None | Some(Value::Null) => Ok(false),
-        Some(Value::Bool(value)) => Ok(*value),
-        Some(_) => Err(ApiError::bad_request(format!("{key:?} must be true or false"))),
-    }
-}
-
-/// Whether a stream ends with its usage.
-pub fn wants_usage(body: &Map<String, Value>) -> Result<bool, ApiError> {
-    match body.get("stream_options") {
-        None | Some(Value::Null) => Ok(false),
-        Some(Value::Object(options)) => flag(options, "include_usage"),
-        Some(_) => Err(ApiError::bad_request("\"stream_options\" must be an object")),
-    }
-}
-
-/// The name that the client gave the model.
-pub fn model_name(body: &Map<String, Value>) -> String {
-    body.get("model").and_then(Value::as_str).unwrap_or("default").to_owned()
-}
-
 /// Words of the API that the library has other names for.
 fn prepare(body: &mut Map<String, Value>) {
-    body.remove("stream_options");
     if let Some(effort) = body.remove("reasoning_effort").filter(|effort| !effort.is_null()) {
         enable_thinking(body, effort != "none" && effort != "minimal");
     }
@@ -109,14 +81,6 @@ fn prepare(body: &mut Map<String, Value>) {
         if message.get("role").is_some_and(|role| role == "developer") {
             message.insert("role".to_owned(), "system".into());
         }
-    }
-}
-
-/// Asks the template for thinking or none, unless the request says so itself.
-pub fn enable_thinking(body: &mut Map<String, Value>, on: bool) {
-    let kwargs = body.entry("chat_template_kwargs").or_insert_with(|| json!({}));
-    if let Some(kwargs) = kwargs.as_object_mut() {
-        kwargs.entry("enable_thinking").or_insert(Value::Bool(on));
     }
 }
 
@@ -202,11 +166,13 @@ impl Frame {
     }
 
     fn write(&self, out: &Out, choice: usize, key: &str, text: &str) {
-        // A text is always JSON.
-        let text = serde_json::to_string(text).unwrap_or_default();
         let (before, after) = (&self.before, self.after);
-        let rest = "\"logprobs\":null,\"finish_reason\":null}";
-        out.data(&format_args!("{before}{choice},\"delta\":{{\"{key}\":{text}}},{rest}{after}"));
+        let rest = "},\"logprobs\":null,\"finish_reason\":null}";
+        out.around(
+            text,
+            format_args!("data: {before}{choice},\"delta\":{{\"{key}\":"),
+            format_args!("{rest}{after}\n\n"),
+        );
     }
 }
 
@@ -242,7 +208,7 @@ async fn stream(mut events: Events, head: Head, out: Out) {
                 let delta = progress.call_delta(&call);
                 out.data(&head.delta(call.piece.choice, delta, Value::Null, None));
             }
-            Event::ChoiceDone(choice, reason) => progress.end(&head, &out, choice, reason),
+            Event::ChoiceDone(choice, reason, _) => progress.end(&head, &out, choice, reason),
             Event::Done(done) => {
                 if let Some(error) = done.error {
                     out.data(&ApiError::from(error).to_json(false));
@@ -289,17 +255,6 @@ impl Progress {
         let function = json!({"name": call.name, "arguments": call.piece.text});
         json!({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": function}]})
     }
-}
-
-/// OpenAI's usage object.
-pub fn usage_json(usage: &Usage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    })
 }
 
 fn logprobs_json(tokens: &[TokenLogprob]) -> Value {

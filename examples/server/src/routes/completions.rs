@@ -5,12 +5,12 @@ use axum::response::Response;
 use omlx_client::{Event, FinishReason, Request, TokenLogprob, Usage};
 use serde_json::{Map, Value, json};
 
-use super::chat_completions::{flag, model_name, usage_json, wants_usage};
 use crate::app::{Shared, unix_time};
-use crate::http::answer::{Answer, Events, finish_word};
+use crate::http::answer::{Answer, Events};
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
 use crate::http::guard::RequestId;
+use crate::http::openai::{finish_word, streaming, usage_json};
 use crate::http::sse::{self, Out};
 
 const KNOWN: &[&str] = &[
@@ -55,31 +55,26 @@ pub async fn handle(
             return Err(ApiError::bad_request(format!("{unsupported:?} is not supported")).with_code("unsupported"));
         }
     }
-    let mut head = Head {
-        id: app.id("cmpl-"),
-        created: unix_time(),
-        model: model_name(&body),
-        usage: wants_usage(&body)?,
-        with_logprobs: false,
-        choices: body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1) as usize,
-    };
-    let streams = flag(&body, "stream")?;
-    body.remove("stream_options");
+    let (streams, usage) = streaming(&mut body)?;
     // A count here, a switch and a count in the library.
-    if let Some(count) = body.remove("logprobs").filter(|count| !count.is_null()) {
-        head.with_logprobs = true;
+    let count = body.remove("logprobs").filter(|count| !count.is_null());
+    let with_logprobs = count.is_some();
+    if let Some(count) = count {
         body.insert("logprobs".to_owned(), true.into());
         body.insert("top_logprobs".to_owned(), count);
     }
     if body.get("max_tokens").is_none_or(Value::is_null) {
         body.insert("max_tokens".to_owned(), MAX_TOKENS.into());
     }
+    let choices = body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1) as usize;
     let requests = prompts(&mut body)?.into_iter().map(|prompt| {
         let mut one = body.clone();
         one.insert("prompt".to_owned(), prompt);
         app.generate(one)
     });
     let requests = requests.collect::<Result<Vec<Request>, _>>()?;
+    let model = requests.first().map(Request::model).unwrap_or_default();
+    let head = Head { id: app.id("cmpl-"), created: unix_time(), model, usage, with_logprobs, choices };
     if streams {
         let mut prompts = Vec::new();
         for request in requests {
@@ -179,7 +174,7 @@ async fn stream(prompts: Vec<Events>, head: Head, out: Out) {
                     }
                     out.data(&head.chunk(json!([choice])));
                 }
-                Event::ChoiceDone(choice, reason) => {
+                Event::ChoiceDone(choice, reason, _) => {
                     out.data(&head.chunk(json!([head.choice(first + choice, "", &[], 0, Some(reason))])));
                 }
                 Event::Done(done) => {

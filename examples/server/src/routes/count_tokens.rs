@@ -12,17 +12,11 @@ use crate::http::error::ApiError;
 /// The handler.
 pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
     app.note_ignored("messages/count_tokens", &body, anthropic::KNOWN);
-    let mut chat = anthropic::to_chat(&body)?;
+    let chat = anthropic::to_chat(&body)?;
     let tokens = blocking(move || -> Result<usize, ApiError> {
-        // Rendering takes only what it knows.
-        chat.retain(|key, _| RENDERED.contains(&key.as_str()));
-        let text = app.with_default_model(chat, |app, json| app.pool.render_template(json))?;
-        let (model, text) = text;
+        let (model, text) = app.with_default_model(chat, |app, json| app.pool.render_template(json, true))?;
         Ok(app.pool.tokenize(model.as_deref(), &text, false)?.len())
     });
     let tokens = tokens.await?;
     Ok(json_response(&json!({"input_tokens": Value::from(tokens)})))
 }
-
-/// Keys that the prompt depends on.
-const RENDERED: &[&str] = &["model", "messages", "tools", "tool_choice", "chat_template_kwargs"];

@@ -5,7 +5,6 @@ use axum::response::Response;
 use omlx_client::{Event, Pool};
 use serde_json::{Value, json};
 
-use super::chat_completions::model_name;
 use crate::app::Shared;
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
@@ -15,7 +14,7 @@ const KNOWN: &[&str] = &["dimensions", "encoding_format", "input", "model", "nor
 /// The handler.
 pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
     app.note_ignored("embeddings", &body, KNOWN);
-    let (model, base64) = (model_name(&body), body.get("encoding_format").is_some_and(|format| format == "base64"));
+    let base64 = body.get("encoding_format").is_some_and(|format| format == "base64");
     let mut request = app.start(body, Pool::embed)?;
     let (mut data, mut tokens) = (Vec::new(), 0);
     while let Some(event) = request.next().await {
@@ -40,5 +39,5 @@ pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> 
     let data: Vec<Value> =
         data.map(|(index, vector)| json!({"object": "embedding", "index": index, "embedding": vector})).collect();
     let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
-    Ok(json_response(&json!({"object": "list", "data": data, "model": model, "usage": usage})))
+    Ok(json_response(&json!({"object": "list", "data": data, "model": request.model(), "usage": usage})))
 }

@@ -5,11 +5,10 @@ use axum::response::Response;
 use omlx_client::{Event, FinishReason, ToolCall, Usage};
 use serde_json::{Map, Value, json};
 
-use super::chat_completions::{flag, model_name};
 use crate::app::Shared;
 use crate::http::answer::{Answer, Events};
 use crate::http::anthropic;
-use crate::http::body::{JsonObject, json_response};
+use crate::http::body::{JsonObject, flag, json_response};
 use crate::http::error::ApiError;
 use crate::http::guard::RequestId;
 use crate::http::sse::{self, Out};
@@ -24,9 +23,9 @@ pub async fn handle(
     if !body.get("max_tokens").is_some_and(Value::is_u64) {
         return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
     }
-    let head = Head { id: app.id("msg_"), model: model_name(&body) };
     let streams = flag(&body, "stream")?;
     let request = app.generate(anthropic::to_chat(&body)?)?;
+    let head = Head { id: app.id("msg_"), model: request.model() };
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -56,31 +55,36 @@ impl Head {
             content.push(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}));
         }
         let mut message = self.message(usage_json(&answer.usage));
-        message["content"] = content.into();
-        message["stop_reason"] = stop_reason(choice.finish).into();
-        message
+        message.insert("content".to_owned(), content.into());
+        message.extend(end(choice.finish, choice.stop));
+        Value::Object(message)
     }
 
-    fn message(&self, usage: Value) -> Value {
-        json!({
-            "id": self.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.model,
-            "content": [],
-            "stop_reason": null,
-            "stop_sequence": null,
-            "usage": usage,
-        })
+    fn message(&self, usage: Value) -> Map<String, Value> {
+        let keys = [
+            ("id", Value::from(self.id.as_str())),
+            ("type", "message".into()),
+            ("role", "assistant".into()),
+            ("model", self.model.as_str().into()),
+            ("content", json!([])),
+            ("stop_reason", Value::Null),
+            ("stop_sequence", Value::Null),
+            ("usage", usage),
+        ];
+        keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }
 }
 
-fn stop_reason(reason: FinishReason) -> &'static str {
-    match reason {
+/// Why an answer ended: the keys of a message that say so.
+fn end(reason: FinishReason, stop: Option<String>) -> Map<String, Value> {
+    let reason = match reason {
         FinishReason::Length => "max_tokens",
         FinishReason::ToolCalls => "tool_use",
+        _ if stop.is_some() => "stop_sequence",
         _ => "end_turn",
-    }
+    };
+    let keys = [("stop_reason", Value::from(reason)), ("stop_sequence", stop.into())];
+    keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 /// Input tokens are those that no cache had.
@@ -140,8 +144,7 @@ impl Blocks<'_> {
 }
 
 async fn stream(mut events: Events, head: Head, out: Out) {
-    // Counts of the prompt are not known yet; the message's delta has them.
-    let message = head.message(usage_json(&Usage::default()));
+    let message = head.message(usage_json(&events.started().await));
     out.event("message_start", &json!({"type": "message_start", "message": message}));
     out.event("ping", &json!({"type": "ping"}));
     let mut blocks = Blocks { out: &out, open: None, index: 0 };
@@ -164,7 +167,7 @@ async fn stream(mut events: Events, head: Head, out: Out) {
                     out.event("error", &ApiError::from(error).to_json(true));
                     return;
                 }
-                let delta = json!({"stop_reason": stop_reason(done.reason), "stop_sequence": null});
+                let delta = end(done.reason, done.stop);
                 let usage = usage_json(&done.usage);
                 out.event("message_delta", &json!({"type": "message_delta", "delta": delta, "usage": usage}));
                 out.event("message_stop", &json!({"type": "message_stop"}));

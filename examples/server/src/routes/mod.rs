@@ -14,8 +14,6 @@ mod page;
 mod rerank;
 mod responses;
 
-pub use chat_completions::{enable_thinking, flag};
-
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};

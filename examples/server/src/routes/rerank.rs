@@ -5,9 +5,8 @@ use axum::response::Response;
 use omlx_client::{Event, Pool};
 use serde_json::{Value, json};
 
-use super::chat_completions::{flag, model_name};
 use crate::app::Shared;
-use crate::http::body::{JsonObject, json_response};
+use crate::http::body::{JsonObject, flag, json_response};
 use crate::http::error::ApiError;
 
 const KNOWN: &[&str] =
@@ -16,7 +15,6 @@ const KNOWN: &[&str] =
 /// The handler.
 pub async fn handle(State(app): State<Shared>, JsonObject(mut body): JsonObject) -> Result<Response, ApiError> {
     app.note_ignored("rerank", &body, KNOWN);
-    let model = model_name(&body);
     let with_documents = flag(&body, "return_documents")?;
     body.remove("return_documents");
     let documents = if with_documents { body.get("documents").cloned().unwrap_or_default() } else { Value::Null };
@@ -46,5 +44,5 @@ pub async fn handle(State(app): State<Shared>, JsonObject(mut body): JsonObject)
         }
     }
     let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
-    Ok(json_response(&json!({"object": "list", "model": model, "results": results, "usage": usage})))
+    Ok(json_response(&json!({"object": "list", "model": request.model(), "results": results, "usage": usage})))
 }

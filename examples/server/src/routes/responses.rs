@@ -5,10 +5,9 @@ use axum::response::Response;
 use omlx_client::{Event, FinishReason, ToolCall, Usage};
 use serde_json::{Map, Value, json};
 
-use super::chat_completions::{flag, model_name};
 use crate::app::{Shared, unix_time};
 use crate::http::answer::{Answer, Call, Events};
-use crate::http::body::{JsonObject, json_response};
+use crate::http::body::{JsonObject, flag, json_response};
 use crate::http::error::ApiError;
 use crate::http::guard::RequestId;
 use crate::http::responses_input as input;
@@ -23,7 +22,7 @@ pub async fn handle(
     app.note_ignored("responses", &body, input::KNOWN);
     let streams = flag(&body, "stream")?;
     let request = app.generate(input::to_chat(&body)?)?;
-    let head = Head::new(app.id("resp_"), &body);
+    let head = Head::new(app.id("resp_"), &body, request.model());
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -50,7 +49,7 @@ struct Head {
 }
 
 impl Head {
-    fn new(id: String, body: &Map<String, Value>) -> Self {
+    fn new(id: String, body: &Map<String, Value>, model: String) -> Self {
         let given =
             |key: &str, default: Value| body.get(key).filter(|value| !value.is_null()).cloned().unwrap_or(default);
         let base = [
@@ -62,7 +61,7 @@ impl Head {
             ("incomplete_details", Value::Null),
             ("instructions", given("instructions", Value::Null)),
             ("max_output_tokens", given("max_output_tokens", Value::Null)),
-            ("model", model_name(body).into()),
+            ("model", model.into()),
             ("output", json!([])),
             ("parallel_tool_calls", given("parallel_tool_calls", true.into())),
             ("previous_response_id", Value::Null),

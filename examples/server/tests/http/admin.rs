@@ -54,6 +54,8 @@ fn limits_change_while_it_runs() {
     assert_eq!(settings["memory_limit"], 3_000_000_000_u64);
     assert_eq!(change(r#"{"memory_limit": -1}"#).status, 400);
     assert_eq!(change(r#"{"port": 1}"#).status, 400);
+    let caches = change(r#"{"hot_bytes": 1048576}"#).expect(200);
+    assert_eq!((&caches["hot_bytes"], &caches["cold_bytes"]), (&json!(1_048_576), &json!(null)));
     let status = server.get("/admin/api/status").expect(200);
     assert_eq!(status["pool"]["memory"]["limit"], 3_000_000_000_u64);
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
@@ -62,9 +64,10 @@ fn limits_change_while_it_runs() {
 #[test]
 fn downloads_are_listed_and_cancelled() {
     let models = tempfile::tempdir().unwrap();
-    let mut command = crate::harness::command(&[]);
+    // A folder of its own, in which a download leaves its lock.
+    let mut command = crate::harness::command(&["--models", models.path().to_str().unwrap()]);
     // A hub that nobody listens at.
-    command.env("HF_ENDPOINT", "http://127.0.0.1:9").env("OMLX_SERVER_MODELS", models.path());
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9");
     let server = Server::spawn(command);
     let started = server.post("/admin/api/downloads", &json!({"repo": "org/name"})).expect(200);
     let id = started["id"].as_str().unwrap();

@@ -36,12 +36,34 @@ fn messages_are_answered_whole_and_in_events() {
     let streamed: String = data.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
     assert_eq!(streamed, text);
     let usage = &data[data.len() - 2]["usage"];
+    let told = &data[0]["message"]["usage"];
+    for key in ["input_tokens", "cache_read_input_tokens"] {
+        assert_eq!(told[key], usage[key], "{key} is told at the beginning");
+    }
+    assert_eq!((&whole["model"], &data[0]["message"]["model"]), (&json!("tiny-chat"), &json!("tiny-chat")));
     let first = &whole["usage"];
     let total =
         |usage: &Value| usage["input_tokens"].as_u64().unwrap() + usage["cache_read_input_tokens"].as_u64().unwrap();
     assert_eq!(total(usage), total(first));
     assert_eq!(usage["input_tokens"], 1, "all but the last token comes from the cache");
     assert_eq!(usage["output_tokens"], first["output_tokens"]);
+}
+
+#[test]
+fn the_stop_sequence_that_ended_a_message_is_told() {
+    let server = Server::start(&[]);
+    let ask = |stream: bool, stops: Value| {
+        let mut body = question(stream);
+        body["stop_sequences"] = stops;
+        server.post("/v1/messages", &body)
+    };
+    let whole = ask(false, json!(["never", "42"])).expect(200);
+    assert_eq!((&whole["stop_reason"], &whole["stop_sequence"]), (&json!("stop_sequence"), &json!("42")));
+    let data = ask(true, json!(["never", "42"])).data();
+    let delta = &data[data.len() - 2]["delta"];
+    assert_eq!((&delta["stop_reason"], &delta["stop_sequence"]), (&json!("stop_sequence"), &json!("42")));
+    let other = ask(false, json!(["never"])).expect(200);
+    assert_eq!((&other["stop_reason"], &other["stop_sequence"]), (&json!("end_turn"), &Value::Null));
 }
 
 #[test]

@@ -225,7 +225,12 @@ impl Connection {
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
         let mut line = String::new();
         self.stream.read_line(&mut line).ok()?;
-        let length = usize::from_str_radix(line.trim(), 16).ok().filter(|length| *length > 0)?;
+        let length = usize::from_str_radix(line.trim(), 16).ok()?;
+        if length == 0 {
+            // The line behind the last chunk: another reply may follow.
+            let _ = self.stream.read_line(&mut line);
+            return None;
+        }
         let mut chunk = vec![0; length + 2];
         self.stream.read_exact(&mut chunk).ok()?;
         chunk.truncate(length);

@@ -61,12 +61,50 @@ fn clients_that_leave_at_any_moment_leave_nothing_behind() {
         connection.hang_up();
     }
     server.wait_idle();
+    wait_for_descriptors(&server, descriptors);
+    assert_eq!(server.metric("omlx_blocks_used"), 0.0);
+}
+
+/// 64 answers run, and 200 more streams wait behind them.
+#[test]
+fn many_streams_hold_beside_many_that_are_silent() {
+    let server = Server::start(&["--max-sequences", "64", "--queue-length", "256", "--keep-alive", "1"]);
+    server.post("/v1/chat/completions", &json!({"messages": [{"role": "user", "content": "Hi"}]})).expect(200);
+    let descriptors = server.descriptors();
+    let open = || {
+        let mut connection = server.connect();
+        connection.send("POST", "/v1/chat/completions", &[], &long_story(true));
+        connection
+    };
+    let mut running: Vec<_> = (0..64).map(|_| open()).collect();
+    while server.metric(crate::harness::RUNNING) < 64.0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut silent: Vec<_> = (0..200).map(|_| open()).collect();
+    for connection in &mut silent {
+        assert_eq!(connection.head().status, 200);
+        assert_eq!(connection.chunk().unwrap(), b": keep-alive\n\n");
+    }
+    for connection in &mut running {
+        assert_eq!(connection.head().status, 200);
+        let mut text = String::new();
+        while text.matches("\"content\":").count() < 20 {
+            text += &String::from_utf8(connection.chunk().expect("it goes on")).unwrap();
+        }
+    }
+    running.into_iter().chain(silent).for_each(crate::harness::Connection::hang_up);
+    server.wait_idle();
+    wait_for_descriptors(&server, descriptors);
+    assert_eq!(server.metric("omlx_blocks_used"), 0.0);
+}
+
+/// Waits until there are no more than there were, but for one of a connection that is being closed.
+fn wait_for_descriptors(server: &Server, before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
-    while server.descriptors() > descriptors + 1 {
-        assert!(Instant::now() < deadline, "{} descriptors, {descriptors} before", server.descriptors());
+    while server.descriptors() > before + 1 {
+        assert!(Instant::now() < deadline, "{} descriptors, {before} before", server.descriptors());
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(server.metric("omlx_blocks_used"), 0.0);
 }
 
 #[test]

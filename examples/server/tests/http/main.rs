@@ -1,6 +1,7 @@
 //! The server as clients meet it: the program, started on a port of its own with the bundled model, over plain sockets.
 
 mod admin;
+mod agents;
 mod anthropic;
 mod document;
 mod encoders;

@@ -45,7 +45,7 @@ fn reasoning_is_told_by_template_or_vocabulary() {
 /// A call written by the syntax, as a grammar would force it, is the call that the parser reads.
 #[test]
 fn the_syntax_writes_what_the_parser_reads() {
-    for format in ToolFormat::ALL {
+    for format in super::cases::formats() {
         let syntax = format.syntax();
         let (text, number) = match syntax.arguments {
             Arguments::Json => ("{\"city\": \"Oslo\", \"days\": 2}".to_owned(), ""),
@@ -76,7 +76,7 @@ fn the_syntax_writes_what_the_parser_reads() {
 /// Every special-looking mark that the examples show is one that the detokeniser is asked to keep.
 #[test]
 fn marks_cover_the_examples() {
-    for tools in ToolFormat::ALL {
+    for tools in super::cases::formats() {
         let marks: Vec<_> = format(tools).marks(true).collect();
         let mut rest = super::cases::example(tools).to_owned();
         marks.iter().for_each(|mark| rest = rest.replace(mark, ""));

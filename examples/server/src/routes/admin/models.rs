@@ -6,9 +6,8 @@ use serde_json::{Map, Value, json};
 
 use super::{parsed, required};
 use crate::app::{App, Shared};
-use crate::http::body::{JsonObject, blocking, json_response};
+use crate::http::body::{JsonObject, blocking, flag, json_response};
 use crate::http::error::ApiError;
-use crate::routes::flag;
 
 /// `GET`: all models, those with problems too, and what is settled about them.
 pub async fn list(State(app): State<Shared>) -> Result<Response, ApiError> {

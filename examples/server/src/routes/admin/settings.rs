@@ -15,9 +15,14 @@ const KEYS: &[&str] = &["memory_limit", "memory_percent", "hot_bytes", "cold_byt
 /// `GET`: limits and what else the server was started with.
 pub async fn read(State(app): State<Shared>) -> Result<Response, ApiError> {
     let limits = app.limits;
-    let status = parsed(&app.pool.status()?);
+    let (status, caches) = (parsed(&app.pool.status()?), app.pool.cache_limits()?);
+    // Without a folder there are no files, and most have no limit for a model.
+    let some = |bytes: u64| (bytes > 0 && bytes < u64::MAX).then_some(bytes);
     Ok(json_response(&json!({
         "memory_limit": status["memory"]["limit"],
+        "hot_bytes": caches.hot_bytes,
+        "cold_bytes": some(caches.cold_bytes),
+        "cold_bytes_per_model": some(caches.cold_bytes_per_model),
         "max_body_bytes": limits.body,
         "max_connections": limits.connections,
         "timeout_seconds": limits.timeout.as_secs(),
