@@ -3,6 +3,7 @@
 
 mod bundled;
 mod cc;
+mod cpp;
 mod dialects;
 mod examples;
 mod header;
