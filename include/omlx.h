@@ -562,9 +562,6 @@ typedef struct omlx_event {
     const char *stop_string;
 } omlx_event;
 
-/// Initialiser of `omlx_event`: all defaults.
-#define OMLX_EVENT_INIT { sizeof(omlx_event), 0, 0, 0, NULL, 0, NULL, 0, NULL, 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, 0, NULL, 0, 0, 0, 0, NULL }
-
 // Requests --------------------------------------------------------------------------------------------------
 
 /// Receives the events of a request, one call at a time, the done event last. Return 0 to go on; anything else

@@ -77,6 +77,8 @@ enum StepResult {
     Tokens(Drawn),
     /// Of prompt chunks only: an array that is computed when they are.
     Chunks(Array),
+    /// Of a model that computes nothing.
+    Known(Vec<(SequenceId, SampledToken)>),
 }
 
 impl Runner {
@@ -120,6 +122,9 @@ impl Runner {
         let started = Instant::now();
         let answers = plan.runs.len() - plan.prompt_runs;
         let (decodes, work) = (answers > 0, plan.work);
+        if let Some(token) = self.model.constant() {
+            return Ok(self.launch_nothing(plan, token));
+        }
         let mut pass = Pass::default();
         let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
         let wanted = sampling_rows(&plan.runs, &shape);
@@ -148,6 +153,24 @@ impl Runner {
         let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
         Ok(Launched { decodes, work, build, encode, result: StepResult::Tokens(drawn), sampled })
+    }
+
+    /// The step of a model that computes nothing: its token is certain.
+    fn launch_nothing(&self, plan: &StepPlan, token: u32) -> Launched {
+        let asked = |id| self.samplers.get(&id).and_then(|sampler| sampler.params().top_logprobs);
+        let drawn = |id| SampledToken {
+            token,
+            logprob: asked(id).map(|likeliest| (0.0, [(token, 0.0)].into_iter().take(likeliest).collect())),
+        };
+        let sampling = plan.runs.iter().filter(|run| run.samples);
+        Launched {
+            decodes: plan.runs.len() > plan.prompt_runs,
+            work: plan.work,
+            build: Duration::ZERO,
+            encode: Duration::ZERO,
+            result: StepResult::Known(sampling.map(|run| (run.sequence, drawn(run.sequence))).collect()),
+            sampled: Vec::new(),
+        }
     }
 
     /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden states of
@@ -341,8 +364,10 @@ impl Packed {
 impl Launched {
     /// Waits until its tokens are computed; whether its kernels failed is not looked at.
     pub fn wait(&self) -> Result<()> {
-        let (StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result)) = &self.result;
-        Ok(result.eval()?)
+        match &self.result {
+            StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result) => Ok(result.eval()?),
+            StepResult::Known(_) => Ok(()),
+        }
     }
 
     /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
@@ -351,6 +376,7 @@ impl Launched {
         let read = match &self.result {
             StepResult::Tokens(drawn) => self.read_tokens(drawn),
             StepResult::Chunks(marker) => marker.eval().map(|()| Vec::new()).map_err(Error::from),
+            StepResult::Known(tokens) => Ok(tokens.clone()),
         };
         // Numbers that came from a failed kernel must not pass for tokens.
         kernels::check().and(read)

@@ -5,6 +5,7 @@ pub mod encoder;
 mod kind;
 mod llama;
 mod mistral;
+mod null;
 mod qwen2;
 mod qwen3;
 
@@ -22,6 +23,11 @@ use crate::weights::Weights;
 
 /// A loaded language model. Owned by one thread, as all MLX arrays are.
 pub trait Model {
+    /// The token that it always draws, if it computes nothing: then nothing but its layout is asked of it.
+    fn constant(&self) -> Option<u32> {
+        None
+    }
+
     /// Keys and values that a token of a sequence stores.
     fn kv_layout(&self) -> &KvLayout;
 
@@ -93,6 +99,9 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "qwen3", load: qwen3::load },
 ];
 
+/// Not among the supported ones: it is no model, and has nothing to be compared with.
+const NULL: Architecture = Architecture { model_type: "omlx_null", load: null::load };
+
 /// The supported values of `model_type`.
 pub fn supported_types() -> impl Iterator<Item = &'static str> {
     ARCHITECTURES.iter().map(|a| a.model_type)
@@ -100,7 +109,7 @@ pub fn supported_types() -> impl Iterator<Item = &'static str> {
 
 fn find(config: &ModelConfig) -> Result<&'static Architecture> {
     let wanted = config.model_type();
-    ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
+    ARCHITECTURES.iter().chain([&NULL]).find(|a| a.model_type == wanted).ok_or_else(|| {
         let known: Vec<_> = supported_types().collect();
         Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
     })

@@ -16,8 +16,13 @@ const FILE_NAME: &str = if cfg!(target_os = "macos") { "libomlx.dylib" } else { 
 /// Name of the shared library as the loader looks for it.
 pub const SONAME: &str = if cfg!(target_os = "macos") { "libomlx.0.dylib" } else { "libomlx.so.0" };
 
-/// No program of these tests needs longer, on the slowest machine they are meant for.
+/// No program of these tests needs longer, on the slowest machine they are meant for, unless it is told to do more.
 const LIMIT: Duration = Duration::from_secs(240);
+
+/// How long a program may take: [`LIMIT`], or 20 minutes where the environment asks for long counts.
+fn limit() -> Duration {
+    if std::env::var_os("OMLX_CHURN").is_some() { 5 * LIMIT } else { LIMIT }
+}
 
 /// Held for reading by whatever loads the machine, for writing by what measures times.
 static MACHINE: RwLock<()> = RwLock::new(());
@@ -77,25 +82,37 @@ fn compiler(cxx: bool) -> Command {
     let value = std::env::var(variable).unwrap_or_else(|_| default.to_owned());
     let mut words = value.split_whitespace();
     let mut command = Command::new(words.next().unwrap_or(default));
-    command.args(words).arg("-I").arg(root().join("include"));
+    command.args(words);
     command
+}
+
+/// Where the headers are, behind what a program's own flags say.
+fn includes() -> [OsString; 2] {
+    ["include", "bindings/cpp"].map(|folder| {
+        let mut flag = OsString::from("-I");
+        flag.push(root().join(folder));
+        flag
+    })
 }
 
 /// Checks `source` with `flags` without making a program; the compiler's messages if it refuses.
 pub fn check(source: &Path, cxx: bool, flags: &[&str]) -> Result<(), String> {
     let _busy = busy();
-    let output = compiler(cxx).args(flags).arg("-fsyntax-only").arg(source).output().expect("the compiler starts");
+    let mut compiler = compiler(cxx);
+    let output =
+        compiler.args(flags).args(includes()).arg("-fsyntax-only").arg(source).output().expect("the compiler starts");
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// Makes the program `name` of a C file, linked to the library; the compiler's messages if it fails.
+/// Makes the program `name` of a C or C++ file, linked to the library; the compiler's messages if it fails.
 pub fn try_compile(source: &Path, name: &str, flags: &[&str]) -> Result<PathBuf, String> {
     let _busy = busy();
     let program = work_dir().join(name);
     let mut run_path = OsString::from("-Wl,-rpath,");
     run_path.push(library_dir());
-    let output = compiler(false)
+    let output = compiler(source.extension().is_some_and(|extension| extension == "cpp"))
         .args(flags)
+        .args(includes())
         .arg(source)
         .arg("-L")
         .arg(library_dir())
@@ -108,7 +125,7 @@ pub fn try_compile(source: &Path, name: &str, flags: &[&str]) -> Result<PathBuf,
     if output.status.success() { Ok(program) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// Makes the program `name` of a C file with all warnings as errors.
+/// Makes the program `name` of a C or C++ file with all warnings as errors.
 pub fn compile(source: &Path, name: &str, flags: &[&str]) -> PathBuf {
     let flags: Vec<_> = STRICT.iter().chain(flags).copied().collect();
     try_compile(source, name, &flags).unwrap_or_else(|messages| panic!("{}:\n{messages}", source.display()))
@@ -140,14 +157,34 @@ pub fn run(program: &Path, args: &[&str]) -> Outcome {
 
 /// As [`run`], with the library in `folder`.
 pub fn run_with(program: &Path, args: &[&str], folder: &Path) -> Outcome {
+    run_in(program, args, folder, Stdio::null())
+}
+
+/// As [`run`], with a text to read.
+pub fn run_with_input(program: &Path, args: &[&str], input: &str) -> Outcome {
+    let path = program.with_extension("in");
+    fs::write(&path, input).expect("a file for the input");
+    run_in(program, args, library_dir(), File::open(path).expect("the input").into())
+}
+
+/// As [`run`], while nothing else runs.
+pub fn run_alone(_quiet: &RwLockWriteGuard<'static, ()>, program: &Path, args: &[&str]) -> Outcome {
+    start(program, args, library_dir(), Stdio::null())
+}
+
+fn run_in(program: &Path, args: &[&str], folder: &Path, input: Stdio) -> Outcome {
     let _busy = busy();
+    start(program, args, folder, input)
+}
+
+fn start(program: &Path, args: &[&str], folder: &Path, input: Stdio) -> Outcome {
     let name = |kind: &str| program.with_extension(kind);
     let file = |kind: &str| File::create(name(kind)).expect("a file for the output");
     let mut child = Command::new(program)
         .args(args)
         .envs([search_path(folder)])
         .current_dir(root())
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(file("out"))
         .stderr(file("err"))
         .spawn()
@@ -157,7 +194,7 @@ pub fn run_with(program: &Path, args: &[&str], folder: &Path) -> Outcome {
         if let Some(status) = child.try_wait().expect("the program can be waited for") {
             break status;
         }
-        if started.elapsed() > LIMIT {
+        if started.elapsed() > limit() {
             child.kill().expect("the program can be ended");
             panic!("{} hangs; it wrote: {}", program.display(), fs::read_to_string(name("err")).unwrap_or_default());
         }

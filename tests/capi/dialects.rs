@@ -16,6 +16,7 @@ int probe(uint32_t kind, omlx_status status) {
     omlx_pool_options pool = OMLX_POOL_OPTIONS_INIT;
     omlx_generate_options generate = OMLX_GENERATE_OPTIONS_INIT;
     omlx_download_progress progress = OMLX_DOWNLOAD_PROGRESS_INIT;
+    omlx_cache_limits limits = OMLX_CACHE_LIMITS_INIT;
     omlx_event_kind text = OMLX_EVENT_KIND_TEXT;
     pool.device = OMLX_DEVICE_CPU;
     pool.dtype = OMLX_DTYPE_F32;
@@ -24,7 +25,8 @@ int probe(uint32_t kind, omlx_status status) {
     case OMLX_EVENT_KIND_DONE: return OMLX_LOG_LEVEL_WARN;
     default: return status == OMLX_OK && sizeof(text) == 4 && sizeof(status) == 4
         && pool.struct_size == sizeof pool && generate.struct_size == sizeof generate
-        && progress.struct_size == sizeof progress && progress.state == OMLX_DOWNLOAD_STATE_LISTING && OMLX_ABI_VERSION == 0;
+        && limits.struct_size == sizeof limits && progress.struct_size == sizeof progress
+        && progress.state == OMLX_DOWNLOAD_STATE_LISTING && OMLX_ABI_VERSION == 0;
     }
 }
 "#;
@@ -48,7 +50,7 @@ fn c_dialects() {
 #[test]
 fn cxx_dialects() {
     let file = source("dialect.cpp", USES);
-    for dialect in ["-std=c++11", "-std=c++17", "-std=c++20"] {
+    for dialect in ["-std=c++11", "-std=c++14", "-std=c++17", "-std=c++20"] {
         let flags: Vec<_> = cc::STRICT.iter().copied().chain([dialect, "-Wold-style-cast", "-Wconversion"]).collect();
         cc::check(&file, true, &flags).unwrap_or_else(|messages| panic!("{dialect}:\n{messages}"));
     }
@@ -60,7 +62,9 @@ fn a_wrong_use_is_refused() {
     let wrong =
         USES.replace("omlx_pool_options pool = OMLX_POOL_OPTIONS_INIT;", "omlx_pool_options pool = {0}; int unused;");
     assert_ne!(wrong, USES);
-    let flags: Vec<_> = cc::STRICT.iter().copied().chain(["-std=c99"]).collect();
-    let messages = cc::check(&source("wrong.c", &wrong), false, &flags).expect_err("a warning must be an error");
-    assert!(messages.contains("unused"), "{messages}");
+    for (name, cxx, dialect) in [("wrong.c", false, "-std=c99"), ("wrong.cpp", true, "-std=c++11")] {
+        let flags: Vec<_> = cc::STRICT.iter().copied().chain([dialect]).collect();
+        let messages = cc::check(&source(name, &wrong), cxx, &flags).expect_err("a warning must be an error");
+        assert!(messages.contains("unused"), "{messages}");
+    }
 }

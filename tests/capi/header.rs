@@ -234,7 +234,8 @@ fn structure(code: &[&str]) -> String {
         false => (*line).to_owned(),
     });
     let definition = fields.collect::<Vec<_>>().join("\n");
-    if !definition.contains(" struct_size;") {
+    // Hosts fill those that want to know their size; events are made by the library alone.
+    if !definition.contains(&format!("`sizeof({name})`")) {
         return definition;
     }
     let fields = code.iter().filter(|line| line.starts_with("    ") && line.ends_with(';') && !line.contains("///"));

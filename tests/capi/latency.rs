@@ -80,3 +80,24 @@ fn generate_returns_at_once_while_the_model_loads() {
         assert!(time < bar, "{name}: omlx_generate took {time:?} while loading, the bar is {bar:?}");
     }
 }
+
+/// From the call to the first token in the callback, where the model costs nothing; in microseconds.
+const FIRST_CALLBACK: f64 = 200.0;
+
+#[test]
+fn the_first_callback_comes_at_once() {
+    let source = cc::root().join("tests/capi/c/first_callback.c");
+    let program = cc::compile(&source, "first-callback", &["-std=c99", "-O2"]);
+    let quiet = cc::quiet();
+    let mut best = f64::MAX;
+    for _ in 0..5 {
+        let outcome = cc::run_alone(&quiet, &program, &["tests/fixtures/null/omlx-null", "5"]);
+        assert!(outcome.success, "{}", outcome.stderr);
+        best = best.min(outcome.stdout.trim().parse().expect("a number"));
+        if best < FIRST_CALLBACK {
+            break;
+        }
+    }
+    println!("from omlx_generate to the first callback: {best} us");
+    assert!(best < FIRST_CALLBACK, "{best} us, the bar is {FIRST_CALLBACK}");
+}

@@ -3,10 +3,15 @@
 //! and for leaks, because it comes from the same `malloc`.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
-use crate::cc;
+use crate::{cc, prototypes};
 
 const SANITIZERS: &str = "-fsanitize=address,undefined";
+
+/// What the program says of itself when the sanitizers are in it.
+const LINKED: [&str; 2] = ["__asan_init", "__ubsan_handle_"];
 
 fn run(name: &str, suffix: &str, flags: &[&str], models: &str) {
     run_with(name, suffix, flags, &[models]);
@@ -66,7 +71,63 @@ fn caches_under_sanitizers() {
     run_cache("-sanitized", &[SANITIZERS]);
 }
 
-/// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string.
+/// Runs a program that also takes an empty folder.
+fn run_with_folder(name: &str, suffix: &str, flags: &[&str], args: &[&str]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let args: Vec<_> = args.iter().copied().chain([folder.path().to_str().expect("UTF-8")]).collect();
+    run_with(name, suffix, flags, &args);
+}
+
+const ENCODERS_AND_CHAT: [&str; 2] = ["tests/fixtures/encoders", "models/tiny-chat"];
+
+#[test]
+fn functions_in_callbacks() {
+    run_with_folder("callbacks", "", &[], &ENCODERS_AND_CHAT);
+}
+
+#[test]
+fn functions_in_callbacks_under_sanitizers() {
+    run_with_folder("callbacks", "-sanitized", &[SANITIZERS], &ENCODERS_AND_CHAT);
+}
+
+/// Functions that the header does not mark as blocking, and that `source` does not call.
+fn not_called(header: &str, source: &str) -> Vec<String> {
+    let called = |name: &str| source.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').any(|word| word == name);
+    let blocks = |name: &str| {
+        let (before, _) = header
+            .split_once(&format!(" {name}("))
+            .or_else(|| header.split_once(&format!("*{name}(")))
+            .expect("a function");
+        let docs = before.rsplit("\n\n").next().expect("its documentation");
+        docs.contains("Blocking") && !docs.contains("Blocking\n/// unless") && !docs.contains("Blocking unless")
+    };
+    let functions = prototypes::parse(header).into_iter().map(|function| function.name);
+    functions.filter(|name| !blocks(name) && !called(name)).collect()
+}
+
+/// `callbacks.c` leaves none out, and leaving one out would be seen.
+#[test]
+fn every_function_that_does_not_block_is_called_in_callbacks() {
+    let source = fs::read_to_string(cc::root().join("tests/capi/c/callbacks.c")).expect("callbacks.c");
+    let header = prototypes::header();
+    assert_eq!(not_called(&header, &source), Vec::<String>::new());
+    assert_eq!(not_called(&header, &source.replace("omlx_pool_status(", "(")), ["omlx_pool_status"]);
+    let more = header.replace("/// Drops a reference; NULL is ignored. The last one", "/// Blocking. The last one");
+    assert_eq!(not_called(&more, &source.replace("omlx_pool_release(", "(")), Vec::<String>::new());
+}
+
+#[test]
+fn handles_in_every_order() {
+    run_with_folder("orders", "", &[], &["models"]);
+}
+
+#[test]
+fn handles_in_every_order_under_sanitizers() {
+    run_with_folder("orders", "-sanitized", &[SANITIZERS], &["models"]);
+}
+
+/// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string; or, with two,
+/// adds up more than an int holds.
 const WRONG: &str = r#"
 #include "harness.h"
 
@@ -77,6 +138,8 @@ int main(int argc, char **argv) {
     omlx_request *request = NULL;
     const omlx_event *first = NULL, *second = NULL;
     (void)argv;
+    if (argc > 2)
+        return (int)(2147483647 + argc == 0); /* Undefined: too large. */
     if (argc > 1) {
         omlx_pool_models(pool, &models, NULL);
         models = NULL;
@@ -93,14 +156,25 @@ int main(int argc, char **argv) {
 }
 "#;
 
+/// Symbols that a program takes from elsewhere.
+fn undefined(program: &Path) -> String {
+    let output = Command::new("nm").arg("-u").arg(program).output().expect("nm starts");
+    String::from_utf8(output.stdout).expect("ASCII")
+}
+
 #[test]
 fn the_sanitizers_see_the_librarys_memory() {
     let source = cc::work_dir().join("wrong-host.c");
     fs::write(&source, WRONG).expect("a source file");
     let harness = format!("-I{}", cc::root().join("tests/capi/c").display());
     let program = cc::compile(&source, "wrong-host", &["-std=c99", "-g", SANITIZERS, &harness]);
+    let bare = cc::compile(&source, "wrong-host-bare", &["-std=c99", "-g", &harness]);
+    assert!(LINKED.iter().all(|name| undefined(&program).contains(name)), "{}", undefined(&program));
+    assert!(!LINKED.iter().any(|name| undefined(&bare).contains(name)), "{}", undefined(&bare));
     let outcome = cc::run(&program, &[]);
     assert!(!outcome.success && outcome.stderr.contains("heap-use-after-free"), "{}", outcome.stderr);
+    let outcome = cc::run(&program, &["a", "number"]);
+    assert!(outcome.stderr.contains("runtime error: signed integer overflow"), "{}", outcome.stderr);
     if cfg!(target_os = "linux") {
         let outcome = cc::run(&program, &["leak"]);
         assert!(!outcome.success && outcome.stderr.contains("detected memory leaks"), "{}", outcome.stderr);

@@ -1,0 +1,85 @@
+"""The licences of everything that an installation holds."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+
+NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "COPYRIGHT", "UNLICENSE")
+
+# Licences of what a wheel of MLX brings besides MLX, by the beginning of the file's name.
+BROUGHT = {
+    "libblas": ["lapack.txt"],
+    "liblapack": ["lapack.txt"],
+    "libgfortran": ["gcc-runtime.txt", "GPL-3.txt"],
+    "libquadmath": ["gcc-runtime.txt", "LGPL-2.1.txt"],
+}
+
+
+class Missing(Exception):
+    """Something would be installed without its licence."""
+
+
+def _linked_crates(root):
+    """The packages whose code is in the library: reached from ours by other than build and test dependencies."""
+    command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", _host()]
+    metadata = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout)
+    packages = {package["id"]: package for package in metadata["packages"]}
+    nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
+    own = next(id for id, p in packages.items() if p["name"] == "omlx" and p["source"] is None)
+    reached, waiting = set(), [own]
+    while waiting:
+        for dependency in nodes[waiting.pop()]["deps"]:
+            normal = any(kind["kind"] is None for kind in dependency["dep_kinds"])
+            procedural = any("proc-macro" in t["kind"] for t in packages[dependency["pkg"]]["targets"])
+            if normal and not procedural and dependency["pkg"] not in reached:
+                reached.add(dependency["pkg"])
+                waiting.append(dependency["pkg"])
+    return sorted((packages[id] for id in reached if packages[id]["source"]), key=lambda p: (p["name"], p["version"]))
+
+
+def _host():
+    lines = subprocess.run(["rustc", "-vV"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return next(line.split()[1] for line in lines if line.startswith("host: "))
+
+
+def _texts(folder):
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.upper().startswith(NAMES)]
+    return [(file.name, file.read_text(errors="replace").strip()) for file in files]
+
+
+def _crates(root):
+    """One text with the licences of all crates; equal ones once. Crates without a text have their licence's name."""
+    parts = ["The Rust crates in libomlx, their licences, and the texts of these.\n"]
+    known = {}
+    for package in _linked_crates(root):
+        texts = _texts(pathlib.Path(package["manifest_path"]).parent)
+        if not texts and not package["license"]:
+            raise Missing(f"the crate {package['name']} has no licence")
+        authors = ", ".join(package["authors"]) or package["repository"] or "its authors"
+        parts.append(f"{package['name']} {package['version']}: {package['license'] or 'see its text'} ({authors})")
+        for name, text in texts:
+            parts.append(f"    {name}: text {known.setdefault(text, len(known) + 1)}")
+    for text, number in known.items():
+        parts.append(f"\n{'-' * 100}\nText {number}\n\n{text}")
+    return "\n".join(parts) + "\n"
+
+
+def install(root, libraries, target):
+    """Writes the licences of libomlx, of the crates in it, and of `libraries` to the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(root / "LICENSE", target / "LICENSE")
+    (target / "rust-crates.txt").write_text(_crates(root))
+    for library in libraries:
+        if library.name.startswith("libmlx.") or library.suffix == ".metallib":
+            # <wheel>/mlx/lib/libmlx.so; its licence is in <wheel>/mlx_cpu-0.32.2.dist-info/licenses.
+            found = sorted(library.parents[2].glob("mlx*.dist-info/**/LICENSE*"))
+            if not found:
+                raise Missing(f"the licence of {library} is not where a wheel has it")
+            shutil.copyfile(found[0], target / "mlx.txt")
+            continue
+        names = next((names for start, names in BROUGHT.items() if library.name.startswith(start)), None)
+        if names is None:
+            raise Missing(f"no licence is known for {library.name}; see packaging/licenses.py")
+        for name in names:
+            shutil.copyfile(root / "packaging/licenses" / name, target / name)
