@@ -28,7 +28,7 @@ let package = Package(
         .executableTarget(name: "MenuBar", dependencies: ["OMLXServer"], path: "Examples/MenuBar"),
         // The sample of the README, word for word.
         .executableTarget(name: "Sample", dependencies: ["OMLX"], path: "Examples/Sample"),
-        .testTarget(name: "OMLXTests", dependencies: ["OMLX", "COMLX"]),
+        .testTarget(name: "OMLXTests", dependencies: ["OMLX", "COMLX", "Sample"]),
         .testTarget(name: "OMLXServerTests", dependencies: ["OMLXServer"]),
     ]
 )

@@ -12,6 +12,14 @@ public struct Response<Content: Sendable>: Sendable {
     public let completion: Completion
 }
 
+extension Response {
+    /// The same with another content.
+    public func map<Other: Sendable>(_ transform: (Content) throws -> Other) rethrows -> Response<Other> {
+        Response<Other>(
+            content: try transform(content), reasoning: reasoning, messages: messages, completion: completion)
+    }
+}
+
 extension Response: CustomStringConvertible {
     /// The content.
     public var description: String { "\(content)" }
