@@ -118,9 +118,9 @@ import Observation
         answer = Task {
             do {
                 for try await text in client.chat(messages) { chat[chat.count - 1].text += text }
-            } catch is CancellationError {
             } catch {
-                problem = error.localizedDescription
+                // What a connection says that was closed on purpose is none.
+                if !Task.isCancelled { problem = error.localizedDescription }
             }
             if chat.last?.text.isEmpty == true { chat.removeLast() }
             answer = nil

@@ -40,7 +40,7 @@ final class ServerProcess: @unchecked Sendable {
             DispatchQueue.global().asyncAfter(deadline: .now() + 1) { [weak self] in self?.finish { $0.isSilent = true } }
         }
         do {
-            try process.run()
+            try withoutBlockedSignals { try process.run() }
         } catch {
             output.fileHandleForReading.readabilityHandler = nil
             continuation.finish()
@@ -83,4 +83,14 @@ final class ServerProcess: @unchecked Sendable {
         continuation.yield(.ended(ending))
         continuation.finish()
     }
+}
+
+/// Runs `body` on this thread with no signal blocked: a child inherits the mask of the thread that starts it, and the threads
+/// that run Swift's tasks on Linux block SIGTERM.
+private func withoutBlockedSignals(_ body: () throws -> Void) rethrows {
+    var (none, before) = (sigset_t(), sigset_t())
+    sigemptyset(&none)
+    pthread_sigmask(SIG_SETMASK, &none, &before)
+    defer { pthread_sigmask(SIG_SETMASK, &before, nil) }
+    try body()
 }

@@ -4,9 +4,11 @@ import Testing
 @testable import OMLXServer
 
 /// A controller of a shell script in the server's place.
-private func controller(_ script: String, _ policy: RestartPolicy = quick) -> ServerController {
+private func controller(
+    _ script: String, _ policy: RestartPolicy = quick, grace: Duration = .seconds(30)
+) -> ServerController {
     var configuration = ServerConfiguration(
-        executable: URL(fileURLWithPath: "/bin/sh"), grace: .milliseconds(300), restarts: policy)
+        executable: URL(fileURLWithPath: "/bin/sh"), grace: grace, restarts: policy)
     configuration.commandLinePrefix = ["-c", script, "omlx-server"]
     return ServerController(configuration)
 }
@@ -56,7 +58,10 @@ extension ServerController.State {
         await wait(for: controller) { $0 == .running(address) }
         let process = try #require(await controller.processIdentifier)
         #expect(kill(process, 0) == 0)
+        // It ends when it is asked to: the grace is longer.
+        let clock = ContinuousClock.now
         await controller.stop()
+        #expect(ContinuousClock.now - clock < .seconds(10))
         #expect(await controller.state == .stopped)
         #expect(kill(process, 0) != 0)
         #expect(await controller.crashes == 0)
@@ -103,7 +108,8 @@ extension ServerController.State {
     }
 
     @Test func aServerThatDoesNotListenToSignalsIsKilled() async throws {
-        let controller = controller("trap '' TERM; " + listening + "while :; do sleep 0.05; done")
+        let script = "trap '' TERM; " + listening + "while :; do sleep 0.05; done"
+        let controller = controller(script, grace: .milliseconds(300))
         await controller.start()
         await wait(for: controller) { $0 == .running(address) }
         let clock = ContinuousClock.now
