@@ -15,6 +15,20 @@ extension LibraryTests {
             #expect(!OMLXLibrary.version.isEmpty && !OMLXLibrary.mlxVersion.isEmpty)
         }
 
+        @Test func theLogIsHeard() async throws {
+            let lines = Locked<[String]>([])
+            try OMLXLibrary.setLog(upTo: .debug) { _, line in lines.withLock { $0.append(line) } }
+            #expect(HandleCount.callbacks.value == 1)
+            // Another one takes its place.
+            try OMLXLibrary.setLog(upTo: .debug) { _, line in lines.withLock { $0.append(line) } }
+            #expect(await eventually { HandleCount.callbacks.value == 1 })
+            try await withPool { _, model in
+                try await model.load()
+                try OMLXLibrary.setLog(nil)
+            }
+            #expect(lines.withLock { $0.count } > 0)
+        }
+
         @Test func statusIsRead() async throws {
             try await withPool { pool, model in
                 #expect(try pool.status().models.isEmpty)

@@ -104,6 +104,37 @@ extension LibraryTests {
             }
         }
 
+        @Test func twoTasksCannotReadAtOnce() async throws {
+            // One sequence at a time: the second request gets no event before the first one ends.
+            var options = PoolOptions()
+            options.maximumSequences = 1
+            try await withPool(options) { _, model in
+                let first = try model.generate(endless())
+                var events = first.makeAsyncIterator()
+                _ = try await events.next()
+                let waiting = try model.generate(endless(1)).makeAsyncIterator()
+                let tasks = (0..<2).map { _ in
+                    Task {
+                        var mine = waiting
+                        return try await mine.next()
+                    }
+                }
+                // Whoever comes second is refused, while the other one waits.
+                let refused = try await withThrowingTaskGroup(of: OMLXError?.self) { group in
+                    for task in tasks {
+                        group.addTask {
+                            do { _ = try await task.value } catch let error as OMLXError { return error }
+                            return nil
+                        }
+                    }
+                    let refused = try await group.next() ?? nil
+                    first.cancel()
+                    return refused
+                }
+                #expect(refused?.code == .invalidArgument)
+            }
+        }
+
         @Test func aGenerationIsReadOnce() async throws {
             try await withPool { _, model in
                 let generation = try model.generate(endless(3))
