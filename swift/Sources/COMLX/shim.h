@@ -1,0 +1,1 @@
+#include <omlx.h>
