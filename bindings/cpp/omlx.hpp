@@ -180,10 +180,10 @@ public:
         });
     }
 
-    /// The prompt that a chat template makes of a request.
-    std::string render_template(std::string_view json) const {
+    /// The prompt that a chat template makes of a request; `lenient` as in `request_options`.
+    std::string render_template(std::string_view json, bool lenient = false) const {
         return detail::text_of([&](auto **text, auto **error) {
-            return omlx_render_template(get(), json.data(), json.size(), text, error);
+            return omlx_render_template(get(), json.data(), json.size(), lenient, text, error);
         });
     }
 
@@ -224,6 +224,13 @@ public:
         });
     }
 
+    /// The limits that hold.
+    cache_limits get_cache_limits() const {
+        cache_limits limits;
+        detail::call([&](omlx_error **error) { return omlx_cache_get_limits(get(), &limits, error); });
+        return limits;
+    }
+
     void set_cache_limits(const cache_limits &limits) {
         detail::call([&](omlx_error **error) { return omlx_cache_set_limits(get(), &limits, error); });
     }
@@ -253,6 +260,7 @@ private:
         omlx_generate_options c = OMLX_GENERATE_OPTIONS_INIT;
         c.lenient = options.lenient;
         c.loading_events = options.loading_events;
+        c.started_event = options.started_event;
         return c;
     }
 

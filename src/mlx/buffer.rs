@@ -227,6 +227,11 @@ impl Drop for HostBuffer {
 // SAFETY: plain bytes with one owner, and a handle that any thread may use.
 unsafe impl Send for HostBuffer {}
 
+// SAFETY: nothing in it changes, any thread may give the memory back, and each part of the bytes has one owner.
+unsafe impl Send for Allocation {}
+// SAFETY: as above.
+unsafe impl Sync for Allocation {}
+
 impl Allocation {
     fn new(size: usize) -> Option<Self> {
         let mut bytes = std::ptr::null_mut();

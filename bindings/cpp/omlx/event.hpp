@@ -35,6 +35,7 @@ public:
     std::size_t truncated() const noexcept { return raw_.truncated; }
     std::uint64_t loaded_bytes() const noexcept { return raw_.loaded_bytes; }
     std::uint64_t total_bytes() const noexcept { return raw_.total_bytes; }
+    std::string_view stop_string() const noexcept { return raw_.stop_string; }
 
     /// Throws the error of a request that failed.
     void check() const {
@@ -52,6 +53,8 @@ struct request_options {
     bool lenient = false;
     /// Begin with `OMLX_EVENT_KIND_LOADING` while the model is being loaded.
     bool loading_events = false;
+    /// An `OMLX_EVENT_KIND_STARTED` before the first text.
+    bool started_event = false;
 };
 
 struct tool_call {

@@ -26,6 +26,9 @@ public:
     /// Whether the done event was fetched.
     bool over() const noexcept { return over_; }
 
+    /// Id of the model that answers.
+    std::string_view model() const noexcept { return omlx_request_model(get()); }
+
     /// How it ended, once it has.
     const outcome &result() const noexcept { return result_; }
 

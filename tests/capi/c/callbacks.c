@@ -59,7 +59,8 @@ static void pool_functions(void) {
     take(text, "600");
     CHECK_STATUS(OMLX_OK, omlx_cache_stats(pool, "tiny-chat", &text, &error));
     take(text, "{");
-    CHECK(limits.struct_size == sizeof limits);
+    CHECK_STATUS(OMLX_OK, omlx_cache_get_limits(pool, &limits, &error));
+    CHECK(limits.struct_size == sizeof limits && limits.cold_bytes == 0);
     CHECK_STATUS(OMLX_OK, omlx_set_log_hook(on_log, OMLX_LOG_LEVEL_ERROR, NULL, NULL, &error));
     CHECK_STATUS(OMLX_OK, omlx_set_log_hook(NULL, OMLX_LOG_LEVEL_ERROR, NULL, NULL, &error));
     /* What hosts get of functions that block, without calling these. */
@@ -82,6 +83,7 @@ static void request_functions(void) {
         CHECK_STATUS(OMLX_OK, omlx_request_set_wake(request, on_wake_nothing, NULL, NULL, &error));
         status = omlx_request_next(request, 0, &event, NULL);
         CHECK(status == OMLX_OK || status == OMLX_E_TIMEOUT);
+        CHECK(omlx_request_model(request)[0] != '\0');
         omlx_request_retain(request);
         omlx_request_release(request);
         omlx_request_cancel(request);

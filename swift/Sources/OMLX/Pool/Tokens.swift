@@ -38,7 +38,7 @@ extension Model {
         return try await blocking {
             var string: OpaquePointer?
             try withBytes(of: json) { bytes, count in
-                try check { omlx_render_template(handle.pointer, bytes, count, &string, $0) }
+                try check { omlx_render_template(handle.pointer, bytes, count, 0, &string, $0) }
             }
             return take(string)
         }
