@@ -39,8 +39,8 @@ pub fn of_rust() -> String {
     lines!(text, omlx_event:
         struct_size, kind, choice, finish_reason, text, text_len, tokens, token_count, logprobs, logprob_count, status,
         tool_index, tool_id, tool_name, error_message, usage, values, rows, columns, order, order_count, truncated,
-        loaded_bytes, total_bytes);
-    lines!(text, omlx_generate_options: struct_size, lenient, callback, user_data, destroy, loading_events, reserved);
+        loaded_bytes, total_bytes, stop_string);
+    lines!(text, omlx_generate_options: struct_size, lenient, callback, user_data, destroy, loading_events, started_event);
     lines!(text, omlx_download_progress:
         struct_size, state, bytes_done, bytes_total, bytes_kept, files_done, files_total, retries);
     lines!(text, omlx_cache_limits: struct_size, hot_percent, hot_bytes, cold_bytes, cold_bytes_per_model);
