@@ -65,6 +65,15 @@ struct Pooled<'a, T> {
     fetch: (usize, usize),
 }
 
+impl<T> Pooled<'_, T> {
+    /// The row to fetch while `key` is computed with.
+    #[inline(always)]
+    fn fetched(&self, key: usize) -> Option<*const u8> {
+        let at = self.offset + self.next[key] * self.stride;
+        (self.fetch.0..self.fetch.1).contains(&key).then(|| self.numbers.as_ptr().wrapping_add(at).cast())
+    }
+}
+
 /// Rows that were widened, one after another, and where they come from.
 #[derive(Clone, Copy)]
 struct Widened<'a, T> {
@@ -90,9 +99,7 @@ impl<T: Element> HeadRows for Pooled<'_, T> {
     #[inline(always)]
     fn ahead(&self, key: usize) -> Ahead<T> {
         let row = self.row(key).as_ptr();
-        let fetched = (self.fetch.0..self.fetch.1).contains(&key);
-        let at = self.offset + if fetched { self.next[key] } else { self.slots[key] } * self.stride;
-        Ahead { row, next: self.numbers.as_ptr().wrapping_add(at).cast() }
+        Ahead { row, next: self.fetched(key).unwrap_or(row.cast()) }
     }
 
     #[inline(always)]
@@ -117,7 +124,8 @@ impl<T: Element> HeadRows for Widened<'_, T> {
 
     #[inline(always)]
     fn ahead(&self, key: usize) -> Ahead<f32> {
-        Ahead { row: self.row(key).as_ptr(), next: self.pooled.ahead(key).next }
+        let row = self.row(key).as_ptr();
+        Ahead { row, next: self.pooled.fetched(key).unwrap_or(row.cast()) }
     }
 
     #[inline(always)]
