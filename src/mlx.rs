@@ -98,6 +98,11 @@ fn init_once() -> Result<()> {
              remove the other one from the library path"
         )));
     }
+    // Above its limit MLX makes every evaluation wait for all others, and two that wait for each other wait for ever. The
+    // ledger decides what fits; a GPU's limit stays, because its allocator frees what it keeps when it gets there.
+    if !gpu_available() {
+        mlx_rs::memory::set_memory_limit(usize::MAX)?;
+    }
     Ok(())
 }
 

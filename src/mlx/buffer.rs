@@ -301,7 +301,15 @@ mod tests {
             assert_eq!((floats.as_slice::<f32>(), nothing.shape()), (&[1.0, -2.0][..], &[4, 0][..]));
             let wrong = make(&[8]).unwrap().pop().unwrap().into_array(&[3], Dtype::Float32);
             assert_eq!(wrong.unwrap_err().status(), Status::Internal);
+        }
+    }
+
+    #[test]
+    fn what_the_system_refuses_counts_for_nothing() {
+        crate::mlx::init().unwrap();
+        for make in BOTH {
             assert!(make(&[usize::MAX, 1]).is_none() && make(&[1 << 60]).is_none());
+            assert!(crate::mlx::used_memory() < 1 << 59);
         }
     }
 
