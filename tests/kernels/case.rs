@@ -138,6 +138,12 @@ impl Plan {
 }
 
 impl Inputs {
+    /// With activations rounded to bf16.
+    pub fn rounded(&self) -> Inputs {
+        let x = self.x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+        Inputs { x, ..self.clone() }
+    }
+
     /// Some of the rows, in the order given.
     pub fn select(&self, model: &Model, rows: &[usize]) -> Inputs {
         fn pick<T: Copy>(all: &[T], width: usize, rows: &[usize]) -> Vec<T> {
@@ -175,6 +181,16 @@ impl Model {
             (weights.place(edge), bias.as_ref().map(|bias| bias.place(edge)))
         };
         PlacedModel { model: self, edge, projections: self.projections.iter().map(place).collect() }
+    }
+
+    /// Whether products with these rows multiply pairs of bf16, on instruction sets that can.
+    pub fn is_in_pairs(&self, inputs: &Inputs, precision: Precision) -> bool {
+        let bf16 = |weights: &Weights| weights.format == Format::Dense(Type::Bf16);
+        inputs.x.len() >= 64 * self.columns()
+            && inputs.experts.is_none()
+            && precision == Precision::Fast
+            && self.columns().is_multiple_of(2)
+            && self.projections.iter().all(|(weights, _)| bf16(weights))
     }
 
     /// In f64, `[M, width]`. A kernel may miss by `1e-6 * sqrt(K)` times the sum of the magnitudes it adds: of

@@ -121,6 +121,26 @@ fn sum(a: &[f32]) -> f32 {
     sum(&low.iter().zip(high).map(|(low, high)| low + high).collect::<Vec<_>>())
 }
 
+/// Pairs of bf16, added to f32.
+struct DotBf16 {
+    acc: [f32; LANES],
+    a: [[u16; 2]; LANES],
+    b: [[u16; 2]; LANES],
+}
+
+impl Work for DotBf16 {
+    type Output = [f32; LANES];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        // SAFETY: arrays of sixteen and of 64 bytes.
+        unsafe {
+            let acc = simd.load(self.acc.as_ptr());
+            floats(simd, simd.dot_bf16(acc, simd.load_i(self.a.as_ptr().cast()), simd.load_i(self.b.as_ptr().cast())))
+        }
+    }
+}
+
 /// The largest lane, and the lanes as integers.
 struct Reduce([f32; LANES]);
 
@@ -272,6 +292,27 @@ proptest! {
         for isa in Isa::available() {
             let input = OnFloats { a, b, c };
             check_floats(isa, &isa.run(input), &input.expected(isa));
+        }
+    }
+
+    /// Of numbers whose products are normal; another order of the sum is another rounding.
+    #[test]
+    fn pairs_of_bf16(
+        acc in uniform16(-1e3f32..1e3),
+        (a, b) in (uniform16([-1e3f32..1e3, -1e3f32..1e3]), uniform16([-1e3f32..1e3, -1e3f32..1e3])),
+    ) {
+        let halves = |pairs: [[f32; 2]; LANES]| pairs.map(|pair| pair.map(|x| half::bf16::from_f32(x).to_bits()));
+        let (a, b) = (halves(a), halves(b));
+        let number = |bits: u16| f64::from(half::bf16::from_bits(bits).to_f32());
+        for isa in Isa::available() {
+            let found = isa.run(DotBf16 { acc, a, b });
+            for lane in 0..LANES {
+                let parts = [0, 1].map(|half| number(a[lane][half]) * number(b[lane][half]));
+                let (sum, size) = (parts[0] + parts[1], parts[0].abs() + parts[1].abs());
+                let miss = (f64::from(found[lane]) - f64::from(acc[lane]) - sum).abs();
+                let bound = (f64::from(acc[lane]).abs() + size) / f64::from(1 << 22) + 1e-37;
+                prop_assert!(miss <= bound, "{isa:?}: lane {lane} is off by {miss}");
+            }
         }
     }
 

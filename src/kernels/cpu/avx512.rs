@@ -1,20 +1,44 @@
 //! AVX-512 with VNNI: one register is sixteen lanes.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::simd::{Simd, WORDS, Work};
+use super::simd::{Simd, WORDS, Work, dot_bf16_in_f32};
 
-/// Proof that the processor has AVX-512 F, BW, DQ, VL and VNNI.
+/// Proof that the processor has AVX-512 F, BW, DQ, VL and VNNI, and BF16 if it says so.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512(());
+pub struct Avx512 {
+    bf16: bool,
+}
 
 /// # Safety
-/// The processor must have the features.
+/// The processor must have the features, and with `bf16` AVX-512 BF16, too: one instruction, not worth compiling everything
+/// again.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline(never)]
-pub unsafe fn run<W: Work>(work: W) -> W::Output {
-    work.run(Avx512(()))
+pub unsafe fn run<W: Work>(work: W, bf16: bool) -> W::Output {
+    work.run(Avx512 { bf16 })
+}
+
+/// The instruction of AVX-512 BF16, in assembly: its intrinsic is inlined only into functions that have the feature.
+///
+/// # Safety
+/// The processor must have it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn dot_bf16(mut acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+    // SAFETY: an operation on registers.
+    unsafe {
+        asm!(
+            "vdpbf16ps {acc}, {a}, {b}",
+            acc = inout(zmm_reg) acc,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
 }
 
 /// Register operations: a value of [`Avx512`] exists only where the processor has them.
@@ -37,7 +61,7 @@ impl Simd for Avx512 {
     fn call<W: Work>(self, work: W) -> W::Output {
         // `inline(never)` does not reach LLVM for functions with target features: an address it cannot see does.
         // SAFETY: a value of `Avx512` exists only where the processor has the features.
-        unsafe { black_box(run::<W> as unsafe fn(W) -> W::Output)(work) }
+        unsafe { black_box(run::<W> as unsafe fn(W, bool) -> W::Output)(work, self.bf16) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -154,6 +178,13 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot_u8(self, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
         op!(_mm512_dpbusd_epi32(acc, w, x))
+    }
+    #[inline(always)]
+    fn dot_bf16(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        if !self.bf16 {
+            return dot_bf16_in_f32(self, acc, a, b);
+        }
+        op!(dot_bf16(acc, a, b))
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m512 {

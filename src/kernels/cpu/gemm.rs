@@ -1,11 +1,11 @@
-//! Products with many rows, in f32: register tiles over panels that were laid out for them (Goto and van de Geijn 2008,
-//! "Anatomy of High-Performance Matrix Multiplication").
+//! Products with many rows: register tiles over panels that were laid out for them (Goto and van de Geijn 2008,
+//! "Anatomy of High-Performance Matrix Multiplication"), in f32, or in pairs of bf16 where the processor multiplies those.
 //!
 //! Every output is one chain of fused multiplications and additions over the columns, first to last: its bits do not depend on
 //! other rows. They are other bits than those of `dot.rs`, which adds in sixteen lanes.
 
 use super::dot::load_tail;
-use super::floats::Element;
+use super::floats::{Element, f32_to_bf16};
 use super::simd::{LANES, Simd, WORDS, Work};
 
 /// Vectors of a panel.
@@ -16,6 +16,53 @@ pub const WIDTH: usize = VECTORS * LANES;
 
 /// Depth that is computed at once: a panel of it and a tile's rows stay in the caches.
 const DEPTH: usize = 512;
+
+/// Two neighbouring bf16 of a row, as [`Simd::dot_bf16`] multiplies them. They travel as the f32 of the same bits.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Pair([u16; 2]);
+
+impl Element for Pair {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::F {
+        // SAFETY: the caller's promise: sixteen pairs are 64 bytes.
+        simd.float_of_bits(unsafe { simd.load_i(p.cast()) })
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.0[0]) | u32::from(self.0[1]) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        Pair([x.to_bits() as u16, (x.to_bits() >> 16) as u16])
+    }
+}
+
+/// An even number of bf16, two by two.
+pub fn as_pairs(bits: &[u16]) -> &[Pair] {
+    assert!(bits.len().is_multiple_of(2));
+    // SAFETY: `Pair` is a transparent wrapper of two `u16`.
+    unsafe { std::slice::from_raw_parts(bits.as_ptr().cast(), bits.len() / 2) }
+}
+
+/// Numbers rounded to bf16, two by two, as pairs.
+pub struct RoundPairs<'a> {
+    pub x: &'a [f32],
+    pub pairs: &'a mut [f32],
+}
+
+impl Work for RoundPairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { x, pairs } = self;
+        assert_eq!(x.len(), 2 * pairs.len());
+        for at in 0..pairs.len() {
+            pairs[at] = Pair([f32_to_bf16(x[2 * at]), f32_to_bf16(x[2 * at + 1])]).to_f32();
+        }
+    }
+}
 
 /// Lays out up to sixteen rows of a matrix as lanes of a panel: element `k` of row `i` goes to `panel[k * WIDTH + i]`.
 /// Rows begin `stride` elements apart, and have `depth` of them.
@@ -86,6 +133,8 @@ unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize
 
 /// Rows of `a` times a panel, added to rows of [`WIDTH`] numbers.
 pub struct TimesPanel<'a> {
+    /// Whether `a` and the panel are pairs of bf16, two columns each.
+    pub pairs: bool,
     /// Row `m` begins at `m * a_stride` and has `depth` numbers.
     pub a: &'a [f32],
     pub a_stride: usize,
@@ -103,7 +152,14 @@ impl Work for TimesPanel<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { a, a_stride, rows, depth, panel, acc, acc_stride } = self;
+        if self.pairs { self.by::<S, true>(simd) } else { self.by::<S, false>(simd) }
+    }
+}
+
+impl TimesPanel<'_> {
+    #[inline(always)]
+    fn by<S: Simd, const PAIRS: bool>(self, simd: S) {
+        let Self { a, a_stride, rows, depth, panel, acc, acc_stride, .. } = self;
         assert!(rows == 0 || a.len() >= (rows - 1) * a_stride + depth);
         assert!(panel.len() >= depth * WIDTH && (rows == 0 || acc.len() >= (rows - 1) * acc_stride + WIDTH));
         let mut first = 0;
@@ -115,11 +171,11 @@ impl Work for TimesPanel<'_> {
                 let a = &a[row * a_stride + first..];
                 let acc = &mut acc[row * acc_stride..];
                 row += match rows - row {
-                    12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12> { a, a_stride, panel, acc, acc_stride }),
-                    8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8> { a, a_stride, panel, acc, acc_stride }),
-                    4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4> { a, a_stride, panel, acc, acc_stride }),
-                    2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2> { a, a_stride, panel, acc, acc_stride }),
-                    _ => simd.call(Tile::<1> { a, a_stride, panel, acc, acc_stride }),
+                    12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12, PAIRS> { a, a_stride, panel, acc, acc_stride }),
+                    8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8, PAIRS> { a, a_stride, panel, acc, acc_stride }),
+                    4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, PAIRS> { a, a_stride, panel, acc, acc_stride }),
+                    2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, PAIRS> { a, a_stride, panel, acc, acc_stride }),
+                    _ => simd.call(Tile::<1, PAIRS> { a, a_stride, panel, acc, acc_stride }),
                 };
             }
             first += depth;
@@ -128,7 +184,7 @@ impl Work for TimesPanel<'_> {
 }
 
 /// `M` rows with a panel; returns `M`.
-struct Tile<'a, const M: usize> {
+struct Tile<'a, const M: usize, const PAIRS: bool> {
     a: &'a [f32],
     a_stride: usize,
     panel: &'a [f32],
@@ -136,7 +192,7 @@ struct Tile<'a, const M: usize> {
     acc_stride: usize,
 }
 
-impl<const M: usize> Work for Tile<'_, M> {
+impl<const M: usize, const PAIRS: bool> Work for Tile<'_, M, PAIRS> {
     type Output = usize;
 
     #[inline(always)]
@@ -160,7 +216,11 @@ impl<const M: usize> Work for Tile<'_, M> {
                 for m in 0..M {
                     let x = simd.splat(*a.as_ptr().add(m * a_stride + k));
                     for v in 0..VECTORS {
-                        sums[m][v] = simd.fma(x, b[v], sums[m][v]);
+                        sums[m][v] = if PAIRS {
+                            simd.dot_bf16(sums[m][v], simd.bits(x), simd.bits(b[v]))
+                        } else {
+                            simd.fma(x, b[v], sums[m][v])
+                        };
                     }
                 }
             }

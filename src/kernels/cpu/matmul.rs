@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
-use super::gemm::{PackLanes, TimesPanel, WIDTH};
+use super::gemm::{PackLanes, RoundPairs, TimesPanel, WIDTH, as_pairs};
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
 use super::quantize::{Order, Quantize, QuantizedRows, RowParts};
@@ -39,7 +39,8 @@ const LAID_OUT: usize = 3 << 19;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Precision {
     /// Activations are rounded to 8 bits per group. With dense weights they are not, but from some number of rows on sums are
-    /// added in another order, which is faster.
+    /// added in another order, which is faster, and with weights in bf16 activations are rounded to bf16, too, where the
+    /// processor multiplies that.
     #[default]
     Fast,
     /// Activations as they are, f32 accumulation in a fixed order: a row's bits do not depend on the other rows.
@@ -108,6 +109,8 @@ thread_local! {
     static QUANTIZED: RefCell<Vec<QuantizedRows>> = const { RefCell::new(Vec::new()) };
     /// Weights as they are laid out.
     static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Activations as pairs of bf16.
+    static ROUNDED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// Accumulators of a unit, `[M, PAIR * PANEL]`.
     static ACCUMULATORS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -169,9 +172,36 @@ impl MatMul<'_> {
             && self.projections.iter().all(dense)
     }
 
+    /// Whether many rows are multiplied as pairs of bf16.
+    fn is_in_pairs(&self, isa: Isa) -> bool {
+        let bf16 = |p: &Projection<'_>| matches!(p.matrix.storage, Storage::Dense(Floats::Bf16(_)));
+        isa.has_dot_bf16() && self.columns().is_multiple_of(2) && self.projections.iter().all(bf16)
+    }
+
+    /// The activations as pairs of bf16, made in `kept`.
+    fn round_pairs<'k>(&self, isa: Isa, workers: &Workers, kept: &'k mut Vec<f32>) -> &'k [f32] {
+        let len = self.x.len() / 2;
+        if kept.len() < len {
+            kept.resize(len, 0.0);
+        }
+        let depth = self.columns() / 2;
+        let rows = self.x.chunks(TASK_ROWS * 2 * depth).zip(kept[..len].chunks_mut(TASK_ROWS * depth));
+        let parts: Vec<_> = rows.map(Mutex::new).collect();
+        workers.run(parts.len(), &|part| {
+            let (x, pairs) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+            isa.run(RoundPairs { x, pairs });
+        });
+        drop(parts);
+        &kept[..len]
+    }
+
     /// Lays out the weights of some units after the other, and multiplies all rows with them.
     fn run_laid_out(&self, isa: Isa, workers: &Workers, units: &[Unit], out: SharedMut) {
-        let size = self.columns() * WIDTH;
+        let pairs = self.is_in_pairs(isa);
+        let mut rounded = ROUNDED.take();
+        let x = if pairs { self.round_pairs(isa, workers, &mut rounded) } else { self.x };
+        let depth = if pairs { self.columns() / 2 } else { self.columns() };
+        let size = depth * WIDTH;
         let at_once = (LAID_OUT / (size * size_of::<f32>()).max(1)).max(workers.count()).min(units.len());
         let mut kept = PANELS.take();
         if kept.len() < at_once * size {
@@ -182,7 +212,7 @@ impl MatMul<'_> {
             let parts: Vec<_> = kept.chunks_exact_mut(size).zip(units).map(Mutex::new).collect();
             workers.run(units.len(), &|unit| {
                 let (panel, unit) = &mut *parts[unit].lock().unwrap_or_else(PoisonError::into_inner);
-                isa.run(LayOut { product: self, unit, panel });
+                isa.run(LayOut { product: self, unit, pairs, panel });
             });
             drop(parts);
             // Many tasks a thread, so that they end together; where rows are few, columns are divided, too.
@@ -192,12 +222,14 @@ impl MatMul<'_> {
                 let rows = task / runs * TASK_ROWS..((task / runs + 1) * TASK_ROWS).min(self.rows());
                 let first = task % runs * per_task;
                 let units = &units[first..(first + per_task).min(units.len())];
-                let laid_out = Some(&kept[first * size..]);
+                let laid_out = Some(LaidOut { x, panels: &kept[first * size..], depth, pairs });
                 isa.run(Units { product: self, quantized: &[], laid_out, units, expert: 0, rows, out });
             });
         }
-        if kept.capacity() * size_of::<f32>() <= KEPT_BYTES {
-            PANELS.set(kept);
+        for (kept, slot) in [(kept, &PANELS), (rounded, &ROUNDED)] {
+            if kept.capacity() * size_of::<f32>() <= KEPT_BYTES {
+                slot.set(kept);
+            }
         }
     }
 
@@ -316,6 +348,8 @@ impl MatMul<'_> {
 struct LayOut<'a> {
     product: &'a MatMul<'a>,
     unit: &'a Unit,
+    /// As pairs of bf16.
+    pairs: bool,
     panel: &'a mut [f32],
 }
 
@@ -324,13 +358,14 @@ impl Work for LayOut<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { product, unit, panel } = self;
-        let depth = product.columns();
+        let Self { product, unit, pairs, panel } = self;
+        let columns = product.columns();
+        let depth = if pairs { columns / 2 } else { columns };
         for (at, part) in unit.panels.iter().enumerate() {
             let panel = &mut panel[at * PANEL..];
             let (count, numbers) = match part {
                 Some(part) => match &product.projections[part.projection].matrix.storage {
-                    Storage::Dense(numbers) => (part.rows, numbers.slice(part.first * depth, part.rows * depth)),
+                    Storage::Dense(numbers) => (part.rows, numbers.slice(part.first * columns, part.rows * columns)),
                     Storage::Packed(_) => unreachable!("packed weights are not laid out"),
                 },
                 None => (0, Floats::F32(&[])),
@@ -338,10 +373,26 @@ impl Work for LayOut<'_> {
             match numbers {
                 Floats::F32(rows) => PackLanes { rows, stride: depth, count, depth, panel }.run(simd),
                 Floats::F16(rows) => PackLanes { rows: as_f16(rows), stride: depth, count, depth, panel }.run(simd),
+                Floats::Bf16(rows) if pairs => {
+                    PackLanes { rows: as_pairs(rows), stride: depth, count, depth, panel }.run(simd);
+                }
                 Floats::Bf16(rows) => PackLanes { rows: as_bf16(rows), stride: depth, count, depth, panel }.run(simd),
             }
         }
     }
+}
+
+/// What `gemm.rs` multiplies.
+#[derive(Clone, Copy)]
+struct LaidOut<'a> {
+    /// All activations, `depth` a row.
+    x: &'a [f32],
+    /// The weights of units, one after another.
+    panels: &'a [f32],
+    /// Columns, or pairs of them.
+    depth: usize,
+    /// Whether activations and weights are pairs of bf16.
+    pairs: bool,
 }
 
 /// Some units for the rows of one expert.
@@ -349,7 +400,7 @@ struct Units<'a> {
     product: &'a MatMul<'a>,
     quantized: &'a [(Order, &'a QuantizedRows)],
     /// The units' weights, if they are laid out.
-    laid_out: Option<&'a [f32]>,
+    laid_out: Option<LaidOut<'a>>,
     units: &'a [Unit],
     expert: usize,
     rows: Range<usize>,
@@ -367,9 +418,10 @@ impl Work for Units<'_> {
             acc.resize(self.rows.len() * PAIR * PANEL, 0.0);
         }
         for (at, unit) in self.units.iter().enumerate() {
-            if let Some(panels) = self.laid_out {
-                let size = self.product.columns() * WIDTH;
-                self.compute_laid_out(simd, unit, &panels[at * size..(at + 1) * size], &mut acc);
+            if let Some(laid_out) = self.laid_out {
+                let size = laid_out.depth * WIDTH;
+                let panels = &laid_out.panels[at * size..(at + 1) * size];
+                self.compute_laid_out(simd, unit, LaidOut { panels, ..laid_out }, &mut acc);
                 continue;
             }
             match unit.panels {
@@ -439,8 +491,9 @@ impl Units<'_> {
 
     /// All of a unit whose weights are laid out: sums begin with what is added.
     #[inline(always)]
-    fn compute_laid_out<S: Simd>(&self, simd: S, unit: &Unit, panel: &[f32], acc: &mut [f32]) {
-        let (depth, rows) = (self.product.columns(), self.rows.len());
+    fn compute_laid_out<S: Simd>(&self, simd: S, unit: &Unit, laid_out: LaidOut<'_>, acc: &mut [f32]) {
+        let LaidOut { x, panels: panel, depth, pairs } = laid_out;
+        let rows = self.rows.len();
         let mut biases = [0f32; WIDTH];
         for (part, biases) in unit.panels.iter().flatten().zip(biases.chunks_exact_mut(PANEL)) {
             if let Some(bias) = &self.product.projections[part.projection].bias {
@@ -461,10 +514,10 @@ impl Units<'_> {
                 }
             }
         }
-        let a = &self.product.x[self.rows.start * depth..self.rows.end * depth];
+        let a = &x[self.rows.start * depth..self.rows.end * depth];
         {
             let acc = &mut acc[..];
-            TimesPanel { a, a_stride: depth, rows, depth, panel, acc, acc_stride: WIDTH }.run(simd);
+            TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, acc, acc_stride: WIDTH }.run(simd);
         }
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
             self.activate(simd, acc);

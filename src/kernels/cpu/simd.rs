@@ -99,6 +99,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn fold(self, acc: Self::I) -> Self::I {
         acc
     }
+    /// Adds to each lane the dot product of the two bf16 in it. Where there is an instruction for it ([`Isa::has_dot_bf16`]),
+    /// it takes and makes zeros for subnormal numbers; elsewhere it is slower than numbers in f32.
+    #[inline(always)]
+    fn dot_bf16(self, acc: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        dot_bf16_in_f32(self, acc, a, b)
+    }
 
     /// Sixteen elements.
     ///
@@ -149,6 +155,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn prefetch(self, p: *const u8);
 }
 
+/// [`Simd::dot_bf16`] without an instruction for it.
+#[inline(always)]
+pub fn dot_bf16_in_f32<S: Simd>(simd: S, acc: S::F, a: S::I, b: S::I) -> S::F {
+    let high = simd.splat_i(0xffff_0000u32 as i32);
+    let acc = simd.fma(simd.float_of_bits(simd.shl::<16>(a)), simd.float_of_bits(simd.shl::<16>(b)), acc);
+    simd.fma(simd.float_of_bits(simd.and(a, high)), simd.float_of_bits(simd.and(b, high)), acc)
+}
+
 /// An instruction set that this processor has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Kind);
@@ -170,6 +184,9 @@ enum Kind {
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with BF16, too.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// Advanced SIMD with the dot product and half precision extensions.
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -199,6 +216,9 @@ impl Isa {
                 let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
                 if avx512 && has!("avx512vnni") {
                     found.push(Kind::Avx512);
+                    if has!("avx512bf16") {
+                        found.push(Kind::Avx512Bf16);
+                    }
                 }
             }
         }
@@ -218,6 +238,14 @@ impl Isa {
         *BEST.get_or_init(|| *Isa::available().last().unwrap_or(&Isa::SCALAR))
     }
 
+    /// Whether it has an instruction for [`Simd::dot_bf16`].
+    pub fn has_dot_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Kind::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Runs `work` as compiled for this instruction set.
     #[inline]
     pub fn run<W: Work>(self, work: W) -> W::Output {
@@ -228,7 +256,10 @@ impl Isa {
             Kind::Avx2 => unsafe { super::avx2::run(work) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => unsafe { super::avx512::run(work) },
+            Kind::Avx512 => unsafe { super::avx512::run(work, false) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16 => unsafe { super::avx512::run(work, true) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => unsafe { super::neon::run(work) },

@@ -173,7 +173,7 @@ impl Work for AttendText<'_> {
                 let acc = &mut scores[(panel - low) * WIDTH..];
                 let panel = &keys[panel * width * WIDTH..(panel + 1) * width * WIDTH];
                 let a_stride = queries.stride;
-                simd.call(TimesPanel { a, a_stride, rows, depth: width, panel, acc, acc_stride: stride });
+                simd.call(TimesPanel { pairs: false, a, a_stride, rows, depth: width, panel, acc, acc_stride: stride });
             }
             let mut sums = [0f32; QUERIES];
             for row in 0..rows {
@@ -193,7 +193,16 @@ impl Work for AttendText<'_> {
                 {
                     let panel = &values[(panel * count + low * WIDTH) * WIDTH..(panel + 1) * count * WIDTH];
                     let (a, acc) = (&scores[..], &mut acc[..]);
-                    simd.call(TimesPanel { a, a_stride: stride, rows, depth, panel, acc, acc_stride: WIDTH });
+                    simd.call(TimesPanel {
+                        pairs: false,
+                        a,
+                        a_stride: stride,
+                        rows,
+                        depth,
+                        panel,
+                        acc,
+                        acc_stride: WIDTH,
+                    });
                 }
                 for row in 0..rows {
                     let line = &mut acc[row * WIDTH..(row + 1) * WIDTH];
