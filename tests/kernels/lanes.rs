@@ -172,6 +172,9 @@ impl Work for OnIntegers {
         let (a, b, c) = (load_i(simd, &self.a), load_i(simd, &self.b), load_i(simd, &self.c));
         let codes = simd.and(a, simd.splat_i(0x0f0f_0f0f));
         let low = simd.and(b, simd.splat_i(0x7f7f_7f7f));
+        let x = rows_of(&self.c);
+        let pair = simd.dot_row_pair([simd.splat_i(0); 2], [a, b], x);
+        let [first, second] = simd.unpair(simd.dot_row_pair(pair, [b, b], x));
         let whole = vec![
             ("load_i, store_i", integers(simd, a)),
             ("splat_i", integers(simd, simd.splat_i(self.a[0]))),
@@ -187,6 +190,8 @@ impl Work for OnIntegers {
             ("lookup", integers(simd, simd.lookup(codes, &self.table))),
             ("dot_u7", integers(simd, simd.dot_u7(a, low, c))),
             ("dot_u8", integers(simd, simd.dot_u8(a, b, c))),
+            ("dot_row_pair, first", integers(simd, first)),
+            ("dot_row_pair, second", integers(simd, second)),
             ("dot_u4", folded(simd, simd.and(b, simd.splat_i(0x0f0f_0f0f)), c)),
             ("dot_u4 of the most", folded(simd, simd.splat_i(0x0f0f_0f0f), simd.splat_i(0x8080_8080u32 as i32))),
         ];
@@ -202,6 +207,7 @@ impl OnIntegers {
     fn expected(&self) -> (Integers, Floats) {
         let Self { a, b, c, table } = self;
         let entry = |code: u8| table[usize::from(code & 15)];
+        let pair = |i: usize, x: &[i32]| dot(dot(dot(dot(0, a[i], x[0]), b[i], x[1]), b[i], x[0]), b[i], x[1]);
         let whole = vec![
             ("load_i, store_i", *a),
             ("splat_i", [a[0]; LANES]),
@@ -217,6 +223,8 @@ impl OnIntegers {
             ("lookup", from_fn(|i| i32::from_ne_bytes(a[i].to_ne_bytes().map(entry)))),
             ("dot_u7", from_fn(|i| dot(a[i], b[i] & 0x7f7f_7f7f, c[i]))),
             ("dot_u8", from_fn(|i| dot(a[i], b[i], c[i]))),
+            ("dot_row_pair, first", from_fn(|i| pair(i, &c[..2]))),
+            ("dot_row_pair, second", from_fn(|i| pair(i, &c[2..4]))),
             ("dot_u4", from_fn(|i| FOLD as i32 * dot(0, b[i] & 0x0f0f_0f0f, c[i]))),
             ("dot_u4 of the most", [FOLD as i32 * 4 * 15 * -128; LANES]),
         ];
@@ -224,6 +232,12 @@ impl OnIntegers {
             vec![("float_of_int", a.map(|a| a as f32)), ("float_of_f16", a.map(|a| f16_value((a & 0xffff) as u16)))];
         (whole, converted)
     }
+}
+
+/// Two rows of eight bytes.
+fn rows_of(words: &[i32; LANES]) -> [u64; 2] {
+    let row = |first: i32, second: i32| u64::from(first as u32) | u64::from(second as u32) << 32;
+    [row(words[0], words[1]), row(words[2], words[3])]
 }
 
 /// As many products as an accumulator takes.
@@ -369,6 +383,32 @@ fn dot_products_of_all_bytes() {
                 check_integers(isa, OnIntegers { a: [i32::MAX; LANES], b, c: x, table: [0; 16] });
             }
         }
+    }
+}
+
+/// Accumulators of pairs, as they are.
+struct Pairs([i32; LANES], [u64; 2]);
+
+impl Work for Pairs {
+    type Output = (bool, [[i32; LANES]; 2]);
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        let [a, b] = simd.dot_row_pair([simd.splat_i(0); 2], [load_i(simd, &self.0), simd.splat_i(0)], self.1);
+        (simd.has_row_pairs(), [integers(simd, a), integers(simd, b)])
+    }
+}
+
+/// The matrix extension alone leaves sums in an order of its own: where the processor has it, it was taken.
+#[test]
+fn pairs_are_taken_where_the_processor_has_them() {
+    let w = from_fn(|lane| lane as i32 + 1);
+    for isa in Isa::available() {
+        let i8mm = format!("{isa:?}") == "NeonI8mm";
+        // Two lanes of each four times two rows.
+        let lanes = |first| from_fn(|at| w[at / 4 * 4 + first + at % 4 / 2] * (1 + at as i32 % 2));
+        let expected = if i8mm { [lanes(0), lanes(2)] } else { [w, w.map(|w| 2 * w)] };
+        assert_eq!(isa.run(Pairs(w, [1, 2])), (i8mm, expected), "{isa:?}");
     }
 }
 

@@ -295,6 +295,35 @@ fn bits_tell_orders_and_precisions_apart() {
     }
 }
 
+/// Integer sums are exact and are scaled in one order: fast products have the same bits however many rows are multiplied
+/// at once, and on all instruction sets that round alike.
+#[test]
+fn fast_bits_do_not_depend_on_the_number_of_rows() {
+    let widths = [2, 3, 4, 5, 6, 8].into_iter();
+    let affine = widths.flat_map(|bits| {
+        [16, 32, 64, 128].map(|group| Format::Affine { bits, group, scales: TYPES[(bits + group / 32) % 3] })
+    });
+    for format in affine.chain([Format::Mxfp4, Format::Nvfp4]) {
+        let (model, inputs) = one(format, 17, 640);
+        let (expected, placed) = (model.reference(&inputs, Precision::Fast), model.place(Edge::End));
+        let mut fused = None;
+        for isa in Isa::available() {
+            let how = How { isa, precision: Precision::Fast, threads: 1 };
+            let all = placed.run_f32(&inputs, how);
+            assert_eq!(first_miss(&all, &expected, model.width()), Ok(()), "{isa:?}: {format:?}");
+            let all = bits(&all);
+            for m in 1..17 {
+                let rows: Vec<usize> = (0..m).collect();
+                let some = bits(&placed.run_f32(&inputs.select(&model, &rows), how));
+                assert_eq!(some, all[..m * model.width()], "{isa:?}: {m} rows of {format:?}");
+            }
+            if isa != Isa::SCALAR {
+                assert_eq!(fused.get_or_insert_with(|| all.clone()), &all, "{isa:?}: {format:?}");
+            }
+        }
+    }
+}
+
 /// A product with an error of its caller's panics before it reads or writes anything.
 #[test]
 fn sizes_that_do_not_agree_are_refused() {

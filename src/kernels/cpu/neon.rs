@@ -1,23 +1,26 @@
 //! Advanced SIMD with the dot product extension: four registers are sixteen lanes.
 //!
-//! The intrinsics for `sdot`, `fcvtl` and `prfm` are not stable in Rust, so these are assembly.
+//! The intrinsics for `sdot`, `usmmla`, `fcvtl` and `prfm` are not stable in Rust, so these are assembly.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
 use std::hint::black_box;
 
-use super::simd::{Simd, WORDS, Work};
+use super::simd::{Simd, WORDS, Work, dot_each};
 
 /// Proof that the processor has Advanced SIMD with the dot product and half-precision extensions.
 #[derive(Debug, Clone, Copy)]
-pub struct Neon(());
+pub struct Neon {
+    /// Proof of the integer matrix extension (I8MM), too. Not a type of its own: all kernels would be compiled for it.
+    i8mm: bool,
+}
 
 /// # Safety
-/// The processor must have the features.
+/// The processor must have the features, and I8MM if `i8mm`.
 #[target_feature(enable = "neon,dotprod,fp16")]
 #[inline(never)]
-pub unsafe fn run<W: Work>(work: W) -> W::Output {
-    work.run(Neon(()))
+pub unsafe fn run<W: Work>(work: W, i8mm: bool) -> W::Output {
+    work.run(Neon { i8mm })
 }
 
 type F = [float32x4_t; 4];
@@ -138,6 +141,27 @@ unsafe fn dot_signed(mut acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_
     acc
 }
 
+/// The products of two rows of eight unsigned bytes with two rows of eight signed bytes, added to
+/// `[a[0] b[0], a[0] b[1], a[1] b[0], a[1] b[1]]`.
+///
+/// # Safety
+/// The integer matrix extension.
+#[inline(always)]
+unsafe fn dot_matrix(mut acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+    // SAFETY: an operation on registers. The directive lets this block alone use the extension.
+    unsafe {
+        asm!(
+            ".arch_extension i8mm",
+            "usmmla {acc:v}.4s, {a:v}.16b, {b:v}.16b",
+            acc = inout(vreg) acc,
+            a = in(vreg) a,
+            b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
 /// Four words from any address.
 ///
 /// # Safety
@@ -185,7 +209,7 @@ impl Simd for Neon {
     fn call<W: Work>(self, work: W) -> W::Output {
         // `inline(never)` does not reach LLVM for functions with target features: an address it cannot see does.
         // SAFETY: a value of `Neon` exists only where the processor has the features.
-        unsafe { black_box(run::<W> as unsafe fn(W) -> W::Output)(work) }
+        unsafe { black_box(run::<W> as unsafe fn(W, bool) -> W::Output)(work, self.i8mm) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -310,6 +334,30 @@ impl Simd for Neon {
             let flipped = veorq_s32(w, vreinterpretq_s32_u8(vdupq_n_u8(128)));
             dot_signed(vaddq_s32(acc, vshlq_n_s32::<1>(half)), flipped, x)
         })
+    }
+    #[inline(always)]
+    fn has_row_pairs(self) -> bool {
+        self.i8mm
+    }
+    #[inline(always)]
+    fn dot_row_pair(self, [even, odd]: [I; 2], [first, second]: [I; 2], x: [u64; 2]) -> [I; 2] {
+        if !self.i8mm {
+            return dot_each(self, [even, odd], [first, second], x);
+        }
+        // SAFETY: as in `each`; from here on the processor is known to have I8MM.
+        let x = unsafe { vreinterpretq_s32_u64(vcombine_u64(vcreate_u64(x[0]), vcreate_u64(x[1]))) };
+        // Words of two lanes side by side are their eight bytes: lanes 0 and 1 of a quarter go to `even`, 2 and 3 to `odd`.
+        [
+            each!(|even, first, second| dot_matrix(even, vzip1q_s32(first, second), x)),
+            each!(|odd, first, second| dot_matrix(odd, vzip2q_s32(first, second), x)),
+        ]
+    }
+    #[inline(always)]
+    fn unpair(self, [even, odd]: [I; 2]) -> [I; 2] {
+        if !self.i8mm {
+            return [even, odd];
+        }
+        [each!(|even, odd| vuzp1q_s32(even, odd)), each!(|even, odd| vuzp2q_s32(even, odd))]
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> F {

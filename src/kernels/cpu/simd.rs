@@ -105,6 +105,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn dot_bf16(self, acc: Self::F, a: Self::I, b: Self::I) -> Self::F {
         dot_bf16_in_f32(self, acc, a, b)
     }
+    /// Whether this processor multiplies two rows of activations at once. Loops that come after an assertion of it are free
+    /// of the branches in [`Simd::dot_row_pair`] and [`Simd::unpair`].
+    #[inline(always)]
+    fn has_row_pairs(self) -> bool {
+        false
+    }
+    /// Adds to each lane the dot product of its eight unsigned bytes, four in each vector of `w`, with the eight signed
+    /// bytes of both rows `x`, in accumulators of the instruction set's own, which begin as zeros.
+    #[inline(always)]
+    fn dot_row_pair(self, acc: [Self::I; 2], w: [Self::I; 2], x: [u64; 2]) -> [Self::I; 2] {
+        dot_each(self, acc, w, x)
+    }
+    /// The lanes' sums of both rows in such accumulators.
+    #[inline(always)]
+    fn unpair(self, acc: [Self::I; 2]) -> [Self::I; 2] {
+        acc
+    }
 
     /// Sixteen elements.
     ///
@@ -163,6 +180,17 @@ pub fn dot_bf16_in_f32<S: Simd>(simd: S, acc: S::F, a: S::I, b: S::I) -> S::F {
     simd.fma(simd.float_of_bits(simd.and(a, high)), simd.float_of_bits(simd.and(b, high)), acc)
 }
 
+/// What [`Simd::dot_row_pair`] computes, a row after the other and in lanes.
+#[inline(always)]
+pub fn dot_each<S: Simd>(simd: S, acc: [S::I; 2], w: [S::I; 2], x: [u64; 2]) -> [S::I; 2] {
+    let mut sums = acc;
+    for row in 0..2 {
+        let (first, second) = (simd.splat_i(x[row] as i32), simd.splat_i((x[row] >> 32) as i32));
+        sums[row] = simd.dot_u8(simd.dot_u8(sums[row], w[0], first), w[1], second);
+    }
+    sums
+}
+
 /// An instruction set that this processor has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Isa(Kind);
@@ -190,6 +218,9 @@ enum Kind {
     /// Advanced SIMD with the dot product and half precision extensions.
     #[cfg(target_arch = "aarch64")]
     Neon,
+    /// The same code with the integer matrix extension (I8MM) for pairs of rows.
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
 }
 
 /// Work that is compiled for each instruction set.
@@ -227,6 +258,9 @@ impl Isa {
             use std::arch::is_aarch64_feature_detected as has;
             if has!("neon") && has!("dotprod") && has!("fp16") {
                 found.push(Kind::Neon);
+                if has!("i8mm") {
+                    found.push(Kind::NeonI8mm);
+                }
             }
         }
         found.into_iter().map(Isa).collect()
@@ -262,7 +296,10 @@ impl Isa {
             Kind::Avx512Bf16 => unsafe { super::avx512::run(work, true) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
-            Kind::Neon => unsafe { super::neon::run(work) },
+            Kind::Neon => unsafe { super::neon::run(work, false) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonI8mm => unsafe { super::neon::run(work, true) },
         }
     }
 }
