@@ -51,6 +51,7 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     const INT_ROWS: usize = 12;
+    const DIRECT_ROWS: usize = 8;
     const DOT_ROWS: usize = 6;
     const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 12;

@@ -4,6 +4,7 @@
 //! instruction then multiplies them with four activations. The integer sums of a group are scaled and added in f32:
 //! `y = sum over groups of (scale_w * code + bias) * scale_x * byte`.
 
+mod direct;
 mod tile;
 
 use std::cell::RefCell;
@@ -15,7 +16,7 @@ use super::floats::Floats;
 use super::matmul::{PAIR, PANEL};
 use super::matrix::{Coding, FP4_TABLE, Packed, Scales};
 use super::quantize::{Order, QuantizedRows};
-use super::simd::{FOLD, LANES, Simd, WORDS, Work};
+use super::simd::{LANES, Simd, WORDS, Work};
 
 /// Bytes of a vector.
 const VECTOR: usize = 4 * LANES;
@@ -121,7 +122,11 @@ impl<'a> Integer<'a> {
             let scales = &mut scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
             simd.call(LoadScales { of: self, panel, out: scales });
         }
-        if m == 1 && self.one_row::<S, N>(simd, &scratch.scales, acc) {
+        if self.is_direct::<S>() {
+            for panel in 0..N {
+                let scales = &scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
+                self.direct(simd, panel, scales, &mut acc[panel * PANEL..]);
+            }
             SCRATCH.set(scratch);
             return;
         }
@@ -264,23 +269,6 @@ impl<'a> Integer<'a> {
         }
     }
 
-    /// The products with a single row of activations, for which codes go from words to products without a detour through
-    /// memory; false if their format needs it.
-    #[inline(always)]
-    fn one_row<S: Simd, const N: usize>(&self, simd: S, scales: &[Line], acc: &mut [f32]) -> bool {
-        for panel in 0..N {
-            let scales = &scales[panel * self.groups() * 2..][..self.groups() * 2];
-            let acc = &mut acc[panel * PANEL..][..PANEL];
-            match (self.packed().coding, self.group() % BLOCK) {
-                (Coding::Affine(4), 0) => simd.call(OneRow::<4, false> { of: self, panel, scales, acc }),
-                (Coding::Affine(8), 0) => simd.call(OneRow::<8, false> { of: self, panel, scales, acc }),
-                (Coding::Fp4, 0) => simd.call(OneRow::<4, true> { of: self, panel, scales, acc }),
-                _ => return false,
-            }
-        }
-        true
-    }
-
     /// For codes that straddle bytes: unpacked to bytes one by one.
     #[inline(always)]
     fn unpack_any<S: Simd>(&self, simd: S, panel: usize, span: Range<usize>, out: &mut [Line]) {
@@ -316,87 +304,6 @@ fn load_block<S: Simd>(simd: S, codes: &[u8], row_bytes: usize, span: Range<usiz
     }
     // SAFETY: sixteen blocks.
     unsafe { simd.load_words(copy.as_ptr(), BLOCK) }
-}
-
-/// See [`Integer::one_row`]. Groups are whole blocks of bytes or of words.
-struct OneRow<'a, const BITS: usize, const FP4: bool> {
-    of: &'a Integer<'a>,
-    panel: usize,
-    /// `[group][scale, bias]`.
-    scales: &'a [Line],
-    acc: &'a mut [f32],
-}
-
-impl<const BITS: usize, const FP4: bool> Work for OneRow<'_, BITS, FP4> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { of, panel, scales, acc } = self;
-        let (columns, groups) = (of.columns, of.groups());
-        let row_bytes = columns * BITS / 8;
-        let rows = of.panel_rows(panel);
-        let codes = &of.panels[panel].packed.codes[rows.start * row_bytes..rows.end * row_bytes];
-        let next = of.next_codes(panel, 0);
-        let x = &of.x.bytes[of.x_rows.start * columns..][..columns];
-        let x_scales = &of.x.scales[of.x_rows.start * groups..][..groups];
-        let x_sums = &of.x.sums[of.x_rows.start * groups..][..groups];
-        assert!(acc.len() == PANEL && scales.len() == 2 * groups);
-        let words_per_group = of.group() * BITS / 32;
-        let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
-        let mut total = simd.splat(0.0);
-        // Codes below 16 are added up in accumulators of their own, a group of them at a time.
-        let small = BITS == 4 && !FP4;
-        assert!(!small || words_per_group <= FOLD);
-        // Two chains, since a sum takes several cycles.
-        let (mut even, mut odd) = (simd.splat_i(0), simd.splat_i(0));
-        let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
-        while at < row_bytes {
-            // As much of the next panel as is read here: the hardware does not foresee sixteen streams.
-            for line in 0..PANEL * BLOCK / 64 {
-                simd.prefetch(next.wrapping_add(PANEL * at + 64 * line));
-            }
-            let words = load_block(simd, codes, row_bytes, at..row_bytes);
-            let count = ((row_bytes - at) / 4).min(WORDS);
-            for word in words.iter().take(count) {
-                // SAFETY: a word stands for `32 / BITS` activations, and `count` words are in the row. Lines and groups
-                // are as many as asserted above.
-                unsafe {
-                    let x = next_x.cast::<i32>();
-                    next_x = next_x.add(32 / BITS);
-                    if BITS == 8 {
-                        (even, odd) = (simd.dot_u8(odd, *word, simd.splat_i(x.read_unaligned())), even);
-                    } else {
-                        let (mut low, mut high) = (simd.and(*word, mask), simd.and(simd.shr::<4>(*word), mask));
-                        let (first, second) =
-                            (simd.splat_i(x.read_unaligned()), simd.splat_i(x.add(1).read_unaligned()));
-                        if FP4 {
-                            (low, high) = (simd.lookup(low, &FP4_TABLE), simd.lookup(high, &FP4_TABLE));
-                            (even, odd) = (simd.dot_u7(even, low, first), simd.dot_u7(odd, high, second));
-                        } else {
-                            (even, odd) = (simd.dot_u4(even, low, first), simd.dot_u4(odd, high, second));
-                        }
-                    }
-                    left -= 1;
-                    if left == 0 {
-                        if small {
-                            (even, odd) = (simd.fold(even), simd.fold(odd));
-                        }
-                        let line = scales.as_ptr().add(2 * group);
-                        let (scale, bias) = (simd.load(line.cast()), simd.load(line.add(1).cast()));
-                        let scaled = simd.mul(simd.float_of_int(simd.add_i(even, odd)), scale);
-                        total = simd.fma(bias, simd.splat(*x_sums.get_unchecked(group)), total);
-                        total = simd.fma(scaled, simd.splat(*x_scales.get_unchecked(group)), total);
-                        (even, odd) = (simd.splat_i(0), simd.splat_i(0));
-                        (group, left) = (group + 1, words_per_group);
-                    }
-                }
-            }
-            at += BLOCK;
-        }
-        // SAFETY: a panel has sixteen sums.
-        unsafe { simd.store(acc.as_mut_ptr(), total) };
-    }
 }
 
 /// See [`Integer::load_scales`].

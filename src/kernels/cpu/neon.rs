@@ -199,6 +199,7 @@ impl Simd for Neon {
     // Of 32 registers, two rows of two panels take 16 for sums and 8 for codes.
     const INT_ROWS: usize = 2;
     // Four sums of sixteen lanes take 16.
+    const DIRECT_ROWS: usize = 1;
     const DOT_ROWS: usize = 1;
     const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 2;

@@ -37,6 +37,7 @@ fn zip<A: Copy + Default>(a: [A; LANES], b: [A; LANES], f: impl Fn(A, A) -> A) -
 
 impl Simd for Scalar {
     const INT_ROWS: usize = 1;
+    const DIRECT_ROWS: usize = 1;
     const DOT_ROWS: usize = 1;
     const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 1;

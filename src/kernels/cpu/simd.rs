@@ -22,6 +22,8 @@ pub const FOLD: usize = 8;
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Rows of activations in a register tile of the integer product; it has two panels of weights.
     const INT_ROWS: usize;
+    /// Rows of activations that codes meet without a detour through memory.
+    const DIRECT_ROWS: usize;
     /// Rows of activations in a register tile of the dot product.
     const DOT_ROWS: usize;
     /// Rows of weights in such a tile.

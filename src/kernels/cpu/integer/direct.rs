@@ -1,0 +1,158 @@
+//! Products of packed weights with few rows of activations: codes go from words to products without a detour through memory.
+
+use super::super::matmul::{PAIR, PANEL};
+use super::super::matrix::{Coding, FP4_TABLE};
+use super::super::simd::{FOLD, Simd, WORDS, Work};
+use super::{BLOCK, Integer, Line, load_block};
+
+/// Words after which a group may end: 32 codes of 8 bits, or of 4 bits in half a block.
+const PART: usize = WORDS / 2;
+
+impl Integer<'_> {
+    /// Whether the rows are few enough, and the format fits. Each pass over the codes takes up to `S::DIRECT_ROWS` rows.
+    pub(super) fn is_direct<S: Simd>(&self) -> bool {
+        let known = matches!(self.packed().coding, Coding::Affine(4 | 8) | Coding::Fp4);
+        known && self.group().is_multiple_of(BLOCK) && (1..=S::DIRECT_ROWS).contains(&self.x_rows.len())
+    }
+
+    /// The products with the rows of panel `panel`, whose scales are `[group][scale, bias]`, into `acc`, a row every
+    /// `PAIR * PANEL` numbers.
+    #[inline(always)]
+    pub(super) fn direct<S: Simd>(&self, simd: S, panel: usize, scales: &[Line], acc: &mut [f32]) {
+        match self.packed().coding {
+            Coding::Affine(8) => self.direct_by::<S, 8, false>(simd, panel, scales, acc),
+            Coding::Fp4 => self.direct_by::<S, 4, true>(simd, panel, scales, acc),
+            _ => self.direct_by::<S, 4, false>(simd, panel, scales, acc),
+        }
+    }
+
+    /// The same for codes of one kind.
+    #[inline(always)]
+    fn direct_by<S: Simd, const BITS: usize, const FP4: bool>(
+        &self,
+        simd: S,
+        panel: usize,
+        scales: &[Line],
+        acc: &mut [f32],
+    ) {
+        // Tiles that the instruction set has registers for; the others are compiled away.
+        match self.x_rows.len() {
+            5.. if S::DIRECT_ROWS >= 8 => simd.call(Direct::<8, BITS, FP4> { of: self, panel, scales, acc }),
+            3.. if S::DIRECT_ROWS >= 4 => simd.call(Direct::<4, BITS, FP4> { of: self, panel, scales, acc }),
+            2.. if S::DIRECT_ROWS >= 2 => simd.call(Direct::<2, BITS, FP4> { of: self, panel, scales, acc }),
+            _ => simd.call(Direct::<1, BITS, FP4> { of: self, panel, scales, acc }),
+        }
+    }
+}
+
+/// All rows of activations, `M` at most, with the rows of one panel.
+struct Direct<'a, const M: usize, const BITS: usize, const FP4: bool> {
+    of: &'a Integer<'a>,
+    panel: usize,
+    scales: &'a [Line],
+    acc: &'a mut [f32],
+}
+
+impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, BITS, FP4> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { of, panel, scales, acc } = self;
+        let (columns, groups, rows) = (of.columns, of.groups(), of.x_rows.len());
+        let row_bytes = columns * BITS / 8;
+        let of_panel = of.panel_rows(panel);
+        let codes = &of.panels[panel].packed.codes[of_panel.start * row_bytes..of_panel.end * row_bytes];
+        let next = of.next_codes(panel, 0);
+        let x = &of.x.bytes[of.x_rows.start * columns..of.x_rows.end * columns];
+        let x_scales = &of.x.scales[of.x_rows.start * groups..of.x_rows.end * groups];
+        let x_sums = &of.x.sums[of.x_rows.start * groups..of.x_rows.end * groups];
+        assert!((1..=M).contains(&rows) && acc.len() >= (rows - 1) * PAIR * PANEL + PANEL && scales.len() == 2 * groups);
+        let words_per_group = of.group() * BITS / 32;
+        assert!(words_per_group.is_multiple_of(PART) && (columns * BITS).is_multiple_of(32 * PART));
+        // A tile of more rows than there are computes the last one again.
+        let mut place = [0; M];
+        for m in 0..M {
+            place[m] = m.min(rows - 1);
+        }
+        let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
+        // Several rows are chains enough to hide what a sum takes; fewer have two each.
+        let odd = usize::from(M < 4);
+        // Codes below 16 are added up in accumulators of their own, a group of them at a time.
+        let small = BITS == 4 && !FP4 && M < 4;
+        assert!(!small || words_per_group <= FOLD);
+        let mut totals = [simd.splat(0.0); M];
+        let mut sums = [[simd.splat_i(0); 2]; M];
+        let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
+        while at < row_bytes {
+            // As much of the next panel as is read here: the hardware does not foresee sixteen streams.
+            for line in 0..PANEL * BLOCK / 64 {
+                simd.prefetch(next.wrapping_add(PANEL * at + 64 * line));
+            }
+            let words = load_block(simd, codes, row_bytes, at..row_bytes);
+            for part in 0..2 {
+                if part == 1 && row_bytes - at < BLOCK {
+                    break;
+                }
+                // SAFETY: a word stands for `32 / BITS` activations of each row, and these words are in the row. Lines and
+                // groups are as many as asserted above.
+                unsafe {
+                    for w in part * PART..(part + 1) * PART {
+                        let word = words[w];
+                        let x = next_x;
+                        next_x = next_x.add(32 / BITS);
+                        if BITS == 8 {
+                            for m in 0..M {
+                                let four = simd.splat_i(x.add(place[m] * columns).cast::<i32>().read_unaligned());
+                                let chain = w % 2 * odd;
+                                sums[m][chain] = simd.dot_u8(sums[m][chain], word, four);
+                            }
+                            continue;
+                        }
+                        let (mut low, mut high) = (simd.and(word, mask), simd.and(simd.shr::<4>(word), mask));
+                        if FP4 {
+                            (low, high) = (simd.lookup(low, &FP4_TABLE), simd.lookup(high, &FP4_TABLE));
+                        }
+                        for m in 0..M {
+                            let x = x.add(place[m] * columns).cast::<i32>();
+                            let four = simd.splat_i(x.read_unaligned());
+                            let sum = sums[m][0];
+                            sums[m][0] = if small { simd.dot_u4(sum, low, four) } else { simd.dot_u7(sum, low, four) };
+                        }
+                        for m in 0..M {
+                            let x = x.add(place[m] * columns).cast::<i32>();
+                            let four = simd.splat_i(x.add(1).read_unaligned());
+                            let sum = sums[m][odd];
+                            sums[m][odd] = if small { simd.dot_u4(sum, high, four) } else { simd.dot_u7(sum, high, four) };
+                        }
+                    }
+                    left -= PART;
+                    if left == 0 {
+                        let line = scales.as_ptr().add(2 * group);
+                        let (scale, bias) = (simd.load(line.cast()), simd.load(line.add(1).cast()));
+                        for m in 0..M {
+                            let [mut even, mut other] = sums[m];
+                            if small {
+                                (even, other) = (simd.fold(even), simd.fold(other));
+                            }
+                            let sum = if odd == 1 { simd.add_i(even, other) } else { even };
+                            let scaled = simd.mul(simd.float_of_int(sum), scale);
+                            let at = place[m] * groups + group;
+                            totals[m] = simd.fma(bias, simd.splat(*x_sums.get_unchecked(at)), totals[m]);
+                            totals[m] = simd.fma(scaled, simd.splat(*x_scales.get_unchecked(at)), totals[m]);
+                            sums[m] = [simd.splat_i(0); 2];
+                        }
+                        (group, left) = (group + 1, words_per_group);
+                    }
+                }
+            }
+            at += BLOCK;
+        }
+        for m in 0..M {
+            if m < rows {
+                // SAFETY: sixteen sums, as asserted above.
+                unsafe { simd.store(acc.as_mut_ptr().add(m * PAIR * PANEL), totals[m]) };
+            }
+        }
+    }
+}
