@@ -86,6 +86,7 @@ unsafe fn quarter(p: *const u8, stride: usize) -> [__m256i; 4] {
 }
 
 impl Simd for Avx2 {
+    const FOLDS: bool = true;
     const INT_ROWS: usize = 3;
     const DIRECT_ROWS: usize = 1;
     const DOT_ROWS: usize = 2;

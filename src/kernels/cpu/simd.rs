@@ -20,6 +20,8 @@ pub const FOLD: usize = 8;
 
 /// An instruction set. Floating-point operations round like IEEE 754's; `sum` adds in a fixed order.
 pub trait Simd: Copy + Send + Sync + 'static {
+    /// Whether `dot_u4` is faster than `dot_u7`, and needs to be folded.
+    const FOLDS: bool = false;
     /// Rows of activations in a register tile of the integer product; it has two panels of weights.
     const INT_ROWS: usize;
     /// Rows of activations that codes meet without a detour through memory.

@@ -9,10 +9,10 @@ use super::{BLOCK, Integer, Line, load_block};
 const PART: usize = WORDS / 2;
 
 impl Integer<'_> {
-    /// Whether the rows are few enough, and the format fits. Each pass over the codes takes up to `S::DIRECT_ROWS` rows.
+    /// Whether the rows are few enough, and the format fits.
     pub(super) fn is_direct<S: Simd>(&self) -> bool {
         let known = matches!(self.packed().coding, Coding::Affine(4 | 8) | Coding::Fp4);
-        known && self.group().is_multiple_of(BLOCK) && (1..=S::DIRECT_ROWS).contains(&self.x_rows.len())
+        known && self.group().is_multiple_of(BLOCK) && (1..=most::<S>()).contains(&self.x_rows.len())
     }
 
     /// The products with the rows of panel `panel`, whose scales are `[group][scale, bias]`, into `acc`, a row every
@@ -35,39 +35,51 @@ impl Integer<'_> {
         scales: &[Line],
         acc: &mut [f32],
     ) {
-        // Tiles that the instruction set has registers for; the others are compiled away.
-        match self.x_rows.len() {
-            5.. if S::DIRECT_ROWS >= 8 => simd.call(Direct::<8, BITS, FP4> { of: self, panel, scales, acc }),
-            3.. if S::DIRECT_ROWS >= 4 => simd.call(Direct::<4, BITS, FP4> { of: self, panel, scales, acc }),
-            2.. if S::DIRECT_ROWS >= 2 => simd.call(Direct::<2, BITS, FP4> { of: self, panel, scales, acc }),
-            _ => simd.call(Direct::<1, BITS, FP4> { of: self, panel, scales, acc }),
+        let mut row = 0;
+        while row < self.x_rows.len() {
+            let acc = &mut acc[row * PAIR * PANEL..];
+            // Tiles that the instruction set has registers for; the others are compiled away.
+            row += match self.x_rows.len() - row {
+                5.. if S::DIRECT_ROWS >= 8 => simd.call(Direct::<8, BITS, FP4> { of: self, panel, row, scales, acc }),
+                3.. if S::DIRECT_ROWS >= 4 => simd.call(Direct::<4, BITS, FP4> { of: self, panel, row, scales, acc }),
+                2.. if S::DIRECT_ROWS >= 2 => simd.call(Direct::<2, BITS, FP4> { of: self, panel, row, scales, acc }),
+                _ => simd.call(Direct::<1, BITS, FP4> { of: self, panel, row, scales, acc }),
+            };
         }
     }
 }
 
-/// All rows of activations, `M` at most, with the rows of one panel.
+/// Rows up to which codes are taken apart again for every tile.
+fn most<S: Simd>() -> usize {
+    if S::DIRECT_ROWS == 1 { 1 } else { 3 * S::DIRECT_ROWS }
+}
+
+/// `M` rows of activations from `row` on, or the fewer that there are, with the rows of one panel; returns how many.
 struct Direct<'a, const M: usize, const BITS: usize, const FP4: bool> {
     of: &'a Integer<'a>,
     panel: usize,
+    row: usize,
     scales: &'a [Line],
     acc: &'a mut [f32],
 }
 
 impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, BITS, FP4> {
-    type Output = ();
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { of, panel, scales, acc } = self;
-        let (columns, groups, rows) = (of.columns, of.groups(), of.x_rows.len());
+    fn run<S: Simd>(self, simd: S) -> usize {
+        let Self { of, panel, row, scales, acc } = self;
+        let (columns, groups) = (of.columns, of.groups());
+        let first = of.x_rows.start + row;
+        let rows = M.min(of.x_rows.end - first);
         let row_bytes = columns * BITS / 8;
         let of_panel = of.panel_rows(panel);
         let codes = &of.panels[panel].packed.codes[of_panel.start * row_bytes..of_panel.end * row_bytes];
         let next = of.next_codes(panel, 0);
-        let x = &of.x.bytes[of.x_rows.start * columns..of.x_rows.end * columns];
-        let x_scales = &of.x.scales[of.x_rows.start * groups..of.x_rows.end * groups];
-        let x_sums = &of.x.sums[of.x_rows.start * groups..of.x_rows.end * groups];
-        assert!((1..=M).contains(&rows) && acc.len() >= (rows - 1) * PAIR * PANEL + PANEL && scales.len() == 2 * groups);
+        let x = &of.x.bytes[first * columns..(first + rows) * columns];
+        let x_scales = &of.x.scales[first * groups..(first + rows) * groups];
+        let x_sums = &of.x.sums[first * groups..(first + rows) * groups];
+        assert!(rows > 0 && acc.len() >= (rows - 1) * PAIR * PANEL + PANEL && scales.len() == 2 * groups);
         let words_per_group = of.group() * BITS / 32;
         assert!(words_per_group.is_multiple_of(PART) && (columns * BITS).is_multiple_of(32 * PART));
         // A tile of more rows than there are computes the last one again.
@@ -86,8 +98,10 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
         let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
         while at < row_bytes {
             // As much of the next panel as is read here: the hardware does not foresee sixteen streams.
-            for line in 0..PANEL * BLOCK / 64 {
-                simd.prefetch(next.wrapping_add(PANEL * at + 64 * line));
+            if row == 0 {
+                for line in 0..PANEL * BLOCK / 64 {
+                    simd.prefetch(next.wrapping_add(PANEL * at + 64 * line));
+                }
             }
             let words = load_block(simd, codes, row_bytes, at..row_bytes);
             for part in 0..2 {
@@ -123,7 +137,8 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
                             let x = x.add(place[m] * columns).cast::<i32>();
                             let four = simd.splat_i(x.add(1).read_unaligned());
                             let sum = sums[m][odd];
-                            sums[m][odd] = if small { simd.dot_u4(sum, high, four) } else { simd.dot_u7(sum, high, four) };
+                            sums[m][odd] =
+                                if small { simd.dot_u4(sum, high, four) } else { simd.dot_u7(sum, high, four) };
                         }
                     }
                     left -= PART;
@@ -154,5 +169,6 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
                 unsafe { simd.store(acc.as_mut_ptr().add(m * PAIR * PANEL), totals[m]) };
             }
         }
+        rows
     }
 }

@@ -39,7 +39,7 @@ impl<const N: usize> Tile<'_, N> {
             }
         }
         match self.of.packed().coding {
-            Coding::Affine(2..=4) if (self.of.group() / 4).is_multiple_of(FOLD) => {
+            Coding::Affine(2..=4) if S::FOLDS && (self.of.group() / 4).is_multiple_of(FOLD) => {
                 self.rows_from::<S, LOW>(simd, row, acc)
             }
             Coding::Affine(8) => self.rows_from::<S, FULL>(simd, row, acc),
