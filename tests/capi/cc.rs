@@ -183,6 +183,8 @@ fn start(program: &Path, args: &[&str], folder: &Path, input: Stdio) -> Outcome 
     let mut child = Command::new(program)
         .args(args)
         .envs([search_path(folder)])
+        // A program with a sanitizer does not start behind another library.
+        .env_remove("LD_PRELOAD")
         .current_dir(root())
         .stdin(input)
         .stdout(file("out"))
