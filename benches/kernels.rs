@@ -304,6 +304,7 @@ impl Pools {
                         tables: self.table(start + rows),
                         segments: &segments,
                         sinks: None,
+                        precision: Precision::Fast,
                     };
                     attention.run(isa, &workers, FloatsMut::F32(&mut out));
                 });

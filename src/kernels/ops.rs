@@ -474,6 +474,7 @@ impl CpuKernel for Attend {
             tables: &self.placement.tables,
             segments: &self.placement.segments,
             sinks: None,
+            precision: self.cpu.precision,
         };
         attention.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);
         Ok(())

@@ -3,18 +3,22 @@
 //! Online softmax (Milakov and Gimelshein 2018) in f32. A key's score is a dot product in the order of `dot.rs`; keys are
 //! taken in chunks and chunks in splits that lie at fixed positions of the sequence, and the results of splits are merged
 //! in their order. So a row's bits depend on its query and its keys alone: not on the other rows, on how the prompt was
-//! cut, on where blocks lie, or on threads.
+//! cut, on where blocks lie, or on threads; in fast precision also on whether many rows are computed together, where
+//! the processor multiplies bf16.
 
 mod chunk;
+mod pairs;
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use chunk::{AttendChunk, Chunk};
+use pairs::{AttendPairs, Panels};
 
 use super::floats::{Element, Floats, FloatsMut, Rows, SharedMut, as_bf16, as_f16};
 use super::math;
+use super::matmul::Precision;
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
 
@@ -30,6 +34,9 @@ const ROWS: usize = 48;
 
 /// The same where a tile takes several heads of keys.
 const ROWS_OF_HEADS: usize = 24;
+
+/// Rows up to which keys and values are read as they are.
+const FEW_ROWS: usize = 8;
 
 /// Tasks that a thread should have, so that all end together.
 const TASKS_PER_THREAD: usize = 1;
@@ -88,6 +95,8 @@ pub struct Attention<'a> {
     pub segments: &'a [Segment],
     /// A score per query head that attends to nothing.
     pub sinks: Option<&'a [f32]>,
+    /// Whether queries and weights may be rounded to bf16 where keys and values are.
+    pub precision: Precision,
 }
 
 /// What is computed together: some tokens of a segment, for some heads of keys that lie side by side in memory.
@@ -130,6 +139,7 @@ struct Scratch {
     values: Vec<f32>,
     /// `[rows of all heads, CHUNK]`, first scores and then weights.
     scores: Vec<f32>,
+    panels: Panels,
     split: Partial,
     total: Partial,
 }
@@ -157,11 +167,12 @@ impl Attention<'_> {
         let (tasks, parts) = self.tasks(&tiles, workers.count());
         let parts: Vec<Mutex<Partial>> = (0..parts).map(|_| Mutex::default()).collect();
         let part = |at: usize| parts[at].lock().unwrap_or_else(PoisonError::into_inner);
+        let pairs = self.is_in_pairs(isa);
         workers.run(tasks.len(), &|task| {
             let Task { tile, splits, part: kept } = &tasks[task];
             let mut guard = kept.map(part);
             let keep = guard.as_deref_mut();
-            isa.run(AttendTile { attention: self, tile: &tiles[*tile], splits: splits.clone(), keep, out });
+            isa.run(AttendTile { attention: self, tile: &tiles[*tile], splits: splits.clone(), pairs, keep, out });
         });
         // The splits of a tile are neighbours among the tasks.
         let split: Vec<&[Task]> =
@@ -349,6 +360,8 @@ struct AttendTile<'a> {
     attention: &'a Attention<'a>,
     tile: &'a Tile,
     splits: Range<usize>,
+    /// Whether many rows are computed in pairs.
+    pairs: bool,
     keep: Option<&'a mut Partial>,
     out: SharedMut,
 }
@@ -385,6 +398,10 @@ impl AttendTile<'_> {
         let rows = attention.rows_per_head(tile) * tile.kv_heads.len();
         let padded = attention.values.width.next_multiple_of(LANES);
         load_queries(attention, tile, &mut scratch.queries);
+        let pairs = self.pairs && attention.rows_per_head(tile) > FEW_ROWS;
+        if pairs {
+            scratch.panels.round_queries(simd, &scratch.queries);
+        }
         scratch.scores.resize(rows * CHUNK, 0.0);
         scratch.total.reset(rows, padded);
         for split in self.splits.clone() {
@@ -401,14 +418,12 @@ impl AttendTile<'_> {
                     attention.slots(tile, start + CHUNK..end.min(start + 2 * CHUNK), &mut next);
                 }
                 let chunk = Chunk { attention, tile, start, seen };
-                simd.call(AttendChunk {
-                    chunk: &chunk,
-                    keys,
-                    values,
-                    slots: &slots,
-                    next: &next,
-                    scratch: &mut *scratch,
-                });
+                let (chunk, slots_of, next_of, scratch) = (&chunk, &slots, &next, &mut *scratch);
+                if pairs {
+                    simd.call(AttendPairs { chunk, slots: slots_of, next: next_of, scratch });
+                } else {
+                    simd.call(AttendChunk { chunk, keys, values, slots: slots_of, next: next_of, scratch });
+                }
                 slots = next;
                 start += CHUNK;
             }

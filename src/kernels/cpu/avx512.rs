@@ -4,7 +4,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::simd::{Simd, WORDS, Work, dot_bf16_in_f32};
+use super::simd::{Simd, WORDS, Work, dot_bf16_in_f32, round_bf16_one_by_one};
 
 /// Proof that the processor has AVX-512 F, BW, DQ, VL and VNNI, and BF16 if it says so.
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +21,7 @@ pub unsafe fn run<W: Work>(work: W, bf16: bool) -> W::Output {
     work.run(Avx512 { bf16 })
 }
 
-/// The instruction of AVX-512 BF16, in assembly: its intrinsic is inlined only into functions that have the feature.
+/// An instruction of AVX-512 BF16, in assembly: its intrinsic is inlined only into functions that have the feature.
 ///
 /// # Safety
 /// The processor must have it.
@@ -39,6 +39,27 @@ unsafe fn dot_bf16(mut acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         );
     }
     acc
+}
+
+/// Another one.
+///
+/// # Safety
+/// The processor must have it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn round_bf16(first: __m512, second: __m512) -> __m512i {
+    let out: __m512i;
+    // SAFETY: an operation on registers.
+    unsafe {
+        asm!(
+            "vcvtne2ps2bf16 {out}, {second}, {first}",
+            out = lateout(zmm_reg) out,
+            first = in(zmm_reg) first,
+            second = in(zmm_reg) second,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    out
 }
 
 /// Register operations: a value of [`Avx512`] exists only where the processor has them.
@@ -186,6 +207,13 @@ impl Simd for Avx512 {
             return dot_bf16_in_f32(self, acc, a, b);
         }
         op!(dot_bf16(acc, a, b))
+    }
+    #[inline(always)]
+    fn round_bf16(self, first: __m512, second: __m512) -> __m512i {
+        if !self.bf16 {
+            return round_bf16_one_by_one(self, first, second);
+        }
+        op!(round_bf16(first, second))
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m512 {

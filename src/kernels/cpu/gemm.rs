@@ -5,7 +5,7 @@
 //! other rows. They are other bits than those of `dot.rs`, which adds in sixteen lanes.
 
 use super::dot::load_tail;
-use super::floats::{Element, f32_to_bf16};
+use super::floats::{Bf16, Element, f32_to_bf16};
 use super::simd::{LANES, Simd, WORDS, Work};
 
 /// Vectors of a panel.
@@ -18,9 +18,17 @@ pub const WIDTH: usize = VECTORS * LANES;
 const DEPTH: usize = 512;
 
 /// Two neighbouring bf16 of a row, as [`Simd::dot_bf16`] multiplies them. They travel as the f32 of the same bits.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(transparent)]
 pub struct Pair([u16; 2]);
+
+impl Pair {
+    /// The first is in the lower half.
+    #[inline(always)]
+    pub fn of(first: Bf16, second: Bf16) -> Self {
+        Self([first.0, second.0])
+    }
+}
 
 impl Element for Pair {
     #[inline(always)]
@@ -55,10 +63,21 @@ impl Work for RoundPairs<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { x, pairs } = self;
         assert_eq!(x.len(), 2 * pairs.len());
-        for at in 0..pairs.len() {
+        let whole = pairs.len() / LANES * LANES;
+        let mut at = 0;
+        while at < whole {
+            // SAFETY: thirty-two numbers, and room for sixteen pairs of them.
+            unsafe {
+                let (first, second) = (simd.load(x.as_ptr().add(2 * at)), simd.load(x.as_ptr().add(2 * at + LANES)));
+                let rounded = simd.float_of_bits(simd.round_bf16(first, second));
+                simd.store(pairs.as_mut_ptr().add(at), rounded);
+            }
+            at += LANES;
+        }
+        for at in whole..pairs.len() {
             pairs[at] = Pair([f32_to_bf16(x[2 * at]), f32_to_bf16(x[2 * at + 1])]).to_f32();
         }
     }

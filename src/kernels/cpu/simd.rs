@@ -8,6 +8,8 @@
 //! many times becomes a work of its own ([`Simd::call`]). Closures and iterator adaptors are not inlined reliably; where
 //! time matters there are plain loops.
 
+use super::floats::f32_to_bf16;
+
 /// Lanes of a register of f32 or i32.
 pub const LANES: usize = 16;
 
@@ -126,6 +128,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn unpair(self, acc: [Self::I; 2]) -> [Self::I; 2] {
         acc
     }
+    /// The lanes of both rounded to bf16, two a lane: in memory the first sixteen and then the second. An instruction makes
+    /// zeros of subnormal numbers.
+    #[inline(always)]
+    fn round_bf16(self, first: Self::F, second: Self::F) -> Self::I {
+        round_bf16_one_by_one(self, first, second)
+    }
 
     /// Sixteen elements.
     ///
@@ -182,6 +190,21 @@ pub fn dot_bf16_in_f32<S: Simd>(simd: S, acc: S::F, a: S::I, b: S::I) -> S::F {
     let high = simd.splat_i(0xffff_0000u32 as i32);
     let acc = simd.fma(simd.float_of_bits(simd.shl::<16>(a)), simd.float_of_bits(simd.shl::<16>(b)), acc);
     simd.fma(simd.float_of_bits(simd.and(a, high)), simd.float_of_bits(simd.and(b, high)), acc)
+}
+
+/// [`Simd::round_bf16`] without an instruction for it.
+#[inline(always)]
+pub fn round_bf16_one_by_one<S: Simd>(simd: S, first: S::F, second: S::F) -> S::I {
+    let (mut numbers, mut halves) = ([0f32; 2 * LANES], [0u16; 2 * LANES]);
+    // SAFETY: twice sixteen numbers, and 64 bytes.
+    unsafe {
+        simd.store(numbers.as_mut_ptr(), first);
+        simd.store(numbers.as_mut_ptr().add(LANES), second);
+        for at in 0..2 * LANES {
+            halves[at] = f32_to_bf16(numbers[at]);
+        }
+        simd.load_i(halves.as_ptr().cast())
+    }
 }
 
 /// What [`Simd::dot_row_pair`] computes, a row after the other and in lanes.

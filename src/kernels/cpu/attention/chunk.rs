@@ -6,7 +6,7 @@ use super::super::dot::{load_tail, sum_all};
 use super::super::floats::{Element, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
-use super::{Attention, CHUNK, Partial, Scratch, Tile, exp};
+use super::{Attention, CHUNK, FEW_ROWS, Partial, Scratch, Tile, exp};
 
 /// Some neighbouring keys, and a tile that attends to them.
 pub(super) struct Chunk<'a> {
@@ -176,7 +176,7 @@ impl<T: Element> Work for AttendChunk<'_, T> {
             fetch: (0, 0),
         };
         let heads = || tile.kv_heads.clone().enumerate();
-        if rows > 2 * FOUR {
+        if rows > FEW_ROWS {
             // Many rows: keys and values are widened once for all of them.
             for (i, head) in heads() {
                 let key_rows = pooled(self.keys, key_width, head, next);
@@ -228,16 +228,16 @@ fn strips(keys: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
 }
 
 /// The part of a [`Partial`](super::Partial) that belongs to one head of keys.
-struct Sums<'a> {
+pub(super) struct Sums<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
-    values: &'a mut [f32],
+    pub values: &'a mut [f32],
 }
 
 impl Partial {
     /// The part of a tile's head `i`, each of which has `rows`.
     #[inline(always)]
-    fn of_head(&mut self, i: usize, rows: usize) -> Sums<'_> {
+    pub(super) fn of_head(&mut self, i: usize, rows: usize) -> Sums<'_> {
         let padded = self.values.len() / self.max.len().max(1);
         Sums {
             max: &mut self.max[i * rows..(i + 1) * rows],
@@ -313,7 +313,7 @@ impl Chunk<'_> {
 
     /// Scores to weights, with the row's sums brought to a common largest score.
     #[inline(always)]
-    fn weigh<S: Simd>(&self, simd: S, scores: &mut [f32], sums: &mut Sums<'_>) {
+    pub(super) fn weigh<S: Simd>(&self, simd: S, scores: &mut [f32], sums: &mut Sums<'_>) {
         let (attention, tile) = (self.attention, self.tile);
         let padded = sums.values.len() / self.rows().max(1);
         for row in 0..self.rows() {
