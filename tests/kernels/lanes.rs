@@ -590,6 +590,52 @@ fn stores_write_sixteen_lanes_and_no_more() {
     }
 }
 
+/// Some lanes' lowest bytes, and numbers rounded to bf16.
+struct Narrow<'a> {
+    bits: [i32; LANES],
+    lanes: [u8; LANES],
+    to: &'a mut [i8],
+    numbers: [[f32; LANES]; 2],
+}
+
+impl Work for Narrow<'_> {
+    type Output = [i32; LANES];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        assert!(self.to.len() >= LANES);
+        // SAFETY: sixteen bytes, and arrays of sixteen.
+        unsafe {
+            simd.store_bytes(self.to.as_mut_ptr(), load_i(simd, &self.bits), &self.lanes);
+            let [first, second] = [0, 1].map(|half| simd.load(self.numbers[half].as_ptr()));
+            integers(simd, simd.round_bf16(first, second))
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn narrower_numbers(
+        bits in uniform16(any::<i32>()),
+        lanes in uniform16(0u8..16),
+        numbers in [uniform16(-1e30f32..1e30), uniform16(-1e-30f32..1e-30)],
+    ) {
+        // Subnormal numbers may become zeros.
+        let numbers = numbers.map(|half| half.map(|x| if x.is_subnormal() { 0.0 } else { x }));
+        let rounded = numbers.concat();
+        let rounded: Vec<u8> = rounded.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect();
+        let bytes: Vec<i8> = lanes.iter().map(|&lane| bits[usize::from(lane)] as i8).collect();
+        for isa in Isa::available() {
+            for (len, edge) in places(LANES) {
+                let mut memory = Guarded::new(&vec![7i8; len], edge);
+                let found = isa.run(Narrow { bits, lanes, to: &mut memory, numbers });
+                prop_assert!(memory[..LANES] == bytes && memory[LANES..].iter().all(|&byte| byte == 7), "{isa:?}");
+                prop_assert_eq!(found.map(i32::to_ne_bytes).concat(), &rounded[..], "{:?}", isa);
+            }
+        }
+    }
+}
+
 /// Prefetches, and returns from a function of its own.
 struct Touch(*const u8);
 

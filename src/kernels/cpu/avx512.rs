@@ -4,7 +4,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::simd::{Simd, WORDS, Work, dot_bf16_in_f32, round_bf16_one_by_one};
+use super::simd::{LANES, Simd, WORDS, Work, dot_bf16_in_f32, round_bf16_one_by_one};
 
 /// Proof that the processor has AVX-512 F, BW, DQ, VL and VNNI, and BF16 if it says so.
 #[derive(Debug, Clone, Copy)]
@@ -244,6 +244,14 @@ impl Simd for Avx512 {
     unsafe fn store_i(self, p: *mut u8, a: __m512i) {
         // SAFETY: the caller's promise.
         unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut i8, a: __m512i, lanes: &[u8; LANES]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(a), _mm_loadu_si128(lanes.as_ptr().cast()));
+            _mm_storeu_si128(p.cast(), bytes);
+        }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> __m512i {

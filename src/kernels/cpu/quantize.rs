@@ -67,28 +67,31 @@ impl Work for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Order { group, bits } = self.order;
+        // A word has 4, 8 or 16 codes, so sixteen activations meet whole words.
         let per_word = 32 / bits;
-        let mut natural = [0i32; LANES];
+        let mut lanes = [0; LANES];
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            let (word, i) = (i / per_word, i % per_word);
+            *lane = (word * per_word + self.order.code(i / 4, i % 4)) as u8;
+        }
         for (index, x) in self.x.chunks_exact(group).enumerate() {
             let (scale, inverse) = scale_of(simd, x);
             let bytes = &mut self.out.bytes[index * group..(index + 1) * group];
-            let mut sum = 0;
+            let mut sums = simd.splat_i(0);
             let inverse = simd.splat(inverse);
             for (x, bytes) in x.chunks_exact(LANES).zip(bytes.chunks_exact_mut(LANES)) {
+                // What is not a number may be any integer here; `scale` knows of it.
                 // SAFETY: chunks of 16.
                 unsafe {
                     let rounded = simd.round(simd.mul(simd.load(x.as_ptr()), inverse));
-                    simd.store_i(natural.as_mut_ptr().cast(), rounded);
-                }
-                // What is not a number may be any integer here; `scale` knows of it.
-                sum = natural.iter().fold(sum, |sum: i32, &x| sum.wrapping_add(x));
-                // A word has 4, 8 or 16 codes, so sixteen activations meet whole words.
-                for (word, bytes) in bytes.chunks_exact_mut(per_word).enumerate() {
-                    for (i, byte) in bytes.iter_mut().enumerate() {
-                        *byte = natural[word * per_word + self.order.code(i / 4, i % 4)] as i8;
-                    }
+                    simd.store_bytes(bytes.as_mut_ptr(), rounded, &lanes);
+                    sums = simd.add_i(sums, rounded);
                 }
             }
+            let mut of_lanes = [0i32; LANES];
+            // SAFETY: an array of 64 bytes.
+            unsafe { simd.store_i(of_lanes.as_mut_ptr().cast(), sums) };
+            let sum = of_lanes.iter().fold(0, |sum: i32, &x| sum.wrapping_add(x));
             self.out.scales[index] = scale;
             self.out.sums[index] = scale * sum as f32;
         }

@@ -165,6 +165,21 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// 64 writable bytes.
     unsafe fn store_i(self, p: *mut u8, a: Self::I);
+    /// The lowest bytes of sixteen lanes, in any order: byte `i` is that of lane `lanes[i]`, which must be below 16.
+    ///
+    /// # Safety
+    /// 16 writable bytes.
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut i8, a: Self::I, lanes: &[u8; LANES]) {
+        let mut all = [0i32; LANES];
+        // SAFETY: an array of 64 bytes; the caller's promise.
+        unsafe {
+            self.store_i(all.as_mut_ptr().cast(), a);
+            for i in 0..LANES {
+                p.add(i).write(all[usize::from(lanes[i]) % LANES] as i8);
+            }
+        }
+    }
     /// 16 bytes, one a lane.
     ///
     /// # Safety
