@@ -324,3 +324,15 @@ fn deep_arguments_are_malformed() {
     };
     assert_eq!((call(100), call(101), call(100_000)), (1, 0, 0));
 }
+
+#[test]
+fn arguments_are_what_serde_reads() {
+    let lone = parse(
+        ToolFormat::Hermes,
+        "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": \"\\ud83d!\", \"b\": \"\\ud83d\\ude00\"}}</tool_call>",
+    );
+    assert_eq!(lone.calls(), [("f", "{\"a\": \"\u{fffd}!\", \"b\": \"😀\"}")]);
+    assert_eq!(lone.complete, 1);
+    let large = parse(ToolFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1e999}}");
+    assert_eq!((large.calls(), large.content.as_str(), large.complete), (vec![("f", "{\"a\": 1")], "e999}}", 0));
+}
