@@ -237,6 +237,8 @@ fn what_is_malformed_comes_out_as_text() {
         (Llama, "<|python_tag|>print(1)"),
         (Pythonic, "[f(x)] is a list"),
         (Pythonic, "[f(a"),
+        (Pythonic, "[f(abc=foo)]"),
+        (Pythonic, "[f(a==b) is"),
         (ToolCode, "```tool_code\n1 + 1\n```"),
         (FunctionGemma, "<start_function_call>f{}"),
         (Gemma, "<|tool_call>call:f g{}"),
@@ -264,6 +266,20 @@ fn the_rest_of_a_call_that_goes_wrong_comes_out_as_text() {
     assert_eq!((answer.calls(), answer.content.as_str()), (vec![("get_weather", "")], "<parameter=days>\n12"));
     let answer = parse(ToolFormat::Pythonic, "[now(), 5]");
     assert_eq!((answer.calls(), answer.content.as_str(), answer.complete), (vec![("now", "{}")], ", 5]", 1));
+    // The character that ends a word is of the rest if the call goes wrong there.
+    for (format, text, arguments, rest) in [
+        (ToolFormat::Pythonic, "[f(a=1]", "{\"a\": 1", "]"),
+        (ToolFormat::Pythonic, "[f(a=1, b=foo)]", "{\"a\": 1", ", b=foo)]"),
+        (ToolFormat::Pythonic, "[f(a=[1, b", "{\"a\": [1", ", b"),
+        (ToolFormat::Gemma, "<|tool_call>call:f{a}", "{\"a\"", "}"),
+        (ToolFormat::Gemma, "<|tool_call>call:f{a:[1}", "{\"a\": [1", "}"),
+    ] {
+        let answer = parse(format, text);
+        assert_eq!((answer.calls(), answer.content.as_str()), (vec![("f", arguments)], rest), "{text}");
+    }
+    // Nothing of a whole object is text.
+    let answer = parse(ToolFormat::Llama, "{\"name\": \"now\", \"parameters\": {}} Done.");
+    assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1));
 }
 
 #[test]
