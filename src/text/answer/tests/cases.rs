@@ -224,6 +224,7 @@ fn what_is_malformed_comes_out_as_text() {
         (Qwen, "<tool_call>\n<function=f"),
         (Qwen, "<tool_call>\n<fun>x</fun>"),
         (Qwen, "use <function=a b> here"),
+        (Qwen, "<tool_call>\n<function=now>\nx"),
         (Glm, "<tool_call>{\"name\": \"f\"}</tool_call>"),
         (MiniMax, "<minimax:tool_call>x"),
         (DeepSeek, "<｜tool▁calls▁begin｜>x"),
@@ -308,6 +309,20 @@ fn what_models_get_wrong_and_everybody_understands() {
     assert_eq!((answer.content.as_str(), answer.complete), ("Hm.", 1));
     let answer = parse(ToolFormat::Qwen, "<function=now></function>\nDone.");
     assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1));
+    // Qwen and Seed forget the end of a value.
+    for (open, close) in [("<tool_call>", "</tool_call>"), ("<seed:tool_call>", "</seed:tool_call>")] {
+        let format = if open == "<tool_call>" { ToolFormat::Qwen } else { ToolFormat::Seed };
+        let text = format!(
+            "{open}\n<function=get_weather>\n<parameter=city>\nOs\nlo\n\n<parameter=days>\n2\n</function>\n{close}\nDone."
+        );
+        let answer = parse(format, &text);
+        assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"Os\\nlo\\n\", \"days\": 2}")], "{format:?}");
+        assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1), "{format:?}");
+    }
+    let text = "<tool_call><function=get_weather><parameter=city>Oslo\n<parameter=days";
+    let answer = parse(ToolFormat::Qwen, text);
+    assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"Oslo\"")]);
+    assert_eq!(answer.content, "<parameter=days");
 }
 
 #[test]
@@ -320,6 +335,10 @@ fn values_between_tags_keep_their_text() {
     let expected =
         json!({"city": "\n a \"b\"\\\n</parameter\n", "days": true, "units": ["m", {"s": 1}], "other": "12 x"});
     assert_eq!(arguments, expected);
+    // MiniMax puts no line breaks around them.
+    let text = "<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">\na\n</parameter>\n</invoke>\n\
+                </minimax:tool_call>";
+    assert_eq!(parse(ToolFormat::MiniMax, text).calls(), [("get_weather", "{\"city\": \"\\na\\n\"}")]);
 }
 
 #[test]
