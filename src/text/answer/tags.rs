@@ -44,6 +44,7 @@ pub(super) static QWEN_SYNTAX: CallSyntax = CallSyntax {
     after_arguments: "</function>\n</tool_call>",
     between: "\n",
     arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">\n", after_value: "\n</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -56,6 +57,7 @@ pub(super) static SEED_SYNTAX: CallSyntax = CallSyntax {
     after_arguments: "</function>\n</seed:tool_call>",
     between: "\n",
     arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">", after_value: "</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -82,6 +84,7 @@ pub(super) static GLM_SYNTAX: CallSyntax = CallSyntax {
         after_key: "</arg_key>\n<arg_value>",
         after_value: "</arg_value>\n",
     },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -106,6 +109,7 @@ pub(super) static MINIMAX_SYNTAX: CallSyntax = CallSyntax {
     between: "\n",
     close: "\n</minimax:tool_call>",
     arguments: Arguments::Tagged { before_key: "<parameter name=\"", after_key: "\">", after_value: "</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 

@@ -165,16 +165,24 @@ fn reasoning_and_the_white_space_around_it() {
     assert_eq!(hermes("<think>\n\n</think>\n\n", "  Hello "), both("", "  Hello "));
     assert_eq!(hermes("", " \n<think></think>  "), both("", ""));
     assert_eq!(hermes("<think>", "cut off "), both("cut off ", ""));
-    assert_eq!(hermes("", "a <think> b"), both("b", "a"));
+    // Text may be about the mark.
+    assert_eq!(hermes("", "a <think> b"), both("", "a <think> b"));
     assert_eq!(hermes("", "a </think> b <thin"), both("", "a </think> b <thin"));
-    assert_eq!(hermes("", "a <think>b</think> c<think> d </think>"), both("b d", "a c"));
+    assert_eq!(hermes("", "a <think>b</think> c"), both("", "a <think>b</think> c"));
+    assert_eq!(hermes("", "<think>a</think>\n<think>b</think> c"), both("ab", "c"));
+    let text = "<tool_call>{\"name\": \"now\"}</tool_call>\n<think>b</think>";
+    assert_eq!(hermes("", text), both("b", ""));
     // A call that a model thinks of is none.
     let text = "<think>use <tool_call>{\"name\": \"now\"}</tool_call></think>x";
     assert_eq!(hermes("", text), both("use <tool_call>{\"name\": \"now\"}</tool_call>", "x"));
     let mistral = parse(ToolFormat::Mistral, "[THINK]why[/THINK]because[TOOL_CALLS]now[ARGS]{}");
     assert_eq!((mistral.reasoning.as_str(), mistral.content.as_str(), mistral.complete), ("why", "because", 1));
-    let gemma = parse(ToolFormat::Gemma, "<|channel>thought\nwhy<channel|>because");
-    assert_eq!((gemma.reasoning.as_str(), gemma.content.as_str()), ("why", "because"));
+    let gemma = parse(ToolFormat::Gemma, "<|channel>thought\nwhy<channel|>because<|channel>thought\nso<channel|>");
+    assert_eq!((gemma.reasoning.as_str(), gemma.content.as_str()), ("whyso", "because"));
+    // Seed's template opens a note about the budget behind it.
+    let settings = AnswerSettings::new(format(ToolFormat::Seed), None, "<seed:think><seed:cot_budget_reflect>");
+    let seed = read(&settings, ["a</seed:cot_budget_reflect>\n</seed:think>b"]);
+    assert_eq!((seed.reasoning.as_str(), seed.content.as_str()), ("a</seed:cot_budget_reflect>", "b"));
 }
 
 #[test]
@@ -182,6 +190,36 @@ fn special_tokens_of_calls_end_reasoning() {
     let settings = AnswerSettings::new(format(ToolFormat::Kimi), Some(&tools()), "<think>");
     let answer = read(&settings, ["hm ", example(ToolFormat::Kimi)]);
     assert_eq!((answer.reasoning.as_str(), answer.complete), ("hm Sure.", 2));
+}
+
+#[test]
+fn a_call_in_reasoning_that_is_not_closed() {
+    use ToolFormat::*;
+    let read_after_think = |tools_format: ToolFormat, text: &str| {
+        let format = format(tools_format);
+        let settings = AnswerSettings::new(format, Some(&tools()), format.reasoning.unwrap().open);
+        let answer = read(&settings, text.split_inclusive(|_| true));
+        assert_eq!(read(&settings, [text]), answer);
+        answer
+    };
+    for tools_format in [Qwen, Seed, Glm, MiniMax, DeepSeekDsml, DeepSeekV31, Kimi] {
+        let ReasoningSyntax { open, close } = format(tools_format).reasoning.unwrap();
+        // The close that comes late is of the reasoning, and only one is.
+        let text = format!("hm {}\n{close}\n{open}so{close}\nDone {close}.", example(tools_format));
+        let answer = read_after_think(tools_format, &text);
+        assert_eq!(answer.reasoning.replace(char::is_whitespace, ""), "hmSure.so", "{tools_format:?}");
+        assert_eq!((answer.content, answer.complete), (format!("Done {close}."), 2), "{tools_format:?}");
+    }
+    // What only mentions a call is reasoning.
+    for (format, text) in [
+        (Qwen, "use <tool_call>, <function=now> or <tool_call>\n<function=now> x"),
+        (Glm, "use <tool_call> now, or <tool_call>now"),
+        (MiniMax, "use <minimax:tool_call> or <minimax:tool_call><invoke name=\"now\">, x"),
+    ] {
+        let answer = read_after_think(format, &format!("{text}</think>Done."));
+        assert_eq!((answer.reasoning.as_str(), answer.content.as_str()), (text, "Done."), "{format:?}");
+        assert_eq!(answer.calls(), []);
+    }
 }
 
 #[test]
