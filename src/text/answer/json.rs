@@ -133,6 +133,11 @@ impl JsonScanner {
         self.state == State::Value && self.open.is_empty()
     }
 
+    /// Whether the next character is one of a string.
+    pub fn in_text(&self) -> bool {
+        matches!(self.state, State::Text { .. })
+    }
+
     fn end_escape(&mut self, out: &mut String) {
         let escape = std::mem::take(&mut self.held);
         match escape.strip_prefix("\\u").map(|digits| u16::from_str_radix(digits, 16)) {

@@ -209,6 +209,11 @@ impl ArgumentsObject {
         }
     }
 
+    /// Whether the next character is one of a string.
+    pub fn in_text(&self) -> bool {
+        self.scanner.in_text()
+    }
+
     /// Whether nothing of them was read.
     pub fn is_empty(&self) -> bool {
         !self.begun

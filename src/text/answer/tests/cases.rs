@@ -242,7 +242,21 @@ fn harmony_channels() {
     assert_eq!(read_after(start, early), all("", "", 1));
     assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>{\"a\": 1}<|call|>"), all("", "", 1));
     assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>1+1<|call|>"), all("", "1+1", 0));
-    assert_eq!(read_after(start, "<|channel|>fin"), all("", "<|channel|>fin", 0));
+    // A header that is cut off is no text, but what only looks like the beginning of one is.
+    assert_eq!(read_after(start, "<|channel|>fin"), all("", "", 0));
+    assert_eq!(read_after(start, "<|channel|>final<|message|>Hi<|end|><|start|>assistant"), all("", "Hi", 0));
+    assert_eq!(read_after(start, "to"), all("", "to", 0));
+    assert_eq!(read_after(start, "<|"), all("", "<|", 0));
+    // Without text a call is whole only if its end is there.
+    let call = "<|channel|>commentary to=functions.now<|message|>";
+    assert_eq!(read_after(start, &format!("{call}<|call|>")), all("", "", 1));
+    for rest in ["", "<|start|>assistant", "<|channel|>final<|message|>"] {
+        assert_eq!(read_after(start, &format!("{call}{rest}")), all("", "", 0));
+    }
+    // Marks in the strings of arguments.
+    let settings = AnswerSettings::new(format(ToolFormat::Harmony), Some(&tools()), start);
+    let answer = read(&settings, [call, "{\"a\": \"<|start|>x<|end|>\"}<|call|>"]);
+    assert_eq!((answer.calls(), answer.complete), (vec![("now", "{\"a\": \"<|start|>x<|end|>\"}")], 1));
     assert_eq!(
         read_after(start, "<|channel|>a<|message|>x<|end|> y <|start|>z<|end|>w"),
         all("", "x\n\ny \n\nz<|end|>\n\nw", 0)
@@ -382,6 +396,11 @@ fn values_between_tags_keep_their_text() {
 #[test]
 fn ids_are_the_models_own_where_it_has_them() {
     assert_eq!(parse(ToolFormat::Kimi, example(ToolFormat::Kimi)).ids, ["functions.get_weather:0", "functions.now:1"]);
+    // A name alone is no id: two calls would have the same.
+    let call = "<|tool_call_begin|>functions.now<|tool_call_argument_begin|>{}<|tool_call_end|>";
+    let kimi =
+        parse(ToolFormat::Kimi, &format!("<|tool_calls_section_begin|>{call}{call}<|tool_calls_section_end|>")).ids;
+    assert!(kimi.len() == 2 && kimi[0] != kimi[1], "{kimi:?}");
     let mistral = parse(ToolFormat::Mistral, example(ToolFormat::Mistral)).ids;
     assert_eq!((mistral[0].len(), mistral[1].as_str()), (9, "abcdefghi"));
     let common = parse(ToolFormat::Hermes, example(ToolFormat::Hermes)).ids;
