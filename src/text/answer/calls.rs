@@ -165,11 +165,6 @@ impl Until {
     pub fn step(&mut self, c: char, out: &mut String) -> bool {
         self.finder.step(c, &[self.mark], out).is_some()
     }
-
-    /// What may be the beginning of the mark.
-    pub fn held(&self) -> &str {
-        self.finder.held()
-    }
 }
 
 /// Expects one of a few marks, after white space.

@@ -1,7 +1,7 @@
 //! Answers that are one text with marks in it: everything but Harmony.
 
 use super::calls::{CallReader, Calls, Finder, Step};
-use super::format::{AnswerFormat, BlockStart, CallSyntax, ReasoningSyntax, ToolFormat};
+use super::format::{AnswerFormat, BlockStart, CallSyntax, ReasoningSyntax, THINK, ToolFormat};
 
 /// Walks through an answer: text for the user, reasoning, and blocks of calls that readers take.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub(super) struct Flow {
     finder: Finder,
     /// Which of the two texts is being written.
     thinks: bool,
+    /// A call ended the reasoning: its close may still come.
+    unclosed: bool,
     content: Spaces,
     thoughts: Spaces,
     block: Option<Block>,
@@ -35,6 +37,8 @@ struct Block {
 struct Spaces {
     /// Something else than white space has come.
     said: bool,
+    /// It has come since the last mark.
+    said_since: bool,
     held: String,
     /// A mark came last: white space after it is not of the text.
     skip: bool,
@@ -52,7 +56,7 @@ impl Spaces {
             }
             return None;
         }
-        (self.said, self.skip, self.marked) = (true, false, false);
+        (self.said, self.said_since, self.skip, self.marked) = (true, true, false, false);
         Some(std::mem::take(&mut self.held))
     }
 
@@ -62,6 +66,7 @@ impl Spaces {
         }
         self.skip = !self.said || !self.held.is_empty();
         self.marked = true;
+        self.said_since = false;
     }
 
     /// The text has ended.
@@ -89,6 +94,7 @@ impl Flow {
             calls,
             finder: Finder::default(),
             thinks,
+            unclosed: false,
             content: Spaces::default(),
             thoughts,
             block: None,
@@ -122,7 +128,15 @@ impl Flow {
                     add(reasoning.open, Mark::Think);
                 }
             }
-            Some(reasoning) => add(reasoning.open, Mark::Think),
+            Some(reasoning) => {
+                // Text may be about `<think>`; the others are special tokens.
+                if reasoning != THINK || !self.content.said_since {
+                    add(reasoning.open, Mark::Think);
+                }
+                if self.unclosed {
+                    add(reasoning.close, Mark::EndThink);
+                }
+            }
             None => {}
         }
         if let Some((_, syntax)) = self.tools.filter(|(_, syntax)| !self.thinks || syntax.ends_reasoning) {
@@ -203,6 +217,7 @@ impl Flow {
                 self.content.mark();
                 self.thoughts.mark();
                 self.thinks = matches!(mark, Mark::Think);
+                self.unclosed = false;
             }
             Mark::Opening(index) => {
                 if let Some((tools, syntax)) = self.tools {
@@ -225,7 +240,7 @@ impl Flow {
             Step::More => {
                 if self.calls.begun() > block.before && self.thinks {
                     self.thoughts.mark();
-                    self.thinks = false;
+                    (self.thinks, self.unclosed) = (false, true);
                 }
                 self.block = Some(block);
             }

@@ -112,7 +112,7 @@ pub struct CallSyntax {
     pub close: &'static str,
     /// Further marks within a block that may be special tokens.
     pub marks: &'static [&'static str],
-    /// Whether the opening ends reasoning that was not closed: it is no text that a model may think of.
+    /// Whether a call ends reasoning that was not closed: no model writes one there but to make it.
     pub ends_reasoning: bool,
 }
 
@@ -159,7 +159,7 @@ pub(super) static SIGNS: &[(ToolFormat, &[&str])] = &[
     (ToolFormat::ToolCode, &["<start_of_turn>"]),
 ];
 
-const THINK: ReasoningSyntax = ReasoningSyntax { open: "<think>", close: "</think>" };
+pub(super) const THINK: ReasoningSyntax = ReasoningSyntax { open: "<think>", close: "</think>" };
 
 /// Marks of reasoning; a template or a vocabulary that has one of them tells.
 static REASONING: &[ReasoningSyntax] = &[

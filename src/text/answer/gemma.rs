@@ -95,6 +95,9 @@ impl CallReader for GemmaCall {
                 let mut piece = String::new();
                 let scan = self.arguments.step(c, &mut piece);
                 calls.arguments(&piece);
+                if !piece.is_empty() && self.arguments.has_left(scan) {
+                    calls.raw.push(c);
+                }
                 match scan {
                     Scan::More => Step::More,
                     Scan::Last => {

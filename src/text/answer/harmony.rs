@@ -93,9 +93,12 @@ impl Harmony {
     pub fn finish(&mut self) {
         let rest = self.finder.take();
         rest.chars().for_each(|c| self.text(c));
-        self.end_message();
+        self.end_message(false);
         let header = std::mem::take(&mut self.header);
-        self.calls.parts.content(&header);
+        // What a mark began is no text, though the answer ends within it.
+        if matches!(self.state, State::Header { bare: true }) && !MARKS.iter().any(|mark| header.contains(mark)) {
+            self.calls.parts.content(&header);
+        }
     }
 
     fn text(&mut self, c: char) {
@@ -128,6 +131,8 @@ impl Harmony {
 
     fn mark(&mut self, mark: usize) {
         match (&self.state, mark) {
+            // Arguments may be about marks.
+            (State::Call(arguments), _) if arguments.in_text() => MARKS[mark].chars().for_each(|c| self.text(c)),
             (State::Header { .. }, MESSAGE) => self.begin_message(),
             (State::Header { .. }, CHANNEL | CONSTRAIN) if self.header.len() <= MAX_HEADER => {
                 self.header.push_str(MARKS[mark]);
@@ -141,17 +146,17 @@ impl Harmony {
                 }
             }
             (_, START) => {
-                self.end_message();
+                self.end_message(false);
                 self.begin_header("");
             }
             (_, CHANNEL) => {
-                self.end_message();
+                self.end_message(false);
                 self.begin_header(MARKS[CHANNEL]);
             }
             (State::Text { .. } | State::Call(_), MESSAGE | CONSTRAIN) => {
                 MARKS[mark].chars().for_each(|c| self.text(c));
             }
-            (State::Text { .. } | State::Call(_), _) => self.end_message(),
+            (State::Text { .. } | State::Call(_), _) => self.end_message(true),
             _ => {}
         }
     }
@@ -193,15 +198,20 @@ impl Harmony {
         }
     }
 
-    /// The message ends, by a mark or with the answer.
-    fn end_message(&mut self) {
+    /// The message ends, by its mark or without.
+    fn end_message(&mut self, marked: bool) {
         if let State::Call(arguments) = &self.state {
-            if arguments.is_empty() {
+            match (arguments.is_empty(), marked) {
                 // A call without arguments may have no text.
-                self.calls.arguments("{}");
-                self.calls.end();
-            } else {
-                self.give_back_call();
+                (true, true) => {
+                    self.calls.arguments("{}");
+                    self.calls.end();
+                }
+                (true, false) => {
+                    tracing::warn!("a tool call is cut off before its arguments");
+                    self.calls.abandon();
+                }
+                (false, _) => self.give_back_call(),
             }
         }
         if !matches!(self.state, State::Header { .. }) {

@@ -1,7 +1,7 @@
 //! Notations that are nearly JSON, Python's literals and Gemma's, turned into JSON one character at a time.
 
 use super::calls::Until;
-use super::json::{MAX_DEPTH, Scan, ValueScanner, escape_into, quoted};
+use super::json::{CodeUnits, MAX_DEPTH, Scan, ValueScanner, escape_into, quoted};
 
 /// Longest number or word without quotes, in bytes.
 const MAX_WORD: usize = 256;
@@ -28,6 +28,7 @@ pub(super) struct LooseScanner {
     /// A comma is written only once another item comes.
     comma: bool,
     word: String,
+    surrogates: CodeUnits,
 }
 
 #[derive(Debug, Clone)]
@@ -74,7 +75,7 @@ impl ValueScanner for LooseScanner {
                     self.to(State::Code { quote, key, left: left - 1, value: value << 4 | digit })
                 }
                 Some(digit) => {
-                    escape_into(char::from_u32(value << 4 | digit).unwrap_or(char::REPLACEMENT_CHARACTER), out);
+                    self.code(value << 4 | digit, out);
                     self.to(State::Text { quote, key })
                 }
             },
@@ -121,7 +122,19 @@ impl ValueScanner for LooseScanner {
 
 impl LooseScanner {
     pub fn new(notation: &'static Notation) -> Self {
-        Self { notation, open: Vec::new(), state: State::Value, comma: false, word: String::new() }
+        Self {
+            notation,
+            open: Vec::new(),
+            state: State::Value,
+            comma: false,
+            word: String::new(),
+            surrogates: CodeUnits::default(),
+        }
+    }
+
+    /// With a piece that has come out: whether the last character only ended a word of it and has not come out itself.
+    pub fn has_left(&self, scan: Scan) -> bool {
+        self.comma || matches!(scan, Scan::Past | Scan::Bad)
     }
 
     fn to(&mut self, state: State) -> Scan {
@@ -186,8 +199,11 @@ impl LooseScanner {
     }
 
     fn text(&mut self, c: char, quote: char, key: bool, out: &mut String) -> Scan {
+        if c == '\\' {
+            return self.to(State::Escape { quote, key });
+        }
+        self.surrogates.end(out);
         match c {
-            '\\' => self.to(State::Escape { quote, key }),
             c if c == quote => self.end_text(key, out),
             c => {
                 escape_into(c, out);
@@ -197,11 +213,17 @@ impl LooseScanner {
     }
 
     fn escape(&mut self, c: char, quote: char, key: bool, out: &mut String) -> Scan {
-        let code = |left| State::Code { quote, key, left, value: 0 };
+        let digits = match c {
+            'x' => 2,
+            'u' => 4,
+            'U' => 8,
+            _ => 0,
+        };
+        if digits > 0 {
+            return self.to(State::Code { quote, key, left: digits, value: 0 });
+        }
+        self.surrogates.end(out);
         match c {
-            'x' => return self.to(code(2)),
-            'u' => return self.to(code(4)),
-            'U' => return self.to(code(8)),
             'n' => out.push_str("\\n"),
             't' => out.push_str("\\t"),
             'r' => out.push_str("\\r"),
@@ -218,9 +240,24 @@ impl LooseScanner {
         self.to(State::Text { quote, key })
     }
 
+    fn code(&mut self, code: u32, out: &mut String) {
+        match u16::try_from(code) {
+            Ok(unit) => self.surrogates.push(unit, out),
+            Err(_) => {
+                self.surrogates.end(out);
+                escape_into(char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER), out);
+            }
+        }
+    }
+
     /// A delimiter, a key, a number, `true` and its like, or a string without quotes.
     fn word(&mut self, c: char, key: bool, out: &mut String) -> Scan {
-        let ends = |c: char| matches!(c, ',' | ':' | '{' | '}' | '[' | ']' | '(' | ')' | '"' | '\'');
+        let bare_text = self.notation.bare && !key;
+        let ends = |c: char| match c {
+            ',' | '}' | ']' => true,
+            ':' | '{' | '[' | '(' | ')' | '"' | '\'' => !bare_text,
+            _ => false,
+        };
         let in_delimiter = |word: &str| self.notation.delimiter.is_some_and(|mark| mark.starts_with(word));
         let mut grown = self.word.clone();
         grown.push(c);
@@ -234,7 +271,6 @@ impl LooseScanner {
             }
             return Scan::More;
         }
-        let bare_text = self.notation.bare && !key;
         if !ends(c) && (bare_text || !c.is_whitespace()) {
             self.word = grown;
             return if self.word.len() > MAX_WORD { Scan::Bad } else { Scan::More };
@@ -286,6 +322,7 @@ mod tests {
             ("{}", "{}"),
             ("()", "[]"),
             ("'it\\'s \\x41\\u00e9\\U0001F642 \\d \"q\"\n'", "\"it's Aé🙂 \\\\d \\\"q\\\"\\n\""),
+            ("'\\ud83d\\ude00\\ud83d\\n\\ud83d\\x41\\ude00\\ud83d'", "\"😀\u{fffd}\\n\u{fffd}A\u{fffd}\u{fffd}\""),
             ("True ", "true"),
             ("None,", "null"),
             ("7)", "7"),
@@ -307,6 +344,10 @@ mod tests {
             ("{a:<q>x\"}\\,<q>,b:[1,true,<q><q>]}", "{\"a\": \"x\\\"}\\\\,\", \"b\": [1, true, \"\"]}"),
             ("{<q>a b<q>:{c:two words,d:<<}}", "{\"a b\": {\"c\": \"two words\", \"d\": \"<<\"}}"),
             ("{a:\"j\\n\"}", "{\"a\": \"j\\n\"}"),
+            (
+                "{time:10:30,text:it's (so) \"fine\",l:[x:y]}",
+                "{\"time\": \"10:30\", \"text\": \"it's (so) \\\"fine\\\"\", \"l\": [\"x:y\"]}",
+            ),
         ] {
             assert_eq!(json(&GEMMA, text).as_deref(), Some(expected), "{text}");
         }

@@ -60,7 +60,10 @@ pub struct AnswerSettings {
 impl AnswerSettings {
     /// For answers to `prompt`, the rendered chat; `tools` are the definitions that the model was given, if calls are wanted.
     pub fn new(format: AnswerFormat, tools: Option<&Value>, prompt: &str) -> Self {
-        let opened = |open: &str| prompt.trim_end().ends_with(open.trim_end());
+        let end = prompt.trim_end();
+        // Without a budget Seed's template lets reasoning begin with a note about that.
+        let end = end.strip_suffix("<seed:cot_budget_reflect>").unwrap_or(end).trim_end();
+        let opened = |open: &str| end.ends_with(open.trim_end());
         let start = match format.tools {
             Some(ToolFormat::Harmony) => prompt.rfind("<|start|>").map_or("", |at| &prompt[at..]).to_owned(),
             _ => String::new(),

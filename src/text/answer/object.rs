@@ -108,6 +108,9 @@ impl CallObject {
     }
 
     fn value(&mut self, field: Field, c: char, calls: &mut Calls) -> Step {
+        if self.scanner.is_idle() && matches!(c, ' ' | '\t' | '\n' | '\r') {
+            return Step::More;
+        }
         let scan = self.scanner.step(c, &mut self.text);
         match (scan, field) {
             (Scan::Bad, _) => return Step::Bad,
@@ -116,7 +119,7 @@ impl CallObject {
                 self.text.clear();
             }
             (Scan::More, Field::Arguments) => {
-                if let (Some(name), "{") = (&self.name, self.text.trim_start()) {
+                if let (Some(name), "{") = (&self.name, self.text.as_str()) {
                     calls.begin(name, None);
                     calls.arguments("{");
                     self.text.clear();
@@ -166,7 +169,7 @@ impl CallObject {
 
     fn close(&mut self, calls: &mut Calls) -> Step {
         match &self.name {
-            _ if self.whole => {}
+            _ if self.whole => calls.raw.clear(),
             Some(name) if !self.strict => {
                 calls.whole(name, None, "{}");
                 self.whole = true;
@@ -204,6 +207,11 @@ impl ArgumentsObject {
             }
             Scan::Past | Scan::Bad => Step::Bad,
         }
+    }
+
+    /// Whether the next character is one of a string.
+    pub fn in_text(&self) -> bool {
+        self.scanner.in_text()
     }
 
     /// Whether nothing of them was read.

@@ -145,12 +145,9 @@ impl Pythonic {
         }
     }
 
-    fn key(&mut self, c: char, calls: &mut Calls) -> Step {
+    fn key(&mut self, c: char) -> Step {
         match c {
             '=' => {
-                if self.count == 0 {
-                    calls.begin(self.name.trim_end(), None);
-                }
                 self.value = LooseScanner::new(&PYTHON);
                 self.to(State::Value)
             }
@@ -166,12 +163,19 @@ impl Pythonic {
         let mut piece = String::new();
         let scan = self.value.step(c, &mut piece);
         if !piece.is_empty() && !self.key.is_empty() {
+            if self.count == 0 {
+                // Not earlier: `[f(a=b)]` may be text.
+                calls.begin(self.name.trim_end(), None);
+            }
             let start = if self.count == 0 { "{" } else { ", " };
             piece = format!("{start}{}: {piece}", quoted(self.key.trim_end()));
             self.key.clear();
             self.count += 1;
         }
         calls.arguments(&piece);
+        if !piece.is_empty() && self.value.has_left(scan) {
+            calls.raw.push(c);
+        }
         match scan {
             Scan::More => Step::More,
             Scan::Last => self.to(State::AfterValue),
@@ -208,7 +212,7 @@ impl CallReader for Pythonic {
     fn step(&mut self, c: char, calls: &mut Calls) -> Step {
         match self.state {
             State::Name => self.name(c),
-            State::Key => self.key(c, calls),
+            State::Key => self.key(c),
             State::Value => self.value(c, calls),
             State::Close => self.close(c),
             _ if c.is_whitespace() => Step::More,

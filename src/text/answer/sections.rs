@@ -143,7 +143,8 @@ impl SectionReader {
                 let name = head.strip_prefix("functions.").unwrap_or(head);
                 let index = |index: &str| !index.is_empty() && index.chars().all(|c| c.is_ascii_digit());
                 let numbered = name.rsplit_once(':').filter(|(_, digits)| index(digits));
-                (numbered.map_or(name, |(name, _)| name), Some(head))
+                // Without a number it would be the id of every call of this tool.
+                (numbered.map_or(name, |(name, _)| name), numbered.map(|_| head))
             }
         };
         if !is_name(name) {

@@ -1,6 +1,6 @@
 //! Calls whose arguments stand between tags, without quotes: Qwen3-Coder and Qwen3.5, Seed, GLM, MiniMax, DeepSeek's DSML.
 
-use super::calls::{CallReader, Calls, Expect, Expected, MAX_NAME, Step, Until, is_name};
+use super::calls::{CallReader, Calls, Expect, Expected, Finder, MAX_NAME, Step, Until, is_name};
 use super::format::{Arguments, CallSyntax};
 use super::json::{escape_into, quoted};
 use super::schema::ArgumentType;
@@ -16,7 +16,8 @@ pub(super) struct Tags {
     key_end: &'static str,
     /// Before a value, if the key's end is not enough.
     value: &'static str,
-    value_end: &'static str,
+    /// After a value. A line break before one of the others, which stand where the first was forgotten, is of the mark.
+    value_ends: &'static [&'static str],
     /// The end of a call; empty where the block's end is.
     call_end: &'static str,
     block_end: &'static str,
@@ -30,7 +31,7 @@ pub(super) static QWEN: Tags = Tags {
     key: "<parameter=",
     key_end: ">",
     value: "",
-    value_end: "</parameter>",
+    value_ends: &["</parameter>", "\n<parameter=", "\n</function>"],
     call_end: "</function>",
     block_end: "</tool_call>",
     lines: true,
@@ -43,6 +44,7 @@ pub(super) static QWEN_SYNTAX: CallSyntax = CallSyntax {
     after_arguments: "</function>\n</tool_call>",
     between: "\n",
     arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">\n", after_value: "\n</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -55,6 +57,7 @@ pub(super) static SEED_SYNTAX: CallSyntax = CallSyntax {
     after_arguments: "</function>\n</seed:tool_call>",
     between: "\n",
     arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">", after_value: "</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -64,7 +67,7 @@ pub(super) static GLM: Tags = Tags {
     key: "<arg_key>",
     key_end: "</arg_key>",
     value: "<arg_value>",
-    value_end: "</arg_value>",
+    value_ends: &["</arg_value>"],
     call_end: "",
     block_end: "</tool_call>",
     lines: false,
@@ -81,6 +84,7 @@ pub(super) static GLM_SYNTAX: CallSyntax = CallSyntax {
         after_key: "</arg_key>\n<arg_value>",
         after_value: "</arg_value>\n",
     },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -90,10 +94,10 @@ pub(super) static MINIMAX: Tags = Tags {
     key: "<parameter name=\"",
     key_end: "\">",
     value: "",
-    value_end: "</parameter>",
+    value_ends: &["</parameter>"],
     call_end: "</invoke>",
     block_end: "</minimax:tool_call>",
-    lines: true,
+    lines: false,
 };
 
 pub(super) static MINIMAX_SYNTAX: CallSyntax = CallSyntax {
@@ -105,6 +109,7 @@ pub(super) static MINIMAX_SYNTAX: CallSyntax = CallSyntax {
     between: "\n",
     close: "\n</minimax:tool_call>",
     arguments: Arguments::Tagged { before_key: "<parameter name=\"", after_key: "\">", after_value: "</parameter>\n" },
+    ends_reasoning: true,
     ..CallSyntax::JSON
 };
 
@@ -115,7 +120,7 @@ pub(super) static DSML: Tags = Tags {
     // After the key an attribute says whether the value is a string.
     key_end: ">",
     value: "",
-    value_end: "</｜DSML｜parameter>",
+    value_ends: &["</｜DSML｜parameter>"],
     call_end: "</｜DSML｜invoke>",
     block_end: "</｜DSML｜function_calls>",
     lines: false,
@@ -172,7 +177,7 @@ enum State {
     Key(Until),
     BeforeValue,
     Value {
-        end: Until,
+        ends: Finder,
         first: bool,
     },
 }
@@ -209,17 +214,30 @@ impl TagReader {
         self.to(State::Name(Until::new(self.tags.function_end)))
     }
 
-    fn begin_call(&mut self, calls: &mut Calls) -> Step {
+    fn end_name(&mut self) -> Step {
         self.name = self.name.trim().to_owned();
         if !is_name(&self.name) {
             return Step::Bad;
         }
-        calls.begin(&self.name, None);
         self.count = 0;
         self.to(State::Body)
     }
 
+    /// The call begins with the first tag behind its name: the name alone may be text about the tool.
+    fn begin_call(&mut self, calls: &mut Calls) {
+        if !calls.is_open() {
+            calls.begin(&self.name, None);
+        }
+    }
+
+    fn begin_key(&mut self, calls: &mut Calls) -> Step {
+        calls.raw.push_str(self.tags.key);
+        self.key.clear();
+        self.to(State::Key(Until::new(self.tags.key_end)))
+    }
+
     fn end_call(&mut self, calls: &mut Calls) {
+        self.begin_call(calls);
         calls.arguments(if self.count == 0 { "{}" } else { "}" });
         calls.end();
         self.calls += 1;
@@ -243,8 +261,9 @@ impl TagReader {
         match self.expect.step(c, marks) {
             Expected::More => Step::More,
             Expected::Mark(0) => {
-                self.key.clear();
-                self.to(State::Key(Until::new(self.tags.key_end)))
+                self.begin_call(calls);
+                calls.raw.clear();
+                self.begin_key(calls)
             }
             Expected::Mark(1) => {
                 self.end_call(calls);
@@ -283,7 +302,7 @@ impl TagReader {
 
     fn begin_value(&mut self) -> Step {
         self.value.clear();
-        self.to(State::Value { end: Until::new(self.tags.value_end), first: true })
+        self.to(State::Value { ends: Finder::default(), first: true })
     }
 
     /// What stands before a value in the arguments.
@@ -292,18 +311,18 @@ impl TagReader {
     }
 
     fn value(&mut self, c: char, calls: &mut Calls) -> Step {
-        let State::Value { end, first } = &mut self.state else { return Step::Bad };
+        let State::Value { ends, first } = &mut self.state else { return Step::Bad };
         let mut piece = String::new();
-        let ended = end.step(c, &mut piece);
+        let end = ends.step(c, self.tags.value_ends, &mut piece);
         let mut piece = piece.as_str();
         if *first && !piece.is_empty() {
             piece = piece.strip_prefix('\n').filter(|_| self.tags.lines).unwrap_or(piece);
             *first = false;
         }
-        let held = end.held().to_owned();
+        let held = ends.held().to_owned();
         self.value.push_str(piece);
-        if ended {
-            if self.tags.lines && self.value.ends_with('\n') {
+        if let Some(end) = end {
+            if end == 0 && self.tags.lines && self.value.ends_with('\n') {
                 self.value.pop();
             }
             let json = match self.kind {
@@ -317,7 +336,12 @@ impl TagReader {
             calls.arguments(&json);
             self.count += 1;
             self.key.clear();
-            return self.to(State::Body);
+            match end {
+                0 => self.state = State::Body,
+                1 => return self.begin_key(calls),
+                _ => self.end_call(calls),
+            }
+            return Step::More;
         }
         if self.kind == ArgumentType::Text {
             self.stream_text(&held, calls);
@@ -357,19 +381,16 @@ impl CallReader for TagReader {
         match &mut self.state {
             State::Gap => self.gap(c),
             State::Name(until) => match until.step(c, &mut self.name) {
-                true => self.begin_call(calls),
+                true => self.end_name(),
                 false if self.name.len() > MAX_NAME || c == '\n' => Step::Bad,
                 false => Step::More,
             },
             State::NameLine => match c {
-                '<' => match self.begin_call(calls) {
-                    Step::More => {
-                        calls.raw.push(c);
-                        self.body(c, calls)
-                    }
+                '<' => match self.end_name() {
+                    Step::More => self.body(c, calls),
                     other => other,
                 },
-                '\n' if !self.name.trim().is_empty() => self.begin_call(calls),
+                '\n' if !self.name.trim().is_empty() => self.end_name(),
                 _ if self.name.len() > MAX_NAME => Step::Bad,
                 _ => {
                     self.name.push(c);

@@ -165,16 +165,24 @@ fn reasoning_and_the_white_space_around_it() {
     assert_eq!(hermes("<think>\n\n</think>\n\n", "  Hello "), both("", "  Hello "));
     assert_eq!(hermes("", " \n<think></think>  "), both("", ""));
     assert_eq!(hermes("<think>", "cut off "), both("cut off ", ""));
-    assert_eq!(hermes("", "a <think> b"), both("b", "a"));
+    // Text may be about the mark.
+    assert_eq!(hermes("", "a <think> b"), both("", "a <think> b"));
     assert_eq!(hermes("", "a </think> b <thin"), both("", "a </think> b <thin"));
-    assert_eq!(hermes("", "a <think>b</think> c<think> d </think>"), both("b d", "a c"));
+    assert_eq!(hermes("", "a <think>b</think> c"), both("", "a <think>b</think> c"));
+    assert_eq!(hermes("", "<think>a</think>\n<think>b</think> c"), both("ab", "c"));
+    let text = "<tool_call>{\"name\": \"now\"}</tool_call>\n<think>b</think>";
+    assert_eq!(hermes("", text), both("b", ""));
     // A call that a model thinks of is none.
     let text = "<think>use <tool_call>{\"name\": \"now\"}</tool_call></think>x";
     assert_eq!(hermes("", text), both("use <tool_call>{\"name\": \"now\"}</tool_call>", "x"));
     let mistral = parse(ToolFormat::Mistral, "[THINK]why[/THINK]because[TOOL_CALLS]now[ARGS]{}");
     assert_eq!((mistral.reasoning.as_str(), mistral.content.as_str(), mistral.complete), ("why", "because", 1));
-    let gemma = parse(ToolFormat::Gemma, "<|channel>thought\nwhy<channel|>because");
-    assert_eq!((gemma.reasoning.as_str(), gemma.content.as_str()), ("why", "because"));
+    let gemma = parse(ToolFormat::Gemma, "<|channel>thought\nwhy<channel|>because<|channel>thought\nso<channel|>");
+    assert_eq!((gemma.reasoning.as_str(), gemma.content.as_str()), ("whyso", "because"));
+    // Seed's template opens a note about the budget behind it.
+    let settings = AnswerSettings::new(format(ToolFormat::Seed), None, "<seed:think><seed:cot_budget_reflect>");
+    let seed = read(&settings, ["a</seed:cot_budget_reflect>\n</seed:think>b"]);
+    assert_eq!((seed.reasoning.as_str(), seed.content.as_str()), ("a</seed:cot_budget_reflect>", "b"));
 }
 
 #[test]
@@ -182,6 +190,36 @@ fn special_tokens_of_calls_end_reasoning() {
     let settings = AnswerSettings::new(format(ToolFormat::Kimi), Some(&tools()), "<think>");
     let answer = read(&settings, ["hm ", example(ToolFormat::Kimi)]);
     assert_eq!((answer.reasoning.as_str(), answer.complete), ("hm Sure.", 2));
+}
+
+#[test]
+fn a_call_in_reasoning_that_is_not_closed() {
+    use ToolFormat::*;
+    let read_after_think = |tools_format: ToolFormat, text: &str| {
+        let format = format(tools_format);
+        let settings = AnswerSettings::new(format, Some(&tools()), format.reasoning.unwrap().open);
+        let answer = read(&settings, text.split_inclusive(|_| true));
+        assert_eq!(read(&settings, [text]), answer);
+        answer
+    };
+    for tools_format in [Qwen, Seed, Glm, MiniMax, DeepSeekDsml, DeepSeekV31, Kimi] {
+        let ReasoningSyntax { open, close } = format(tools_format).reasoning.unwrap();
+        // The close that comes late is of the reasoning, and only one is.
+        let text = format!("hm {}\n{close}\n{open}so{close}\nDone {close}.", example(tools_format));
+        let answer = read_after_think(tools_format, &text);
+        assert_eq!(answer.reasoning.replace(char::is_whitespace, ""), "hmSure.so", "{tools_format:?}");
+        assert_eq!((answer.content, answer.complete), (format!("Done {close}."), 2), "{tools_format:?}");
+    }
+    // What only mentions a call is reasoning.
+    for (format, text) in [
+        (Qwen, "use <tool_call>, <function=now> or <tool_call>\n<function=now> x"),
+        (Glm, "use <tool_call> now, or <tool_call>now"),
+        (MiniMax, "use <minimax:tool_call> or <minimax:tool_call><invoke name=\"now\">, x"),
+    ] {
+        let answer = read_after_think(format, &format!("{text}</think>Done."));
+        assert_eq!((answer.reasoning.as_str(), answer.content.as_str()), (text, "Done."), "{format:?}");
+        assert_eq!(answer.calls(), []);
+    }
 }
 
 #[test]
@@ -204,7 +242,21 @@ fn harmony_channels() {
     assert_eq!(read_after(start, early), all("", "", 1));
     assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>{\"a\": 1}<|call|>"), all("", "", 1));
     assert_eq!(read_after(start, "<|channel|>commentary to=python<|message|>1+1<|call|>"), all("", "1+1", 0));
-    assert_eq!(read_after(start, "<|channel|>fin"), all("", "<|channel|>fin", 0));
+    // A header that is cut off is no text, but what only looks like the beginning of one is.
+    assert_eq!(read_after(start, "<|channel|>fin"), all("", "", 0));
+    assert_eq!(read_after(start, "<|channel|>final<|message|>Hi<|end|><|start|>assistant"), all("", "Hi", 0));
+    assert_eq!(read_after(start, "to"), all("", "to", 0));
+    assert_eq!(read_after(start, "<|"), all("", "<|", 0));
+    // Without text a call is whole only if its end is there.
+    let call = "<|channel|>commentary to=functions.now<|message|>";
+    assert_eq!(read_after(start, &format!("{call}<|call|>")), all("", "", 1));
+    for rest in ["", "<|start|>assistant", "<|channel|>final<|message|>"] {
+        assert_eq!(read_after(start, &format!("{call}{rest}")), all("", "", 0));
+    }
+    // Marks in the strings of arguments.
+    let settings = AnswerSettings::new(format(ToolFormat::Harmony), Some(&tools()), start);
+    let answer = read(&settings, [call, "{\"a\": \"<|start|>x<|end|>\"}<|call|>"]);
+    assert_eq!((answer.calls(), answer.complete), (vec![("now", "{\"a\": \"<|start|>x<|end|>\"}")], 1));
     assert_eq!(
         read_after(start, "<|channel|>a<|message|>x<|end|> y <|start|>z<|end|>w"),
         all("", "x\n\ny \n\nz<|end|>\n\nw", 0)
@@ -224,6 +276,7 @@ fn what_is_malformed_comes_out_as_text() {
         (Qwen, "<tool_call>\n<function=f"),
         (Qwen, "<tool_call>\n<fun>x</fun>"),
         (Qwen, "use <function=a b> here"),
+        (Qwen, "<tool_call>\n<function=now>\nx"),
         (Glm, "<tool_call>{\"name\": \"f\"}</tool_call>"),
         (MiniMax, "<minimax:tool_call>x"),
         (DeepSeek, "<｜tool▁calls▁begin｜>x"),
@@ -237,6 +290,8 @@ fn what_is_malformed_comes_out_as_text() {
         (Llama, "<|python_tag|>print(1)"),
         (Pythonic, "[f(x)] is a list"),
         (Pythonic, "[f(a"),
+        (Pythonic, "[f(abc=foo)]"),
+        (Pythonic, "[f(a==b) is"),
         (ToolCode, "```tool_code\n1 + 1\n```"),
         (FunctionGemma, "<start_function_call>f{}"),
         (Gemma, "<|tool_call>call:f g{}"),
@@ -264,6 +319,20 @@ fn the_rest_of_a_call_that_goes_wrong_comes_out_as_text() {
     assert_eq!((answer.calls(), answer.content.as_str()), (vec![("get_weather", "")], "<parameter=days>\n12"));
     let answer = parse(ToolFormat::Pythonic, "[now(), 5]");
     assert_eq!((answer.calls(), answer.content.as_str(), answer.complete), (vec![("now", "{}")], ", 5]", 1));
+    // The character that ends a word is of the rest if the call goes wrong there.
+    for (format, text, arguments, rest) in [
+        (ToolFormat::Pythonic, "[f(a=1]", "{\"a\": 1", "]"),
+        (ToolFormat::Pythonic, "[f(a=1, b=foo)]", "{\"a\": 1", ", b=foo)]"),
+        (ToolFormat::Pythonic, "[f(a=[1, b", "{\"a\": [1", ", b"),
+        (ToolFormat::Gemma, "<|tool_call>call:f{a}", "{\"a\"", "}"),
+        (ToolFormat::Gemma, "<|tool_call>call:f{a:[1}", "{\"a\": [1", "}"),
+    ] {
+        let answer = parse(format, text);
+        assert_eq!((answer.calls(), answer.content.as_str()), (vec![("f", arguments)], rest), "{text}");
+    }
+    // Nothing of a whole object is text.
+    let answer = parse(ToolFormat::Llama, "{\"name\": \"now\", \"parameters\": {}} Done.");
+    assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1));
 }
 
 #[test]
@@ -292,6 +361,20 @@ fn what_models_get_wrong_and_everybody_understands() {
     assert_eq!((answer.content.as_str(), answer.complete), ("Hm.", 1));
     let answer = parse(ToolFormat::Qwen, "<function=now></function>\nDone.");
     assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1));
+    // Qwen and Seed forget the end of a value.
+    for (open, close) in [("<tool_call>", "</tool_call>"), ("<seed:tool_call>", "</seed:tool_call>")] {
+        let format = if open == "<tool_call>" { ToolFormat::Qwen } else { ToolFormat::Seed };
+        let text = format!(
+            "{open}\n<function=get_weather>\n<parameter=city>\nOs\nlo\n\n<parameter=days>\n2\n</function>\n{close}\nDone."
+        );
+        let answer = parse(format, &text);
+        assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"Os\\nlo\\n\", \"days\": 2}")], "{format:?}");
+        assert_eq!((answer.content.as_str(), answer.complete), ("Done.", 1), "{format:?}");
+    }
+    let text = "<tool_call><function=get_weather><parameter=city>Oslo\n<parameter=days";
+    let answer = parse(ToolFormat::Qwen, text);
+    assert_eq!(answer.calls(), [("get_weather", "{\"city\": \"Oslo\"")]);
+    assert_eq!(answer.content, "<parameter=days");
 }
 
 #[test]
@@ -304,11 +387,20 @@ fn values_between_tags_keep_their_text() {
     let expected =
         json!({"city": "\n a \"b\"\\\n</parameter\n", "days": true, "units": ["m", {"s": 1}], "other": "12 x"});
     assert_eq!(arguments, expected);
+    // MiniMax puts no line breaks around them.
+    let text = "<minimax:tool_call>\n<invoke name=\"get_weather\">\n<parameter name=\"city\">\na\n</parameter>\n</invoke>\n\
+                </minimax:tool_call>";
+    assert_eq!(parse(ToolFormat::MiniMax, text).calls(), [("get_weather", "{\"city\": \"\\na\\n\"}")]);
 }
 
 #[test]
 fn ids_are_the_models_own_where_it_has_them() {
     assert_eq!(parse(ToolFormat::Kimi, example(ToolFormat::Kimi)).ids, ["functions.get_weather:0", "functions.now:1"]);
+    // A name alone is no id: two calls would have the same.
+    let call = "<|tool_call_begin|>functions.now<|tool_call_argument_begin|>{}<|tool_call_end|>";
+    let kimi =
+        parse(ToolFormat::Kimi, &format!("<|tool_calls_section_begin|>{call}{call}<|tool_calls_section_end|>")).ids;
+    assert!(kimi.len() == 2 && kimi[0] != kimi[1], "{kimi:?}");
     let mistral = parse(ToolFormat::Mistral, example(ToolFormat::Mistral)).ids;
     assert_eq!((mistral[0].len(), mistral[1].as_str()), (9, "abcdefghi"));
     let common = parse(ToolFormat::Hermes, example(ToolFormat::Hermes)).ids;
@@ -323,4 +415,16 @@ fn deep_arguments_are_malformed() {
             .complete
     };
     assert_eq!((call(100), call(101), call(100_000)), (1, 0, 0));
+}
+
+#[test]
+fn arguments_are_what_serde_reads() {
+    let lone = parse(
+        ToolFormat::Hermes,
+        "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": \"\\ud83d!\", \"b\": \"\\ud83d\\ude00\"}}</tool_call>",
+    );
+    assert_eq!(lone.calls(), [("f", "{\"a\": \"\u{fffd}!\", \"b\": \"😀\"}")]);
+    assert_eq!(lone.complete, 1);
+    let large = parse(ToolFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1e999}}");
+    assert_eq!((large.calls(), large.content.as_str(), large.complete), (vec![("f", "{\"a\": 1")], "e999}}", 0));
 }

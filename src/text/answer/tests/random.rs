@@ -20,6 +20,10 @@ fn fragments(format: ToolFormat) -> BoxedStrategy<String> {
         let (from, to) = (*from.get(&ends), *to.get(&ends));
         example[from.min(to)..from.max(to)].to_owned()
     });
+    let start = any::<Index>().prop_map(move |to| {
+        let ends: Vec<usize> = example.char_indices().map(|(at, _)| at).chain([example.len()]).collect();
+        example[..*to.get(&ends)].to_owned()
+    });
     let common = [
         "get_weather",
         "now",
@@ -42,10 +46,14 @@ fn fragments(format: ToolFormat) -> BoxedStrategy<String> {
         "'",
         "(",
         ")",
+        ":",
+        "\\ud83d",
+        "1e999",
     ];
     prop_oneof![
         4 => select(marks),
         3 => piece,
+        1 => start,
         3 => select(common.to_vec()).prop_map(str::to_owned),
         1 => ".{0,4}",
     ]
@@ -69,6 +77,21 @@ fn cut<'a>(mut text: &'a str, lengths: &[usize]) -> Vec<&'a str> {
     }
     pieces.push(text);
     pieces
+}
+
+/// Whether arguments that end with a letter or digit come from a text that ends with it.
+fn ends_alike(format: ToolFormat, text: &str, arguments: &str) -> bool {
+    let mark = match format.syntax().arguments {
+        Arguments::Tagged { after_value, .. } => without(after_value, &[]),
+        _ => String::new(),
+    };
+    let escaped = arguments.rfind('\\').is_some_and(|at| arguments.len() - at <= 6);
+    match arguments.chars().next_back() {
+        Some(c) if c.is_ascii_alphanumeric() && !escaped => {
+            text.strip_suffix(mark.as_str()).unwrap_or(text).ends_with(c)
+        }
+        _ => true,
+    }
 }
 
 /// All formats but Harmony, whose headers are neither text nor arguments.
@@ -104,18 +127,30 @@ proptest! {
         if !marked().contains(&format) {
             return Ok(());
         }
-        let format = super::format(format);
+        let (tool_format, format) = (format, super::format(format));
         let prompt = if thinks { format.reasoning.unwrap().open } else { "" };
         let reasoning = [format.reasoning.unwrap().open, format.reasoning.unwrap().close];
         for tools in [None, Some(tools())] {
             let answer = read(&AnswerSettings::new(format, tools.as_ref(), prompt), [text.as_str()]);
             let said = without(&format!("{}{}", answer.reasoning, answer.content), &reasoning);
             let written = without(&text, &reasoning);
-            if answer.calls.is_empty() {
-                let sorted = |text: &str| { let mut all: Vec<char> = text.chars().collect(); all.sort_unstable(); all };
-                prop_assert_eq!(sorted(&said), sorted(&written));
-            } else {
-                prop_assert!(said.len() < written.len());
+            match answer.calls.as_slice() {
+                [] => {
+                    let sorted = |text: &str| { let mut all: Vec<char> = text.chars().collect(); all.sort_unstable(); all };
+                    prop_assert_eq!(sorted(&said), sorted(&written));
+                }
+                // The call has taken one piece of the text, up to the last that came out of it.
+                [(_, arguments)] if answer.reasoning.is_empty() && !reasoning.iter().any(|mark| text.contains(mark)) => {
+                    let (said, written) = (without(&answer.content, &[]), without(&text, &[]));
+                    let taken = written.len().saturating_sub(said.len());
+                    let fits = |(at, _): (usize, char)| {
+                        let Some(piece) = written.get(at..at + taken) else { return false };
+                        let around = written[..at].to_owned() + &written[at + taken..];
+                        around == said && (answer.complete == 1 || ends_alike(tool_format, piece, arguments))
+                    };
+                    prop_assert!(written.char_indices().any(fits), "{:?} of {:?}", answer, text);
+                }
+                _ => prop_assert!(said.len() < written.len()),
             }
         }
     }
@@ -163,6 +198,8 @@ fn a_long_answer_costs_linear_time() {
             half.to_owned() + &many("\\\""),
             format!("{}{}", syntax.open, syntax.before_name) + &many("x"),
             "<think>".to_owned() + &many("<think></think>"),
+            "<tool_call>{\"name\": \"f\", \"arguments\":".to_owned() + &many(" "),
+            half.to_owned() + &many("\\ud83d"),
         ] {
             check_time(format, &text);
         }
