@@ -138,10 +138,10 @@ impl Plan {
 }
 
 impl Inputs {
-    /// With activations rounded to bf16.
-    pub fn rounded(&self) -> Inputs {
-        let x = self.x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
-        Inputs { x, ..self.clone() }
+    /// With activations rounded to bf16, and zeros for subnormal ones.
+    fn rounded(&self) -> Inputs {
+        let rounded = |x: f32| half::bf16::from_f32(if x.is_subnormal() { 0.0 } else { x }).to_f32();
+        Inputs { x: self.x.iter().map(|&x| rounded(x)).collect(), ..self.clone() }
     }
 
     /// Some of the rows, in the order given.
@@ -184,13 +184,21 @@ impl Model {
     }
 
     /// Whether products with these rows multiply pairs of bf16, on instruction sets that can.
-    pub fn is_in_pairs(&self, inputs: &Inputs, precision: Precision) -> bool {
+    fn is_in_pairs(&self, inputs: &Inputs, precision: Precision) -> bool {
         let bf16 = |weights: &Weights| weights.format == Format::Dense(Type::Bf16);
         inputs.x.len() >= 64 * self.columns()
             && inputs.experts.is_none()
             && precision == Precision::Fast
             && self.columns().is_multiple_of(2)
             && self.projections.iter().all(|(weights, _)| bf16(weights))
+    }
+
+    /// The reference of such products, if these are: subnormal numbers may be lost.
+    pub fn reference_in_pairs(&self, inputs: &Inputs, precision: Precision) -> Option<Vec<Expected>> {
+        let lost = 4.0 * self.columns() as f64 * f64::from(f32::MIN_POSITIVE);
+        let more = |e: Expected| Expected { bound: e.bound + lost, ..e };
+        let reference = || self.reference(&inputs.rounded(), precision).into_iter().map(more).collect();
+        self.is_in_pairs(inputs, precision).then(reference)
     }
 
     /// In f64, `[M, width]`. A kernel may miss by `1e-6 * sqrt(K)` times the sum of the magnitudes it adds: of
