@@ -13,7 +13,7 @@ pub struct Avx512 {
 }
 
 /// # Safety
-/// The processor must have the features, and with `bf16` AVX-512 BF16, too: one instruction, not worth compiling everything
+/// The processor must have the features, and with `bf16` AVX-512 BF16, too: two instructions, not worth compiling everything
 /// again.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline(never)]

@@ -198,8 +198,8 @@ unsafe fn add_halves(a: float32x4_t, b: float32x4_t) -> float32x4_t {
 impl Simd for Neon {
     // Of 32 registers, two rows of two panels take 16 for sums and 8 for codes.
     const INT_ROWS: usize = 2;
-    // Four sums of sixteen lanes take 16.
     const DIRECT_ROWS: usize = 1;
+    // Four sums of sixteen lanes take 16.
     const DOT_ROWS: usize = 1;
     const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 2;

@@ -19,7 +19,7 @@ pub(super) struct Chunk<'a> {
 }
 
 /// Rows of keys or values of one head, in the order of a chunk's keys.
-trait HeadRows: Copy {
+pub(super) trait HeadRows: Copy {
     type Element: Element;
     fn width(&self) -> usize;
     fn row(&self, key: usize) -> &[Self::Element];
@@ -32,7 +32,7 @@ trait HeadRows: Copy {
 }
 
 /// Where a row is, and the one that is to be fetched while it is computed with: itself, if there is none.
-struct Ahead<T> {
+pub(super) struct Ahead<T> {
     row: *const T,
     next: *const u8,
 }
@@ -53,22 +53,22 @@ impl<T> Default for Ahead<T> {
 
 /// Rows in a pool: those of key `i` begin at `offset + slots[i] * stride`.
 #[derive(Clone, Copy)]
-struct Pooled<'a, T> {
-    numbers: &'a [T],
-    width: usize,
-    stride: usize,
-    offset: usize,
-    slots: &'a [usize; CHUNK],
+pub(super) struct Pooled<'a, T> {
+    pub numbers: &'a [T],
+    pub width: usize,
+    pub stride: usize,
+    pub offset: usize,
+    pub slots: &'a [usize; CHUNK],
     /// Those of the rows to fetch meanwhile.
-    next: &'a [usize; CHUNK],
+    pub next: &'a [usize; CHUNK],
     /// Keys, from the first to before the second, for which one is to be fetched.
-    fetch: (usize, usize),
+    pub fetch: (usize, usize),
 }
 
 impl<T> Pooled<'_, T> {
     /// The row to fetch while `key` is computed with.
     #[inline(always)]
-    fn fetched(&self, key: usize) -> Option<*const u8> {
+    pub fn fetched(&self, key: usize) -> Option<*const u8> {
         let at = self.offset + self.next[key] * self.stride;
         (self.fetch.0..self.fetch.1).contains(&key).then(|| self.numbers.as_ptr().wrapping_add(at).cast())
     }

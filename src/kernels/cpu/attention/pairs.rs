@@ -5,7 +5,7 @@ use super::super::floats::{Bf16, Element, Floats, as_bf16};
 use super::super::gemm::{Pair, RoundPairs, TimesPanel, WIDTH};
 use super::super::matmul::Precision;
 use super::super::simd::{Isa, LANES, Simd, WORDS, Work};
-use super::chunk::Chunk;
+use super::chunk::{Chunk, HeadRows, Pooled};
 use super::{Attention, CHUNK, Scratch};
 
 // A chunk is a panel of keys.
@@ -75,13 +75,14 @@ impl Work for AttendPairs<'_> {
         panels.values.resize(value_width * halves, 0.0);
         panels.weights.resize(rows * halves, 0.0);
         for (i, head) in tile.kv_heads.clone().enumerate() {
-            let pooled = |numbers, width| HeadOfPool {
+            let pooled = |numbers, width| Pooled {
                 numbers,
+                width,
                 stride: kv_heads * width,
                 offset: head * width,
-                width,
                 slots,
                 next,
+                fetch: (0, CHUNK),
             };
             simd.call(LayOutKeys { rows: pooled(as_bf16(keys), key_width), panel: &mut panels.keys });
             let (rows_of_values, seen) = (pooled(as_bf16(values), value_width), (chunk.seen.start, chunk.seen.end));
@@ -118,31 +119,12 @@ impl Work for AttendPairs<'_> {
     }
 }
 
-/// Rows of one head in a pool: that of key `i` begins at `offset + slots[i] * stride`.
-#[derive(Clone, Copy)]
-struct HeadOfPool<'a> {
-    numbers: &'a [Bf16],
-    stride: usize,
-    offset: usize,
-    width: usize,
-    slots: &'a [usize; CHUNK],
-    /// Those of the rows to fetch meanwhile.
-    next: &'a [usize; CHUNK],
-}
-
-impl HeadOfPool<'_> {
-    #[inline(always)]
-    fn row(&self, key: usize) -> &[Bf16] {
-        let at = self.offset + self.slots[key] * self.stride;
-        &self.numbers[at..at + self.width]
-    }
-
-    /// Asks for the row that takes the place of `key` in the next chunk.
-    #[inline(always)]
-    fn fetch<S: Simd>(&self, simd: S, key: usize) {
-        let next = self.numbers.as_ptr().wrapping_add(self.offset + self.next[key] * self.stride).cast::<u8>();
+/// Asks for the row that takes the place of `key` in the next chunk.
+#[inline(always)]
+fn fetch<S: Simd>(simd: S, rows: &Pooled<'_, Bf16>, key: usize) {
+    if let Some(next) = rows.fetched(key) {
         let mut at = 0;
-        while at < self.width * size_of::<Bf16>() {
+        while at < rows.width * size_of::<Bf16>() {
             simd.prefetch(next.wrapping_add(at));
             at += 64;
         }
@@ -151,7 +133,7 @@ impl HeadOfPool<'_> {
 
 /// Pairs of columns as rows of a panel, keys as its lanes. Keys that no row sees may be anything.
 struct LayOutKeys<'a> {
-    rows: HeadOfPool<'a>,
+    rows: Pooled<'a, Bf16>,
     panel: &'a mut [f32],
 }
 
@@ -193,7 +175,7 @@ impl Work for LayOutKeys<'_> {
                 }
             }
             for key in first..first + LANES {
-                rows.fetch(simd, key);
+                fetch(simd, &rows, key);
             }
         }
     }
@@ -201,7 +183,7 @@ impl Work for LayOutKeys<'_> {
 
 /// Pairs of keys as rows of panels, columns as their lanes. Keys that no row sees are zeros.
 struct LayOutValues<'a> {
-    rows: HeadOfPool<'a>,
+    rows: Pooled<'a, Bf16>,
     /// Keys, from the first to before the second.
     seen: (usize, usize),
     panels: &'a mut [f32],
@@ -233,8 +215,8 @@ impl Work for LayOutValues<'_> {
                 }
                 at += LANES;
             }
-            rows.fetch(simd, 2 * pair);
-            rows.fetch(simd, 2 * pair + 1);
+            fetch(simd, &rows, 2 * pair);
+            fetch(simd, &rows, 2 * pair + 1);
         }
     }
 }

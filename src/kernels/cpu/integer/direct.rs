@@ -91,8 +91,8 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
         // Several rows are chains enough to hide what a sum takes; fewer have two each.
         let odd = usize::from(M < 4);
         // Codes below 16 are added up in accumulators of their own, a group of them at a time.
-        let small = BITS == 4 && !FP4 && M < 4;
-        assert!(!small || words_per_group <= FOLD);
+        let small = S::FOLDS && BITS == 4 && !FP4;
+        assert!(!small || words_per_group * (2 - odd) <= FOLD);
         let mut totals = [simd.splat(0.0); M];
         let mut sums = [[simd.splat_i(0); 2]; M];
         let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
