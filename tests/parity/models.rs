@@ -34,6 +34,7 @@ const AWAITED: &[&str] = &[
     "gemma3_text",
     "glm4_moe",
     "gpt_oss",
+    "phi3",
     "qwen3_moe",
 ];
 
