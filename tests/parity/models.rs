@@ -35,6 +35,7 @@ const AWAITED: &[&str] = &[
     "gemma3_text",
     "glm4_moe",
     "gpt_oss",
+    "mixtral",
     "phi3",
     "qwen3_moe",
 ];
