@@ -37,6 +37,7 @@ const AWAITED: &[&str] = &[
     "gpt_oss",
     "mixtral",
     "phi3",
+    "qwen2_moe",
     "qwen3_moe",
 ];
 
