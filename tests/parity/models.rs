@@ -39,6 +39,7 @@ const AWAITED: &[&str] = &[
     "phi3",
     "qwen2_moe",
     "qwen3_moe",
+    "smollm3",
 ];
 
 pub(super) struct Expected {
