@@ -36,6 +36,7 @@ const AWAITED: &[&str] = &[
     "glm4_moe",
     "gpt_oss",
     "mixtral",
+    "olmo3",
     "phi3",
     "qwen2_moe",
     "qwen3_moe",
