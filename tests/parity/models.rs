@@ -36,6 +36,7 @@ const AWAITED: &[&str] = &[
     "gemma3_text",
     "glm4_moe",
     "gpt_oss",
+    "ministral3",
     "mistral3",
     "mixtral",
     "olmo3",
