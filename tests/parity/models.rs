@@ -36,6 +36,7 @@ const AWAITED: &[&str] = &[
     "gemma3_text",
     "glm4_moe",
     "gpt_oss",
+    "hunyuan_v1_dense",
     "ministral3",
     "mistral3",
     "mixtral",
