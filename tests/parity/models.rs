@@ -45,6 +45,7 @@ const AWAITED: &[&str] = &[
     "phi3",
     "qwen2_moe",
     "qwen3_moe",
+    "seed_oss",
     "smollm3",
 ];
 
