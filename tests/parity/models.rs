@@ -33,6 +33,7 @@ const EIGHT_BIT: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 const AWAITED: &[&str] = &[
     "cohere2",
     "ernie4_5",
+    "exaone4",
     "gemma2",
     "gemma3_text",
     "glm4_moe",
