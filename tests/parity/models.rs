@@ -39,6 +39,7 @@ const AWAITED: &[&str] = &[
     "glm4_moe",
     "gpt_oss",
     "hunyuan_v1_dense",
+    "llama4",
     "minimax",
     "ministral3",
     "mistral3",
