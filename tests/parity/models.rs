@@ -40,6 +40,7 @@ const AWAITED: &[&str] = &[
     "gpt_oss",
     "hunyuan_v1_dense",
     "llama4",
+    "llama4_text",
     "minimax",
     "ministral3",
     "mistral3",
