@@ -32,6 +32,7 @@ const EIGHT_BIT: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 #[rustfmt::skip] // One a line, so that branches that each take one away can be merged.
 const AWAITED: &[&str] = &[
     "cohere2",
+    "deepseek_v3",
     "ernie4_5",
     "exaone4",
     "gemma2",
