@@ -38,6 +38,7 @@ const AWAITED: &[&str] = &[
     "gemma2",
     "gemma3_text",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "hunyuan_v1_dense",
     "llama4",
