@@ -37,6 +37,7 @@ const AWAITED: &[&str] = &[
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4_moe",
     "glm4_moe_lite",
     "gpt_oss",
