@@ -51,6 +51,7 @@ const AWAITED: &[&str] = &[
     "olmo3",
     "phi3",
     "qwen2_moe",
+    "qwen3_5",
     "qwen3_moe",
     "qwen3_next",
     "seed_oss",
