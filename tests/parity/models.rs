@@ -52,6 +52,7 @@ const AWAITED: &[&str] = &[
     "phi3",
     "qwen2_moe",
     "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_moe",
     "qwen3_next",
     "seed_oss",
