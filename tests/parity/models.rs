@@ -42,6 +42,7 @@ const AWAITED: &[&str] = &[
     "glm4_moe_lite",
     "gpt_oss",
     "hunyuan_v1_dense",
+    "lfm2",
     "llama4",
     "llama4_text",
     "minimax",
