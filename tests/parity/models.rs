@@ -43,6 +43,7 @@ const AWAITED: &[&str] = &[
     "gpt_oss",
     "hunyuan_v1_dense",
     "lfm2",
+    "lfm2_moe",
     "llama4",
     "llama4_text",
     "minimax",
