@@ -50,6 +50,7 @@ const AWAITED: &[&str] = &[
     "ministral3",
     "mistral3",
     "mixtral",
+    "nemotron_h",
     "olmo3",
     "phi3",
     "qwen2_moe",
