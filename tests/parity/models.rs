@@ -41,6 +41,7 @@ const AWAITED: &[&str] = &[
     "glm4_moe",
     "glm4_moe_lite",
     "gpt_oss",
+    "granite",
     "granitemoehybrid",
     "hunyuan_v1_dense",
     "lfm2",
