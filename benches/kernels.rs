@@ -367,6 +367,7 @@ fn rotary(criterion: &mut Criterion) {
         traditional: false,
         magnitude: 1.0,
         norm: Some(RmsNorm { weight: Floats::Bf16(&numbers()[..WIDTH]), eps: 1e-6 }),
+        turned_first: false,
     };
     for tokens in [1usize, 512] {
         let x = Random(5).floats(tokens * HEADS * WIDTH);

@@ -24,9 +24,13 @@ pub fn read_json(path: &Path) -> Result<Value> {
 }
 
 /// A model's `config.json`, kept whole: each architecture takes out what it knows.
+///
+/// The language model of a config that wraps one (`text_config`, beside the parts for images or sound) is what is read.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
     raw: Value,
+    /// Whether the language model is in `text_config`.
+    wrapped: bool,
     model_type: String,
     quantization: Option<Quantization>,
 }
@@ -40,18 +44,28 @@ impl ModelConfig {
 
     /// Takes a parsed configuration.
     pub fn from_value(raw: Value) -> Result<Self> {
-        let model_type = raw
-            .get("model_type")
-            .and_then(Value::as_str)
-            .ok_or_else(|| Error::invalid_model("\"model_type\" is missing"))?
-            .to_owned();
+        let wrapped = raw.get("text_config").is_some_and(Value::is_object);
+        let named = |config: &Value| config.get("model_type").and_then(Value::as_str).map(str::to_owned);
+        let outer = named(&raw).ok_or_else(|| Error::invalid_model("\"model_type\" is missing"))?;
+        let inner = raw.get("text_config").filter(|_| wrapped);
+        let model_type = inner.map_or(outer.clone(), |text| named(text).unwrap_or(format!("{outer}_text")));
         let quantization = Quantization::from_config(&raw)?;
-        Ok(Self { raw, model_type, quantization })
+        Ok(Self { raw, wrapped, model_type, quantization })
     }
 
     /// All of it.
     pub fn raw(&self) -> &Value {
         &self.raw
+    }
+
+    /// The part that describes the language model.
+    fn text(&self) -> &Value {
+        if self.wrapped { &self.raw["text_config"] } else { &self.raw }
+    }
+
+    /// Whether it also describes what is not the language model.
+    pub fn is_wrapped(&self) -> bool {
+        self.wrapped
     }
 
     /// The architecture's name.
@@ -66,13 +80,28 @@ impl ModelConfig {
 
     /// The fields that an architecture declares; a missing or mistyped one is an error that names it.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
-        T::deserialize(&self.raw)
+        T::deserialize(self.text())
             .map_err(|e| Error::invalid_model(format!("config.json of type {:?}: {e}", self.model_type)))
+    }
+
+    /// The same, where what the config does not have is taken from `defaults`, an object.
+    pub fn parse_over<T: DeserializeOwned>(&self, mut defaults: Value) -> Result<T> {
+        if let (Some(defaults), Some(own)) = (defaults.as_object_mut(), self.text().as_object()) {
+            let given = own.iter().filter(|(_, value)| !value.is_null());
+            defaults.extend(given.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        T::deserialize(&defaults)
+            .map_err(|e| Error::invalid_model(format!("config.json of type {:?}: {e}", self.model_type)))
+    }
+
+    /// A field of the language model's part.
+    pub fn field(&self, key: &str) -> Option<&Value> {
+        self.text().get(key).filter(|value| !value.is_null())
     }
 
     /// A positive integer field, if present.
     pub fn integer(&self, key: &str) -> Option<usize> {
-        self.raw.get(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok())
+        self.field(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok())
     }
 }
 
@@ -129,8 +158,8 @@ impl Quantization {
 /// A format object; what it leaves out comes from `inherit`, or from MLX's defaults for the mode.
 fn parse_format(object: &serde_json::Map<String, Value>, inherit: Option<QuantFormat>) -> Result<QuantFormat> {
     let mode = match object.get("mode").and_then(Value::as_str) {
-        None => inherit.map_or(QuantMode::Affine, |f| f.mode),
-        Some("affine") => QuantMode::Affine,
+        // Also of a layer's own format, whatever the default's mode is (mlx-lm, `utils.py`).
+        None | Some("affine") => QuantMode::Affine,
         Some("mxfp4") => QuantMode::Mxfp4,
         Some("mxfp8") => QuantMode::Mxfp8,
         Some("nvfp4") => QuantMode::Nvfp4,
@@ -220,8 +249,11 @@ impl GenerationDefaults {
     }
 
     fn new(file: GenerationConfigFile, config: &ModelConfig) -> Result<Self> {
-        let from_config = match config.raw.get("eos_token_id") {
-            None | Some(Value::Null) => None,
+        fn of(part: &Value) -> Option<&Value> {
+            part.get("eos_token_id").filter(|value| !value.is_null())
+        }
+        let from_config = match of(&config.raw).or_else(|| of(config.text())) {
+            None => None,
             Some(value) => Some(
                 OneOrMany::deserialize(value)
                     .map_err(|_| Error::invalid_model("config.json: \"eos_token_id\" must be one or more token ids"))?,
@@ -258,6 +290,17 @@ mod tests {
         let mut value = json!({"model_type": "llama"});
         value.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         ModelConfig::from_value(value)
+    }
+
+    #[test]
+    fn the_language_model_of_a_wrapper_is_read() {
+        let text = json!({"model_type": "qwen3", "hidden_size": 8});
+        let wrapper = config(json!({"model_type": "seeing", "hidden_size": 4, "text_config": text})).unwrap();
+        assert_eq!((wrapper.model_type(), wrapper.integer("hidden_size")), ("qwen3", Some(8)));
+        let unnamed = config(json!({"model_type": "seeing", "text_config": {}})).unwrap();
+        assert_eq!((unnamed.model_type(), unnamed.is_wrapped()), ("seeing_text", true));
+        let plain = config(json!({"hidden_size": 4, "text_config": null})).unwrap();
+        assert_eq!((plain.model_type(), plain.integer("hidden_size"), plain.is_wrapped()), ("llama", Some(4), false));
     }
 
     #[test]

@@ -108,12 +108,16 @@ pub type NormOf<'a> = (&'a Array, f32);
 pub struct Heads<'a> {
     /// Heads of queries, keys and values side by side, as they come from their projections: `[T, columns]`.
     pub joined: &'a Array,
-    /// Of each head of queries, before its rotation.
+    /// Of each head of queries.
     pub query_norm: Option<NormOf<'a>>,
-    /// Of each head of keys, before its rotation.
+    /// Of each head of keys.
     pub key_norm: Option<NormOf<'a>>,
+    /// Whether heads are normalised after their rotation instead of before.
+    pub turned_first: bool,
     /// Turns queries and keys.
     pub rotation: &'a Rotation,
+    /// A score of each query head that attends to nothing, `[heads]` f32.
+    pub sinks: Option<&'a Array>,
     /// `[blocks, block_tokens, kv_heads, width]`, evaluated; written in place.
     pub key_pool: &'a Array,
     /// The same for values, whose width may differ.
@@ -216,14 +220,18 @@ impl Cpu {
     /// Normalises and turns a step's heads, writes its keys and values to the pools, in place, and attends:
     /// `[T, heads * value width]` f32.
     pub fn attention(&self, heads: Heads<'_>, kind: &AttentionKind, placement: Arc<Placement>) -> Result<Array> {
-        let Heads { joined, query_norm, key_norm, rotation, key_pool, value_pool } = heads;
+        let Heads { joined, query_norm, key_norm, turned_first, rotation, sinks, key_pool, value_pool } = heads;
         let shape = [joined.dim(0), kind.heads as i32 * value_pool.dim(3)];
         let mut inputs = vec![joined];
         let query_norm = query_norm.map(|norm| NormLayout::new(norm, &mut inputs));
         let key_norm = key_norm.map(|norm| NormLayout::new(norm, &mut inputs));
+        let sinks = sinks.map(|sinks| {
+            inputs.push(sinks);
+            inputs.len() - 1
+        });
         inputs.extend([key_pool, value_pool]);
         let (cpu, kind, rotation) = (self.clone(), kind.clone(), rotation.clone());
-        let kernel = Attend { cpu, kind, placement, query_norm, key_norm, rotation };
+        let kernel = Attend { cpu, kind, placement, query_norm, key_norm, turned_first, rotation, sinks };
         writing_node(kernel, &inputs, 2, &shape, Dtype::Float32)
     }
 }
@@ -422,7 +430,10 @@ struct Attend {
     placement: Arc<Placement>,
     query_norm: Option<NormLayout>,
     key_norm: Option<NormLayout>,
+    turned_first: bool,
     rotation: Rotation,
+    /// Which input they are.
+    sinks: Option<usize>,
 }
 
 impl Attend {
@@ -437,7 +448,8 @@ impl Attend {
     ) -> Result<Vec<f32>> {
         let Rotation { dims, ref frequencies, traditional, magnitude } = self.rotation;
         let norm = norm.map(|norm| norm.read(inputs)).transpose()?;
-        let rotary = Rotary { width, dims, frequencies, traditional, magnitude, norm };
+        let turned_first = self.turned_first;
+        let rotary = Rotary { width, dims, frequencies, traditional, magnitude, norm, turned_first };
         let mut turned = vec![0f32; positions.len() * rows.width];
         rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut turned));
         Ok(turned)
@@ -465,6 +477,7 @@ impl CpuKernel for Attend {
         }
         append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
         append(&mut value_pool, values, &self.placement.slots);
+        let sinks = self.sinks.map(|at| inputs[at].to_f32()).transpose()?;
         let attention = Attention {
             kind: &self.kind,
             queries: &queries,
@@ -473,7 +486,7 @@ impl CpuKernel for Attend {
             block_tokens: key_shape[1] as usize,
             tables: &self.placement.tables,
             segments: &self.placement.segments,
-            sinks: None,
+            sinks: sinks.as_deref(),
             precision: self.cpu.precision,
         };
         attention.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);

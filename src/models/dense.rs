@@ -2,10 +2,12 @@
 
 use serde::Deserialize;
 
-use super::{Plan, Scope};
+use super::Scope;
 use crate::error::{Error, Result};
-use crate::nn::{AttentionSpec, DecoderSpec, LayerSpec, OutputHead, RopeSpec};
-use crate::weights::Weights;
+use crate::nn::{
+    Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, GatedSpec, LayerSpec, NormKind, NormPlacement, OutputHead,
+    RopeSpec,
+};
 
 /// The shared fields of `config.json`.
 #[derive(Debug, Clone, Deserialize)]
@@ -16,16 +18,20 @@ pub(super) struct DenseConfig {
     pub num_attention_heads: usize,
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
+    #[serde(alias = "layer_norm_eps")]
     pub rms_norm_eps: f32,
     pub vocab_size: usize,
     pub tie_word_embeddings: Option<bool>,
     pub hidden_act: Option<String>,
+    /// Another spelling of it.
+    pub hidden_activation: Option<String>,
     pub attention_bias: Option<bool>,
     pub mlp_bias: Option<bool>,
     pub sliding_window: Option<usize>,
     pub use_sliding_window: Option<bool>,
     pub max_window_layers: Option<usize>,
     pub layer_types: Option<Vec<String>>,
+    pub partial_rotary_factor: Option<f32>,
     #[serde(flatten)]
     pub rope: RopeSpec,
 }
@@ -59,23 +65,13 @@ impl DenseConfig {
         if !self.head_dim().is_multiple_of(2) {
             return Err(Error::invalid_model("config.json: \"head_dim\" must be even"));
         }
-        match self.hidden_act.as_deref() {
-            None | Some("silu" | "swish") => Ok(()),
-            Some(other) => Err(Error::unsupported(format!("activation {other:?} is not supported"))),
-        }
+        Ok(())
     }
 
-    /// What an engine of this model will take.
-    pub fn plan(&self) -> Result<Plan> {
-        self.check()?;
-        let (queries, keys) = (self.num_attention_heads * self.head_dim(), self.kv_heads() * self.head_dim());
-        Ok(Plan {
-            cached_numbers: 2 * self.num_hidden_layers * keys,
-            // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
-            // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
-            row_numbers: 2 * (4 * self.hidden_size + 2 * queries + 2 * keys + 3 * self.intermediate_size),
-            vocab: self.vocab_size,
-        })
+    /// Of the feed-forward layers; SiLU where the config is silent.
+    fn activation(&self) -> Result<Activation> {
+        let named = self.hidden_activation.as_deref().or(self.hidden_act.as_deref());
+        named.map_or(Ok(Activation::Silu), Activation::named)
     }
 
     pub fn kv_heads(&self) -> usize {
@@ -102,51 +98,60 @@ impl DenseConfig {
 
     /// The declaration of a model whose layers are all alike but for their window; `default_window` gives the
     /// window of a layer by its index where the config has no `layer_types`. Other traits are set by the caller.
-    pub fn decoder(
-        &self,
-        scope: &Scope,
-        weights: &Weights,
-        default_window: impl Fn(usize) -> Option<usize>,
-    ) -> Result<DecoderSpec> {
+    pub fn decoder(&self, scope: &Scope, default_window: impl Fn(usize) -> Option<usize>) -> Result<DecoderSpec> {
         self.check()?;
-        let attention = |window| AttentionSpec {
+        let attention = AttentionSpec {
             heads: self.num_attention_heads,
             kv_heads: self.kv_heads(),
             head_dim: self.head_dim(),
+            scale: (self.head_dim() as f32).powf(-0.5),
             qkv_bias: self.attention_bias.unwrap_or(false),
             output_bias: self.attention_bias.unwrap_or(false),
-            qk_norm_eps: None,
-            window,
+            fused: false,
+            qk_norm: None,
+            position_scale: None,
+            rope: Some((self.rope.clone(), self.head_dim())),
+            window: None,
+            soft_cap: None,
+            sinks: false,
         };
+        let feed_forward = FeedForwardSpec::Gated(GatedSpec {
+            inner: self.intermediate_size,
+            bias: self.mlp_bias.unwrap_or(false),
+            activation: self.activation()?,
+            fused: false,
+        });
         let layers = (0..self.num_hidden_layers)
             .map(|layer| {
+                let window = self.window(layer, default_window(layer))?;
                 Ok(LayerSpec {
-                    attention: attention(self.window(layer, default_window(layer))?),
-                    mlp: self.intermediate_size,
-                    mlp_bias: self.mlp_bias.unwrap_or(false),
+                    attention: AttentionSpec { window, ..attention.clone() },
+                    feed_forward: feed_forward.clone(),
+                    feed_forward_path: "mlp",
                 })
             })
             .collect::<Result<_>>()?;
         Ok(DecoderSpec {
             hidden: self.hidden_size,
             vocab: self.vocab_size,
+            norm: NormKind::Rms,
             norm_eps: self.rms_norm_eps,
-            head: match (scope.head, self.tied_head(weights)) {
+            norms: NormPlacement::Before,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            head: match (scope.head, self.tie_word_embeddings) {
                 (false, _) => OutputHead::None,
-                (true, true) => OutputHead::Tied,
-                (true, false) => OutputHead::Own,
+                (true, Some(true)) => OutputHead::Tied,
+                (true, Some(false)) => OutputHead::Own,
+                (true, None) => OutputHead::AsStored,
             },
-            // Without a head the model is saved by itself, and the names begin with its parts.
-            prefix: if weights.contains("embed_tokens.weight") { "" } else { "model." },
+            logit_scale: 1.0,
+            logit_cap: None,
+            wrapped: scope.wrapped,
+            max_positions: self.rope.max_positions(),
             context: scope.context,
-            rope: self.rope.clone(),
             layers,
         })
-    }
-
-    /// Whether the embedding table is also the output head. Families disagree on the default; the checkpoint itself does not.
-    pub fn tied_head(&self, weights: &Weights) -> bool {
-        self.tie_word_embeddings.unwrap_or_else(|| !weights.contains("lm_head.weight"))
     }
 
     /// Qwen's rule: with `use_sliding_window`, the layers from `max_window_layers` on slide.

@@ -34,8 +34,11 @@ impl ModelKind {
     /// The kind of the model in `folder`, from its config and the files of sentence-transformers. It says what a model is meant
     /// for, not whether this build can load it.
     pub fn detect(folder: &Path, config: &ModelConfig) -> Self {
-        // First of all: what gives vectors of pictures is nothing that this build can load either.
-        if config.raw().get("vision_config").is_some_and(Value::is_object) {
+        // First of all: what gives vectors of pictures is nothing that this build can load either. Of a model that also sees, the
+        // language model is loaded if it is known.
+        let sees = config.raw().get("vision_config").is_some_and(Value::is_object);
+        let text = config.is_wrapped() && super::supported_types().any(|known| known == config.model_type());
+        if sees && !text {
             Self::Vision
         } else if encoder::is_classifier(config) || is_cross_encoder(folder) {
             Self::Reranker
@@ -76,6 +79,9 @@ mod tests {
         let seeing =
             json!({"model_type": "qwen2_vl", "vision_config": {}, "architectures": ["XForSequenceClassification"]});
         assert_eq!(kind(seeing), ModelKind::Vision);
+        let wrapped = |text: &str| json!({"model_type": "x", "vision_config": {}, "text_config": {"model_type": text}});
+        assert_eq!(kind(wrapped("llama")), ModelKind::Llm);
+        assert_eq!(kind(wrapped("unheard_of")), ModelKind::Vision);
         assert_eq!(kind(qwen()), ModelKind::Llm);
         std::fs::write(folder.path().join("modules.json"), "[]").unwrap();
         assert_eq!(kind(qwen()), ModelKind::Embedding);

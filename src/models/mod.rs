@@ -1,13 +1,25 @@
 //! Model architectures: one file each, one line each in [`ARCHITECTURES`].
 
+mod cohere2;
 mod dense;
 pub mod encoder;
+mod ernie;
+mod exaone4;
+mod gemma2;
+mod gemma3;
+mod granite;
+mod hunyuan;
 mod kind;
 mod llama;
+mod ministral3;
 mod mistral;
 mod null;
+mod olmo3;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod seed_oss;
+mod smollm3;
 
 use std::ops::Range;
 
@@ -18,7 +30,7 @@ pub use kind::ModelKind;
 use crate::cache::KvLayout;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::nn::{Decoder, Step};
+use crate::nn::{Decoder, DecoderSpec, LayerSpec, Step};
 use crate::weights::Weights;
 
 /// A loaded language model. Owned by one thread, as all MLX arrays are.
@@ -83,47 +95,88 @@ struct Scope {
     context: usize,
     /// Whether it is to give logits.
     head: bool,
+    /// Whether its checkpoint has other parts, too.
+    wrapped: bool,
+}
+
+impl Scope {
+    /// All of the model that `config` describes.
+    fn whole(config: &ModelConfig, context: usize) -> Self {
+        Self { context, head: true, wrapped: config.is_wrapped() }
+    }
 }
 
 /// One supported `model_type`.
 struct Architecture {
     model_type: &'static str,
-    /// Takes the model's tensors.
-    load: fn(&ModelConfig, &Scope, &mut Weights) -> Result<Box<dyn Model>>,
+    /// Which models have it, for people.
+    models: &'static str,
+    /// The model that a config describes; what is missing in it, or is not supported, is an error.
+    declare: fn(&ModelConfig, &Scope) -> Result<DecoderSpec>,
 }
 
 const ARCHITECTURES: &[Architecture] = &[
-    Architecture { model_type: "llama", load: llama::load },
-    Architecture { model_type: "mistral", load: mistral::load },
-    Architecture { model_type: "qwen2", load: qwen2::load },
-    Architecture { model_type: "qwen3", load: qwen3::load },
+    Architecture { model_type: "cohere2", models: "Command R7B, Command A", declare: cohere2::declare },
+    Architecture { model_type: "ernie4_5", models: "ERNIE 4.5, dense", declare: ernie::declare },
+    Architecture { model_type: "exaone4", models: "EXAONE 4", declare: exaone4::declare },
+    Architecture { model_type: "gemma2", models: "Gemma 2", declare: gemma2::declare },
+    Architecture {
+        model_type: "gemma3_text",
+        models: "Gemma 3, and the text part of those that see",
+        declare: gemma3::declare,
+    },
+    Architecture { model_type: "granite", models: "Granite 3 and 4, dense", declare: granite::declare },
+    Architecture { model_type: "hunyuan_v1_dense", models: "Hunyuan, dense", declare: hunyuan::declare },
+    Architecture {
+        model_type: "llama",
+        models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`",
+        declare: llama::declare,
+    },
+    Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
+    Architecture {
+        model_type: "mistral",
+        models: "Mistral, with its sliding window where the config has one; also in `mistral3`",
+        declare: mistral::declare,
+    },
+    Architecture { model_type: "olmo3", models: "OLMo 3", declare: olmo3::declare },
+    Architecture { model_type: "phi3", models: "Phi-3, Phi-4", declare: phi3::declare },
+    Architecture { model_type: "qwen2", models: "Qwen2, Qwen2.5", declare: qwen2::declare },
+    Architecture { model_type: "qwen3", models: "Qwen3, dense", declare: qwen3::declare },
+    Architecture { model_type: "seed_oss", models: "Seed-OSS", declare: seed_oss::declare },
+    Architecture { model_type: "smollm3", models: "SmolLM3", declare: smollm3::declare },
 ];
-
-/// Not among the supported ones: it is no model, and has nothing to be compared with.
-const NULL: Architecture = Architecture { model_type: "omlx_null", load: null::load };
 
 /// The supported values of `model_type`.
 pub fn supported_types() -> impl Iterator<Item = &'static str> {
     ARCHITECTURES.iter().map(|a| a.model_type)
 }
 
-fn find(config: &ModelConfig) -> Result<&'static Architecture> {
-    let wanted = config.model_type();
-    ARCHITECTURES.iter().chain([&NULL]).find(|a| a.model_type == wanted).ok_or_else(|| {
-        let known: Vec<_> = supported_types().collect();
-        Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
-    })
+/// The supported values of `model_type`, and which models have them.
+pub fn supported_models() -> impl Iterator<Item = (&'static str, &'static str)> {
+    ARCHITECTURES.iter().map(|a| (a.model_type, a.models))
 }
 
-/// Whether `config` names a known architecture; the error lists the known ones.
+/// What `config` describes.
+fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
+    let wanted = config.model_type();
+    let found = ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
+        let known: Vec<_> = supported_types().collect();
+        Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
+    })?;
+    (found.declare)(config, scope)
+}
+
+/// Whether this build can load what `config` describes; the error says what it lacks, or lists the known architectures.
 pub fn check_supported(config: &ModelConfig) -> Result<()> {
-    find(config).map(|_| ())
+    if null::is_named(config) { Ok(()) } else { declare(config, &Scope::whole(config, 1)).map(|_| ()) }
 }
 
 /// The context of a model: what its config declares, or `limit` if that is smaller.
 pub fn context_length(config: &ModelConfig, limit: Option<usize>) -> Result<usize> {
-    let declared = config
-        .integer("max_position_embeddings")
+    let assumed = || declare(config, &Scope::whole(config, 1)).ok().and_then(|spec| spec.max_positions);
+    let own = config.field("max_position_embeddings").map(|_| config.integer("max_position_embeddings"));
+    let declared = own
+        .unwrap_or_else(assumed)
         .filter(|&n| n > 0)
         .ok_or_else(|| Error::invalid_model("config.json: \"max_position_embeddings\" is missing"))?;
     Ok(limit.map_or(declared, |limit| limit.min(declared)))
@@ -131,8 +184,9 @@ pub fn context_length(config: &ModelConfig, limit: Option<usize>) -> Result<usiz
 
 /// Number of token ids, from the config.
 pub fn vocab_size(config: &ModelConfig) -> Result<usize> {
-    config
-        .integer("vocab_size")
+    let assumed = || declare(config, &Scope::whole(config, 1)).ok().map(|spec| spec.vocab);
+    let own = config.field("vocab_size").map(|_| config.integer("vocab_size"));
+    own.unwrap_or_else(assumed)
         .filter(|&n| n > 0)
         .ok_or_else(|| Error::invalid_model("config.json: \"vocab_size\" is missing"))
 }
@@ -149,6 +203,21 @@ pub struct Plan {
 }
 
 impl Plan {
+    fn of(spec: &DecoderSpec) -> Self {
+        let keys = |layer: &LayerSpec| layer.attention.kv_heads * layer.attention.head_dim;
+        let widest = |layer: &LayerSpec| {
+            let queries = layer.attention.heads * layer.attention.head_dim;
+            2 * queries + 2 * keys(layer) + 3 * layer.feed_forward.inner()
+        };
+        Self {
+            cached_numbers: spec.layers.iter().map(|layer| 2 * keys(layer)).sum(),
+            // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
+            // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
+            row_numbers: 2 * (4 * spec.hidden + spec.layers.iter().map(widest).max().unwrap_or(0)),
+            vocab: spec.vocab,
+        }
+    }
+
     /// Bytes that a step of `rows` rows needs, `sampled` of which are sampled; from experience, on the safe side.
     pub fn workspace(&self, rows: usize, sampled: usize) -> usize {
         4 * (rows * self.row_numbers + 4 * sampled * self.vocab)
@@ -157,8 +226,11 @@ impl Plan {
 
 /// What an engine of the model that `config` names will take, known before its weights are read.
 pub fn plan(config: &ModelConfig) -> Result<Plan> {
-    find(config)?;
-    config.parse::<dense::DenseConfig>()?.plan()
+    let spec = match null::is_named(config) {
+        true => null::declare(config)?,
+        false => declare(config, &Scope::whole(config, 1))?,
+    };
+    Ok(Plan::of(&spec))
 }
 
 /// A model and what its weights weigh.
@@ -171,8 +243,10 @@ pub struct Loaded {
 
 /// Builds the model that `config` names from `weights`, every tensor of which must be used.
 pub fn load(config: &ModelConfig, context: usize, mut weights: Weights) -> Result<Loaded> {
-    let architecture = find(config)?;
-    let model = (architecture.load)(config, &Scope { context, head: true }, &mut weights)?;
+    let model: Box<dyn Model> = match null::is_named(config) {
+        true => Box::new(null::load(config)?),
+        false => Box::new(Decoder::load(&mut weights, &declare(config, &Scope::whole(config, context))?)?),
+    };
     let weight_bytes = weights.bytes();
     weights.finish()?;
     Ok(Loaded { model, weight_bytes })

@@ -10,24 +10,33 @@ use super::{Model, Scope, vocab_size};
 use crate::cache::{GroupKind, KvLayout};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::nn::Step;
-use crate::weights::Weights;
+use crate::nn::{DecoderSpec, Step};
 
-struct Null {
+pub(super) struct Null {
     layout: KvLayout,
     token: u32,
 }
 
-pub(super) fn load(config: &ModelConfig, _scope: &Scope, _weights: &mut Weights) -> Result<Box<dyn Model>> {
+/// Whether `config` asks for it: it is not among the supported types, because it has nothing to be compared with.
+pub(super) fn is_named(config: &ModelConfig) -> bool {
+    config.model_type() == "omlx_null"
+}
+
+/// The model that it would be if it computed.
+pub(super) fn declare(config: &ModelConfig) -> Result<DecoderSpec> {
+    config.parse::<DenseConfig>()?.decoder(&Scope::whole(config, 1), |_| None)
+}
+
+pub(super) fn load(config: &ModelConfig) -> Result<Null> {
     let token = config.integer("token").unwrap_or(0);
     if token >= vocab_size(config)? {
         return Err(Error::invalid_model(format!("config.json: there is no token {token}")));
     }
     // As the plan reckons: blocks are counted, though nothing is in them.
-    let dense: DenseConfig = config.parse()?;
-    let layers = vec![(dense.kv_heads(), dense.head_dim()); dense.num_hidden_layers];
+    let layers = declare(config)?.layers;
+    let layers = layers.iter().map(|layer| (layer.attention.kv_heads, layer.attention.head_dim)).collect();
     let layout = KvLayout { groups: vec![GroupKind::Full], layers, dtype: Dtype::Float32 };
-    Ok(Box::new(Null { layout, token: token as u32 }))
+    Ok(Null { layout, token: token as u32 })
 }
 
 impl Null {

@@ -1,17 +1,16 @@
 //! Qwen3, dense (`Qwen3ForCausalLM`): an RMS norm on every query and key head.
 
+use super::Scope;
 use super::dense::DenseConfig;
-use super::{Model, Scope};
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::nn::Decoder;
-use crate::weights::Weights;
+use crate::nn::{DecoderSpec, NormOver, QkNorm};
 
-pub(super) fn load(config: &ModelConfig, scope: &Scope, weights: &mut Weights) -> Result<Box<dyn Model>> {
+pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     let config: DenseConfig = config.parse()?;
-    let mut spec = config.decoder(scope, weights, |layer| config.qwen_window(layer))?;
+    let mut spec = config.decoder(scope, |layer| config.qwen_window(layer))?;
     for layer in &mut spec.layers {
-        layer.attention.qk_norm_eps = Some(config.rms_norm_eps);
+        layer.attention.qk_norm = Some(QkNorm::rms(config.rms_norm_eps, NormOver::Head));
     }
-    Ok(Box::new(Decoder::load(weights, &spec)?))
+    Ok(spec)
 }

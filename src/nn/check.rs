@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mlx_rs::{Array, Dtype};
 
+use super::gather::Scores;
 use super::{Gathers, PagedIndex};
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::{Error, Result};
@@ -129,7 +130,8 @@ impl<'a> Case<'a> {
         let wide = |array: &Array| array.as_dtype(Dtype::Float32);
         let mut gathers = Gathers::new(&Arc::new(self.placement(singles, chunks, copies)), block_tokens);
         let pools = self.expected.append(0, gathers.writes(), &wide(&keys)?, &wide(&values)?)?;
-        let expected = gathers.attend(&wide(&queries)?, pools, scale, window)?;
+        let expected =
+            gathers.attend(&wide(&queries)?, pools, &Scores { scale, window, soft_cap: None, sinks: None })?;
 
         if self.wrong_tables {
             placement.tables.reverse();

@@ -1,11 +1,13 @@
-//! The decoder-only transformer that dense models share: what differs between them is a [`DecoderSpec`].
+//! The decoder-only transformer: what differs between architectures is a [`DecoderSpec`].
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use mlx_rs::Array;
 
-use super::{Attention, AttentionSpec, Embedding, Gathers, Linear, PagedIndex, RmsNorm, RopeSpec, SwiGlu};
+use super::{
+    Attention, AttentionSpec, Embedding, GatedMlp, GatedSpec, Gathers, Linear, Norm, NormKind, PagedIndex, RmsNorm,
+};
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::{Error, Result};
 use crate::kernels::Placement;
@@ -40,23 +42,35 @@ impl<'a> Step<'a> {
     }
 }
 
-/// A dense decoder as its architecture declares it.
+/// A decoder as its architecture declares it.
 #[derive(Debug, Clone)]
 pub struct DecoderSpec {
     /// Width of the residual stream.
     pub hidden: usize,
     /// Entries of the vocabulary.
     pub vocab: usize,
-    /// Epsilon of the RMS norms.
+    /// Kind of the norms of the residual stream.
+    pub norm: NormKind,
+    /// Their epsilon.
     pub norm_eps: f32,
+    /// Where the norms of a layer stand.
+    pub norms: NormPlacement,
+    /// Multiplies embeddings before the first layer.
+    pub embedding_scale: f32,
+    /// Multiplies what attention and feed-forward layers give, before it is added.
+    pub residual_scale: f32,
     /// Where logits come from.
     pub head: OutputHead,
-    /// What precedes the names of all tensors but the head's.
-    pub prefix: &'static str,
+    /// Multiplies logits.
+    pub logit_scale: f32,
+    /// Logits become `cap * tanh(logit / cap)`, after they were multiplied.
+    pub logit_cap: Option<f32>,
+    /// Whether the checkpoint has parts that are not the language model's; they are left out.
+    pub wrapped: bool,
     /// Positions the engine serves.
     pub context: usize,
-    /// Rotary embedding.
-    pub rope: RopeSpec,
+    /// Positions that the model was made for, if that is known.
+    pub max_positions: Option<usize>,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
 }
@@ -68,8 +82,35 @@ pub enum OutputHead {
     Tied,
     /// A matrix of its own.
     Own,
+    /// The one of the two that the checkpoint has: families disagree on what a config that is silent means.
+    AsStored,
     /// Nothing: hidden states are all that is wanted.
     None,
+}
+
+impl OutputHead {
+    /// With `AsStored` decided; `weights` are those that nothing was taken of yet.
+    pub fn decided(self, weights: &Weights) -> Self {
+        match self {
+            Self::AsStored if weights.contains(&format!("{}lm_head.weight", prefixes(weights).1)) => Self::Own,
+            Self::AsStored => Self::Tied,
+            other => other,
+        }
+    }
+}
+
+/// Where the norms of a layer stand, and what checkpoints call them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// Before attention (`input_layernorm`) and before the feed-forward layer (`post_attention_layernorm`).
+    Before,
+    /// Before and after both (Gemma 2): `input_layernorm`, `post_attention_layernorm`, `pre_feedforward_layernorm` and
+    /// `post_feedforward_layernorm`.
+    Around,
+    /// After both, on what is then added (OLMo 2): `post_attention_layernorm` and `post_feedforward_layernorm`.
+    After,
+    /// Once (`input_layernorm`), before attention and feed-forward layer, which run side by side (Cohere).
+    Parallel,
 }
 
 /// One decoder layer.
@@ -77,66 +118,197 @@ pub enum OutputHead {
 pub struct LayerSpec {
     /// Its attention.
     pub attention: AttentionSpec,
-    /// Width inside the feed-forward layer.
-    pub mlp: usize,
-    /// Biases in the feed-forward layer.
-    pub mlp_bias: bool,
+    /// Its feed-forward layer.
+    pub feed_forward: FeedForwardSpec,
+    /// Where that one's tensors are, under the layer's path.
+    pub feed_forward_path: &'static str,
+}
+
+/// What follows attention in a layer.
+#[derive(Debug, Clone)]
+pub enum FeedForwardSpec {
+    /// One gated network for all tokens.
+    Gated(GatedSpec),
+}
+
+impl FeedForwardSpec {
+    /// Numbers inside that a row has.
+    pub fn inner(&self) -> usize {
+        match self {
+            Self::Gated(spec) => spec.inner,
+        }
+    }
+
+    fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<FeedForward> {
+        Ok(match self {
+            Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
+        })
+    }
+}
+
+#[derive(Debug)]
+enum FeedForward {
+    Gated(GatedMlp),
+}
+
+impl FeedForward {
+    /// `[T, hidden]`: of `x`, normalised before if there is a norm, and added to `residual` if there is one.
+    fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
+        match self {
+            Self::Gated(mlp) => mlp.forward(x, norm, residual),
+        }
+    }
+}
+
+/// What stands before and after a part of a layer.
+#[derive(Debug)]
+struct Around {
+    before: Option<Norm>,
+    after: Option<Norm>,
+    /// Multiplies what the part gives.
+    scale: f32,
+}
+
+impl Around {
+    /// `x + scale * after(part(before(x)))`. A `part` gets its input, a norm that it applies to that before, and what it adds its
+    /// result to: kernels do all three at once.
+    fn forward(
+        &self,
+        x: &Array,
+        part: impl FnOnce(&Array, Option<&RmsNorm>, Option<&Array>) -> Result<Array>,
+    ) -> Result<Array> {
+        let plain = self.after.is_none() && self.scale == 1.0;
+        let residual = plain.then_some(x);
+        let mut y = match &self.before {
+            Some(Norm::Rms(norm)) => part(x, Some(norm), residual)?,
+            Some(norm) => part(&norm.forward(x)?, None, residual)?,
+            None => part(x, None, residual)?,
+        };
+        if plain {
+            return Ok(y);
+        }
+        if let Some(norm) = &self.after {
+            y = norm.forward(&y)?;
+        }
+        Ok(x.add(scaled(y, self.scale)?)?)
+    }
+}
+
+/// `x` times a constant, in the type of `x`.
+fn scaled(x: Array, factor: f32) -> Result<Array> {
+    if factor == 1.0 { Ok(x) } else { Ok(x.multiply(Array::from_f32(factor).as_dtype(x.dtype())?)?) }
+}
+
+#[derive(Debug)]
+enum LayerNorms {
+    /// Of attention and of the feed-forward layer, which follow each other.
+    Chain([Around; 2]),
+    /// Of both, side by side.
+    Parallel(Norm),
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: RmsNorm,
+    norms: LayerNorms,
     attention: Attention,
-    mlp_norm: RmsNorm,
-    mlp: SwiGlu,
+    feed_forward: FeedForward,
 }
 
-/// A loaded dense decoder, with the tensor names of Hugging Face's Llama family.
+impl Layer {
+    fn load(weights: &mut Weights, path: &str, index: usize, spec: &DecoderSpec) -> Result<Self> {
+        let layer = &spec.layers[index];
+        let mut norm =
+            |name: &str| Norm::load(weights, &format!("{path}.{name}"), spec.hidden, spec.norm, spec.norm_eps);
+        let around = |before, after| Around { before, after, scale: spec.residual_scale };
+        let norms = match spec.norms {
+            NormPlacement::Before => LayerNorms::Chain([
+                around(Some(norm("input_layernorm")?), None),
+                around(Some(norm("post_attention_layernorm")?), None),
+            ]),
+            NormPlacement::Around => LayerNorms::Chain([
+                around(Some(norm("input_layernorm")?), Some(norm("post_attention_layernorm")?)),
+                around(Some(norm("pre_feedforward_layernorm")?), Some(norm("post_feedforward_layernorm")?)),
+            ]),
+            NormPlacement::After => LayerNorms::Chain([
+                around(None, Some(norm("post_attention_layernorm")?)),
+                around(None, Some(norm("post_feedforward_layernorm")?)),
+            ]),
+            NormPlacement::Parallel => LayerNorms::Parallel(norm("input_layernorm")?),
+        };
+        let path_of = |part: &str| format!("{path}.{part}");
+        let attention = &layer.attention;
+        let attention = Attention::load(weights, &path_of("self_attn"), spec.hidden, index, attention, spec.context)?;
+        let feed_forward = layer.feed_forward.load(weights, &path_of(layer.feed_forward_path), spec.hidden)?;
+        Ok(Self { norms, attention, feed_forward })
+    }
+
+    /// `x [T, hidden]`, same shape out.
+    fn forward(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
+        match &self.norms {
+            LayerNorms::Chain([first, second]) => {
+                let x = first.forward(x, |x, norm, residual| self.attention.forward(x, norm, residual, step))?;
+                second.forward(&x, |x, norm, residual| self.feed_forward.forward(x, norm, residual))
+            }
+            LayerNorms::Parallel(norm) => {
+                let normed = norm.forward(x)?;
+                let x = self.attention.forward(&normed, None, Some(x), step)?;
+                self.feed_forward.forward(&normed, None, Some(&x))
+            }
+        }
+    }
+}
+
+/// A loaded decoder, with the tensor names of Hugging Face's Llama family.
 #[derive(Debug)]
 pub struct Decoder {
     embedding: Embedding,
+    embedding_scale: f32,
     layers: Vec<Layer>,
-    norm: RmsNorm,
+    norm: Norm,
     /// Without it the embedding table, if there are logits at all.
     own_head: Option<Linear>,
     head: OutputHead,
+    logit_scale: f32,
+    logit_cap: Option<f32>,
     layout: KvLayout,
+}
+
+/// What may precede the names of all tensors but the head's, and those of the head's: nothing where a model was saved without its
+/// head, and more where it is a part of another one.
+const PREFIXES: [(&str, &str); 4] =
+    [("model.", ""), ("", ""), ("language_model.model.", "language_model."), ("model.language_model.", "")];
+
+/// Those of a model whose tensors are `weights`.
+fn prefixes(weights: &Weights) -> (&'static str, &'static str) {
+    let stored = |(prefix, _): &(&str, &str)| weights.contains(&format!("{prefix}embed_tokens.weight"));
+    PREFIXES.into_iter().find(stored).unwrap_or(PREFIXES[0])
 }
 
 impl Decoder {
     /// Takes all weights that `spec` describes.
     pub fn load(weights: &mut Weights, spec: &DecoderSpec) -> Result<Self> {
-        let DecoderSpec { hidden, prefix, head, .. } = *spec;
+        let (hidden, head) = (spec.hidden, spec.head.decided(weights));
+        let (prefix, head_prefix) = prefixes(weights);
+        if spec.wrapped {
+            weights.discard(|name| !name.starts_with(prefix) && !name.starts_with(&format!("{head_prefix}lm_head.")));
+        }
         // Old exports carry the rotary tables, and some tied models a copy of their head.
         let tied = head == OutputHead::Tied;
-        weights.discard(|name| name.ends_with("rotary_emb.inv_freq") || (tied && name.starts_with("lm_head.")));
+        weights.discard(|name| {
+            name.ends_with("rotary_emb.inv_freq") || (tied && name.starts_with(&format!("{head_prefix}lm_head.")))
+        });
         let embedding = Embedding::load(weights, &format!("{prefix}embed_tokens"), spec.vocab, hidden)?;
-        let mut layers = Vec::with_capacity(spec.layers.len());
-        for (index, layer) in spec.layers.iter().enumerate() {
-            let path = format!("{prefix}layers.{index}");
-            let rope = spec.rope.build(layer.attention.head_dim, spec.context)?;
-            let norm = |weights: &mut Weights, name: &str| {
-                RmsNorm::load(weights, &format!("{path}.{name}"), hidden, spec.norm_eps)
-            };
-            layers.push(Layer {
-                attention_norm: norm(weights, "input_layernorm")?,
-                attention: Attention::load(
-                    weights,
-                    &format!("{path}.self_attn"),
-                    hidden,
-                    index,
-                    &layer.attention,
-                    rope,
-                )?,
-                mlp_norm: norm(weights, "post_attention_layernorm")?,
-                mlp: SwiGlu::load(weights, &format!("{path}.mlp"), hidden, layer.mlp, layer.mlp_bias)?,
-            });
-        }
-        let norm = RmsNorm::load(weights, &format!("{prefix}norm"), hidden, spec.norm_eps)?;
-        let own_head = (head == OutputHead::Own).then(|| Linear::load(weights, "lm_head", hidden, spec.vocab, false));
+        let layers = (0..spec.layers.len())
+            .map(|index| Layer::load(weights, &format!("{prefix}layers.{index}"), index, spec))
+            .collect::<Result<_>>()?;
+        let norm = Norm::load(weights, &format!("{prefix}norm"), hidden, spec.norm, spec.norm_eps)?;
+        let head_path = format!("{head_prefix}lm_head");
+        let own_head = (head == OutputHead::Own).then(|| Linear::load(weights, &head_path, hidden, spec.vocab, false));
         let layers_kv = spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect();
         let layout = KvLayout { groups: vec![GroupKind::Full], layers: layers_kv, dtype: weights.float_type() };
-        Ok(Self { embedding, layers, norm, own_head: own_head.transpose()?, head, layout })
+        let own_head = own_head.transpose()?;
+        let DecoderSpec { embedding_scale, logit_scale, logit_cap, .. } = *spec;
+        Ok(Self { embedding, embedding_scale, layers, norm, own_head, head, logit_scale, logit_cap, layout })
     }
 
     /// What a token keeps.
@@ -146,15 +318,14 @@ impl Decoder {
 
     /// What the first layer takes of `tokens [T]` (u32): `[T, hidden]`.
     pub fn embed(&self, tokens: &Array) -> Result<Array> {
-        self.embedding.forward(tokens)
+        scaled(self.embedding.forward(tokens)?, self.embedding_scale)
     }
 
     /// Runs some of the layers over the step's tokens: `x [T, hidden]` before the first of them, the same shape behind the
     /// last.
     pub fn pass(&self, mut x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {
         for layer in &self.layers[layers] {
-            x = layer.attention.forward_onto(&x, &layer.attention_norm, step)?;
-            x = layer.mlp.forward_onto(&x, &layer.mlp_norm)?;
+            x = layer.forward(&x, step)?;
             if let Some(trace) = step.trace.as_deref_mut() {
                 trace.push(x.clone());
             }
@@ -173,10 +344,15 @@ impl Decoder {
             Some(wanted) => self.norm.forward(&hidden.take_axis(wanted, 0)?)?,
             None => self.norm.forward(hidden)?,
         };
-        match (&self.own_head, self.head) {
-            (Some(head), _) => head.forward(&normed),
-            (None, OutputHead::None) => Err(Error::internal("this model was loaded without its output head")),
-            (None, _) => self.embedding.as_head(&normed),
+        let logits = match (&self.own_head, self.head) {
+            (Some(head), _) => head.forward(&normed)?,
+            (None, OutputHead::None) => return Err(Error::internal("this model was loaded without its output head")),
+            (None, _) => self.embedding.as_head(&normed)?,
+        };
+        let logits = scaled(logits, self.logit_scale)?;
+        match self.logit_cap {
+            Some(cap) => scaled(mlx_rs::ops::tanh(scaled(logits, 1.0 / cap)?)?, cap),
+            None => Ok(logits),
         }
     }
 }

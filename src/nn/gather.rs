@@ -13,6 +13,19 @@ use crate::cache::Writes;
 use crate::error::{Error, Result};
 use crate::kernels::Placement;
 
+/// How queries and keys become weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores<'a> {
+    /// Factor on their products.
+    pub scale: f32,
+    /// Tokens a query sees, itself included; `None` is all.
+    pub window: Option<usize>,
+    /// Products become `cap * tanh(product / cap)`.
+    pub soft_cap: Option<f32>,
+    /// `[heads]`: a score that attends to nothing.
+    pub sinks: Option<&'a Array>,
+}
+
 /// A step's places as index arrays, made when first needed and shared by all layers.
 #[derive(Debug)]
 pub struct Gathers {
@@ -46,17 +59,11 @@ impl Gathers {
     }
 
     /// Queries `[T, heads, width]` over the pools of a layer: the same shape.
-    pub fn attend(
-        &mut self,
-        queries: &Array,
-        (keys, values): (&Array, &Array),
-        scale: f32,
-        window: Option<usize>,
-    ) -> Result<Array> {
+    pub fn attend(&mut self, queries: &Array, (keys, values): (&Array, &Array), scores: &Scores<'_>) -> Result<Array> {
         let parts = self.parts.take().unwrap_or_else(|| self.parts());
         let mut attended = Vec::with_capacity(parts.len());
         for part in &parts {
-            let rows = part.attend(queries, keys, values, scale, window)?;
+            let rows = part.attend(queries, keys, values, scores)?;
             let mut shape = rows.shape().to_vec();
             shape[0] = part.spare as i32;
             let spare = (part.spare > 0).then(|| mlx_rs::ops::zeros_dtype(&shape, rows.dtype())).transpose()?;
@@ -104,14 +111,8 @@ impl Gathers {
 }
 
 impl Part {
-    fn attend(
-        &self,
-        queries: &Array,
-        keys: &Array,
-        values: &Array,
-        scale: f32,
-        window: Option<usize>,
-    ) -> Result<Array> {
+    fn attend(&self, queries: &Array, keys: &Array, values: &Array, scores: &Scores<'_>) -> Result<Array> {
+        let Scores { scale, window, soft_cap, sinks } = *scores;
         let sequences = self.lengths.len() as i32;
         let rows = (self.rows.len() / self.lengths.len()) as i32;
         let (heads, width) = (queries.dim(1), queries.dim(2));
@@ -129,13 +130,14 @@ impl Part {
         let (keys, values) = (gather(keys)?, gather(values)?);
         let one = self.lengths.iter().all(|&length| length == longest);
         let windowed = window.filter(|&window| longest > window);
-        let attended = match windowed {
-            None if one && rows == 1 => scaled_dot_product_attention(&queries, &keys, &values, scale, None, None)?,
-            None if one => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, None)?,
-            _ => {
-                let mask = self.mask(rows as usize, longest, windowed)?;
-                scaled_dot_product_attention(&queries, &keys, &values, scale, &mask, None)?
+        let mask = || self.mask(rows as usize, longest, windowed);
+        let attended = match (soft_cap, windowed) {
+            (Some(cap), _) => capped_attention([&queries, &keys, &values], scale, cap, &mask()?)?,
+            (None, None) if one && rows == 1 => {
+                scaled_dot_product_attention(&queries, &keys, &values, scale, None, sinks)?
             }
+            (None, None) if one => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, sinks)?,
+            (None, _) => scaled_dot_product_attention(&queries, &keys, &values, scale, &mask()?, sinks)?,
         };
         Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[sequences * rows, heads, values.dim(3)])?)
     }
@@ -154,4 +156,21 @@ impl Part {
             None => Ok(causal),
         }
     }
+}
+
+/// Attention whose scores are capped: queries `[sequences, heads, rows, width]`, keys and values `[sequences, kv_heads, keys, width]`,
+/// the mask as [`Part::mask`] gives it; the shape of the queries out.
+fn capped_attention([queries, keys, values]: [&Array; 3], scale: f32, cap: f32, mask: &Array) -> Result<Array> {
+    let shape = queries.shape().to_vec();
+    let [sequences, heads, rows, width] = [shape[0], shape[1], shape[2], shape[3]];
+    let kv_heads = keys.dim(1);
+    let number = |value: f32| Array::from_f32(value).as_dtype(queries.dtype());
+    let queries = queries.multiply(number(scale)?)?.reshape(&[sequences, kv_heads, heads / kv_heads, rows, width])?;
+    let (keys, values) = (keys.expand_dims(2)?, values.expand_dims(2)?);
+    let scores = queries.matmul(keys.swap_axes(3, 4)?)?;
+    let scores = mlx_rs::ops::tanh(scores.divide(number(cap)?)?)?.multiply(number(cap)?)?;
+    let least = Array::from_f32(f32::NEG_INFINITY).as_dtype(scores.dtype())?;
+    let scores = mlx_rs::ops::select(mask.expand_dims(2)?, scores, least)?;
+    let weights = mlx_rs::ops::softmax_axis(&scores, -1, true)?;
+    Ok(weights.matmul(&values)?.reshape(&[sequences, heads, rows, values.dim(4)])?)
 }

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use mlx_rs::{Array, Dtype};
 
 use super::check::close;
-use super::{AttentionSpec, RmsNorm, Rope};
+use super::{AttentionSpec, NormOver, RmsNorm, Rope};
 use crate::error::Result;
 use crate::kernels::Backend;
 use crate::kernels::gpu::{HeadsKernel, HeadsSpec};
@@ -27,6 +27,8 @@ pub struct Heads {
 #[derive(Debug)]
 struct Norms {
     eps: f32,
+    /// Whether heads turn before.
+    last: bool,
     /// Weights `[width]` of queries and keys, in the type of the activations.
     each: [Array; 2],
     /// The same for all heads, with ones for values: `[heads + 2 kv_heads, width]`.
@@ -43,7 +45,13 @@ impl Norms {
         let all = [of(&each[0], spec.heads)?, of(&each[1], spec.kv_heads)?, ones];
         let all = mlx_rs::ops::concatenate(&all, 0)?;
         mlx_rs::transforms::eval(each.iter().chain([&all]))?;
-        Ok(Self { eps: norms[0].parts().1, each, all })
+        let last = spec.qk_norm.is_some_and(|norm| norm.over == NormOver::TurnedHead);
+        Ok(Self { eps: norms[0].parts().1, last, each, all })
+    }
+
+    /// Of `heads [T, heads + 2 kv_heads, width]`: the same shape.
+    fn apply(&self, heads: &Array) -> Result<Array> {
+        Ok(mlx_rs::fast::rms_norm(heads, None, self.eps)?.multiply(&self.all)?.as_dtype(heads.dtype())?)
     }
 }
 
@@ -57,14 +65,16 @@ impl Heads {
         dtype: Dtype,
     ) -> Result<Self> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = *spec;
+        let of_heads = spec.qk_norm.is_some_and(|norm| norm.over != NormOver::Token);
         let norms = match norms {
-            Some(norms) if !matches!(backend, Backend::Cpu(_)) => Some(Norms::new(spec, norms, dtype)?),
+            Some(norms) if of_heads && !matches!(backend, Backend::Cpu(_)) => Some(Norms::new(spec, norms, dtype)?),
             _ => None,
         };
         let rotation = rope.rotation();
         let frequencies = Array::from_slice(&rotation.frequencies, &[rotation.frequencies.len() as i32]);
         let mut layer = Self { heads, kv_heads, head_dim, norms, frequencies, kernel: None };
-        if backend.gpu().is_some() {
+        let in_kernel = rotation.dims > 0 && layer.norms.as_ref().is_none_or(|norms| !norms.last);
+        if backend.gpu().is_some() && in_kernel {
             layer.kernel = layer.checked_kernel(
                 &HeadsSpec {
                     heads,
@@ -100,13 +110,11 @@ impl Heads {
     fn composed(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
         let Self { heads, kv_heads, .. } = *self;
         let joined = joined.reshape(&[joined.dim(0), (heads + 2 * kv_heads) as i32, self.head_dim as i32])?;
-        let normed = match &self.norms {
-            Some(Norms { eps, all, .. }) => {
-                mlx_rs::fast::rms_norm(&joined, None, *eps)?.multiply(all)?.as_dtype(joined.dtype())?
-            }
-            None => joined.clone(),
+        let turned = match &self.norms {
+            Some(norms) if norms.last => norms.apply(&rope.forward(&joined, positions)?)?,
+            Some(norms) => rope.forward(&norms.apply(&joined)?, positions)?,
+            None => rope.forward(&joined, positions)?,
         };
-        let turned = rope.forward(&normed, positions)?;
         Ok([
             mlx::heads(&turned, 0, heads)?,
             mlx::heads(&turned, heads, heads + kv_heads)?,

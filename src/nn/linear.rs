@@ -24,6 +24,22 @@ impl Linear {
         Ok(Self { matrix, bias, backend: weights.backend().clone() })
     }
 
+    /// The layer that gives outputs `from..to` of this one's.
+    pub fn outputs(&self, from: usize, to: usize) -> Result<Self> {
+        let rows = |array: &Array| mlx::rows(array, from, to);
+        let matrix = match &self.matrix {
+            Matrix::Dense(weight) => Matrix::Dense(rows(weight)?),
+            Matrix::Quantized(matrix) => Matrix::Quantized(QuantizedMatrix {
+                weight: rows(&matrix.weight)?,
+                scales: rows(&matrix.scales)?,
+                biases: matrix.biases.as_ref().map(rows).transpose()?,
+                format: matrix.format,
+            }),
+        };
+        let bias = self.bias.as_ref().map(rows).transpose()?;
+        Ok(Self { matrix, bias, backend: self.backend.clone() })
+    }
+
     fn operand(&self) -> Operand<'_> {
         Operand { matrix: &self.matrix, bias: self.bias.as_ref() }
     }
@@ -45,6 +61,14 @@ impl Linear {
         match Self::kernels(&[self]).filter(|_| activation == Activation::Gelu) {
             Some(cpu) => cpu.linear(x, None, &[self.operand()], Join::Gelu),
             None => activation.forward(&self.forward(x)?),
+        }
+    }
+
+    /// `forward(x)`, added to `residual` if there is one.
+    pub fn forward_to(&self, x: &Array, residual: Option<&Array>) -> Result<Array> {
+        match residual {
+            Some(residual) => self.forward_onto(x, residual),
+            None => self.forward(x),
         }
     }
 
@@ -82,11 +106,12 @@ impl Joined {
         Linear::kernels(&self.layers.iter().collect::<Vec<_>>())
     }
 
-    /// `norm(x [T, input])` to `[T, sum of outputs]`.
-    pub fn forward(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
-        match self.kernels() {
-            Some(cpu) => cpu.linear(x, Some(norm.parts()), &self.operands(), Join::Concat),
-            None => self.project(&norm.forward(x)?),
+    /// `x [T, input]`, normalised before if there is a norm, to `[T, sum of outputs]`.
+    pub fn forward(&self, x: &Array, norm: Option<&RmsNorm>) -> Result<Array> {
+        match (self.kernels(), norm) {
+            (Some(cpu), Some(norm)) => cpu.linear(x, Some(norm.parts()), &self.operands(), Join::Concat),
+            (None, Some(norm)) => self.project(&norm.forward(x)?),
+            (_, None) => self.project(x),
         }
     }
 
@@ -104,19 +129,20 @@ impl Joined {
         }
     }
 
-    /// Of two layers of the same width, `silu(gate(y)) * up(y)` of `y = norm(x)`.
-    pub fn forward_gated(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
-        if let Some(cpu) = self.kernels() {
-            return cpu.linear(x, Some(norm.parts()), &self.operands(), Join::SwiGlu);
+    /// Of two layers of the same width, `activation(gate(y)) * up(y)`, where `y` is `x` or, if there is a norm, `norm(x)`.
+    pub fn forward_gated(&self, x: &Array, norm: Option<&RmsNorm>, activation: Activation) -> Result<Array> {
+        let silu = activation == Activation::Silu;
+        if let Some(cpu) = self.kernels().filter(|_| silu) {
+            return cpu.linear(x, norm.map(RmsNorm::parts), &self.operands(), Join::SwiGlu);
         }
         let both = self.forward(x, norm)?;
-        if let Some(gated) = self.layers[0].backend.gpu().map(|gpu| gpu.swiglu(&both)).transpose()?.flatten() {
+        let gpu = self.layers[0].backend.gpu().filter(|_| silu);
+        if let Some(gated) = gpu.map(|gpu| gpu.swiglu(&both)).transpose()?.flatten() {
             return Ok(gated);
         }
         let width = both.dim(1) as usize / 2;
         let (gate, up) = (mlx::columns(&both, 0, width)?, mlx::columns(&both, width, 2 * width)?);
-        // Composed by hand: the activations of mlx-rs use MLX's compile, which starts a compiler on the CPU.
-        Ok(gate.multiply(mlx_rs::ops::sigmoid(&gate)?)?.multiply(up)?)
+        Ok(activation.forward(&gate)?.multiply(up)?)
     }
 }
 

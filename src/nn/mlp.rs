@@ -8,27 +8,48 @@ use crate::error::Result;
 use crate::mlx;
 use crate::weights::Weights;
 
-/// `down(silu(gate(x)) * up(x))` (Shazeer 2020, "GLU Variants Improve Transformer").
-#[derive(Debug)]
-pub struct SwiGlu {
-    gate_up: Joined,
-    down: Linear,
+/// What an architecture declares about a gated feed-forward layer.
+#[derive(Debug, Clone)]
+pub struct GatedSpec {
+    /// Width inside.
+    pub inner: usize,
+    /// Biases of all projections.
+    pub bias: bool,
+    /// Of the gate.
+    pub activation: Activation,
+    /// Whether gate and up are one matrix, `gate_up_proj`.
+    pub fused: bool,
 }
 
-impl SwiGlu {
-    /// Takes `gate_proj`, `up_proj` and `down_proj` under `path`.
-    pub fn load(weights: &mut Weights, path: &str, hidden: usize, inner: usize, bias: bool) -> Result<Self> {
-        let gate = Linear::load(weights, &format!("{path}.gate_proj"), hidden, inner, bias)?;
-        let up = Linear::load(weights, &format!("{path}.up_proj"), hidden, inner, bias)?;
+/// `down(activation(gate(x)) * up(x))` (Shazeer 2020, "GLU Variants Improve Transformer").
+#[derive(Debug)]
+pub struct GatedMlp {
+    gate_up: Joined,
+    down: Linear,
+    activation: Activation,
+}
+
+impl GatedMlp {
+    /// Takes `gate_proj` and `up_proj`, or `gate_up_proj`, and `down_proj` under `path`.
+    pub fn load(weights: &mut Weights, path: &str, hidden: usize, spec: &GatedSpec) -> Result<Self> {
+        let GatedSpec { inner, bias, activation, fused } = *spec;
+        let mut project = |name: &str, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, bias);
+        let gate_up = if fused {
+            let both = project("gate_up_proj", 2 * inner)?;
+            vec![both.outputs(0, inner)?, both.outputs(inner, 2 * inner)?]
+        } else {
+            vec![project("gate_proj", inner)?, project("up_proj", inner)?]
+        };
         Ok(Self {
-            gate_up: Joined::new(vec![gate, up])?,
+            gate_up: Joined::new(gate_up)?,
             down: Linear::load(weights, &format!("{path}.down_proj"), inner, hidden, bias)?,
+            activation,
         })
     }
 
-    /// `x + mlp(norm(x))`, all `[T, hidden]`.
-    pub fn forward_onto(&self, x: &Array, norm: &RmsNorm) -> Result<Array> {
-        self.down.forward_onto(&self.gate_up.forward_gated(x, norm)?, x)
+    /// `mlp(x)`, or `mlp(norm(x))`, added to `residual` if there is one; all `[T, hidden]`.
+    pub fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
+        self.down.forward_to(&self.gate_up.forward_gated(x, norm, self.activation)?, residual)
     }
 }
 

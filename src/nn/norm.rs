@@ -1,6 +1,6 @@
 //! Normalisation.
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 
 use crate::error::Result;
 use crate::kernels::{Backend, NormOf};
@@ -19,6 +19,19 @@ impl RmsNorm {
     pub fn load(weights: &mut Weights, path: &str, size: usize, eps: f32) -> Result<Self> {
         let weight = weights.tensor(&format!("{path}.weight"), &[size])?;
         Ok(Self { weight, eps, backend: weights.backend().clone() })
+    }
+
+    /// The same, for checkpoints that store how far the weight is from one.
+    pub fn load_centred(weights: &mut Weights, path: &str, size: usize, eps: f32) -> Result<Self> {
+        let mut norm = Self::load(weights, path, size, eps)?;
+        let weight = norm.weight.as_dtype(Dtype::Float32)?.add(Array::from_f32(1.0))?;
+        // The CPU kernels compute in f32 and take any weight; MLX would widen its result to the weight's type.
+        norm.weight = match &norm.backend {
+            Backend::Cpu(_) => weight,
+            Backend::Mlx | Backend::Gpu(_) => weight.as_dtype(norm.weight.dtype())?,
+        };
+        norm.weight.eval()?;
+        Ok(norm)
     }
 
     /// `x [.., size]`, same shape out.
@@ -61,6 +74,45 @@ impl LayerNorm {
                 Ok(mlx_rs::fast::layer_norm(x, &self.weight, self.bias.as_ref(), self.eps)?)
             }
             Backend::Cpu(cpu) => cpu.layer_norm(x, &self.weight, self.bias.as_ref(), self.eps),
+        }
+    }
+}
+
+/// Which norm an architecture has where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// [`RmsNorm`].
+    Rms,
+    /// [`RmsNorm`] whose stored weights are how far they are from one (Gemma).
+    RmsCentred,
+    /// [`LayerNorm`] without a bias (Cohere).
+    Layer,
+}
+
+/// A norm of any kind.
+#[derive(Debug)]
+pub enum Norm {
+    /// By the root of the mean square.
+    Rms(RmsNorm),
+    /// By mean and variance.
+    Layer(LayerNorm),
+}
+
+impl Norm {
+    /// Takes `{path}.weight [size]`.
+    pub fn load(weights: &mut Weights, path: &str, size: usize, kind: NormKind, eps: f32) -> Result<Self> {
+        Ok(match kind {
+            NormKind::Rms => Self::Rms(RmsNorm::load(weights, path, size, eps)?),
+            NormKind::RmsCentred => Self::Rms(RmsNorm::load_centred(weights, path, size, eps)?),
+            NormKind::Layer => Self::Layer(LayerNorm::load(weights, path, size, eps, false)?),
+        })
+    }
+
+    /// `x [.., size]`, same shape out.
+    pub fn forward(&self, x: &Array) -> Result<Array> {
+        match self {
+            Self::Rms(norm) => norm.forward(x),
+            Self::Layer(norm) => norm.forward(x),
         }
     }
 }

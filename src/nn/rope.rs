@@ -1,5 +1,7 @@
 //! Rotary position embeddings (Su et al. 2021) and the ways models stretch them.
 
+use std::sync::Arc;
+
 use mlx_rs::Array;
 use serde::Deserialize;
 
@@ -16,6 +18,8 @@ pub struct RopeSpec {
     /// Where transformers 5 keeps both of the above.
     rope_parameters: Option<Scaling>,
     max_position_embeddings: Option<usize>,
+    /// Where Phi keeps what others have in `rope_scaling`.
+    original_max_position_embeddings: Option<usize>,
 }
 
 /// Frequencies may be given once or per pair of dimensions.
@@ -61,14 +65,42 @@ pub struct Rope {
 const DEFAULT_THETA: f32 = 10_000.0;
 
 impl RopeSpec {
+    /// Without any scaling.
+    pub fn plain(theta: f32) -> Self {
+        Self { rope_theta: Some(theta), ..Self::default() }
+    }
+
+    /// The same, with pairs of neighbours instead of halves.
+    pub fn traditional(self) -> Self {
+        Self { rope_traditional: true, ..self }
+    }
+
+    /// The same base, without any scaling.
+    pub fn unscaled(&self) -> Self {
+        Self { rope_traditional: self.rope_traditional, ..Self::plain(self.theta()) }
+    }
+
+    /// How many of `width` dimensions turn, where an architecture leaves that to the config: all, if it is silent.
+    pub fn dims(&self, width: usize, factor: Option<f32>) -> usize {
+        let nested = self.rope_parameters.as_ref().and_then(|p| p.partial_rotary_factor);
+        factor.or(nested).map_or(width, |factor| (width as f32 * factor) as usize)
+    }
+
+    /// Positions that the model was made for, if its config says.
+    pub fn max_positions(&self) -> Option<usize> {
+        self.max_position_embeddings
+    }
+
+    /// The base of the angles.
+    pub fn theta(&self) -> f32 {
+        let nested = [&self.rope_parameters, &self.rope_scaling].into_iter().flatten().find_map(|s| s.rope_theta);
+        self.rope_theta.or(nested).unwrap_or(DEFAULT_THETA)
+    }
+
     /// The rotation of heads whose first `dims` dimensions turn, for contexts of up to `context` tokens.
     pub fn build(&self, dims: usize, context: usize) -> Result<Rope> {
         let scaling = self.rope_scaling.clone().or_else(|| self.rope_parameters.clone()).unwrap_or_default();
-        let nested_theta = self.rope_parameters.as_ref().and_then(|p| p.rope_theta);
-        let theta = self.rope_theta.or(nested_theta).or(scaling.rope_theta).unwrap_or(DEFAULT_THETA);
-        if scaling.partial_rotary_factor.is_some_and(|f| f != 1.0) {
-            return Err(Error::unsupported("partial rotary embeddings are not supported by this architecture"));
-        }
+        let theta = self.theta();
         let (mut stretched, mut scale, mut magnitude) = (None, 1.0, 1.0);
         let kind = scaling.rope_type.as_deref().or(scaling.r#type.as_deref()).unwrap_or("default");
         match kind {
@@ -81,6 +113,8 @@ impl RopeSpec {
             }
             "longrope" | "su" => {
                 let trained = self.max_position_embeddings.unwrap_or(context);
+                let original = scaling.original_max_position_embeddings.or(self.original_max_position_embeddings);
+                let scaling = Scaling { original_max_position_embeddings: original, ..scaling };
                 let (wavelengths, factor) = longrope(dims, theta, &scaling, trained, context)?;
                 (stretched, magnitude) = (Some(wavelengths), factor);
             }
@@ -188,16 +222,33 @@ fn longrope(dims: usize, theta: f32, scaling: &Scaling, trained: usize, context:
 }
 
 impl Rope {
+    /// Turns nothing.
+    pub fn none() -> Self {
+        let rotation = Rotation { dims: 0, frequencies: Arc::new([]), traditional: false, magnitude: 1.0 };
+        Self { base: Some(DEFAULT_THETA), scale: 1.0, wavelengths: None, rotation }
+    }
+
     /// What the CPU kernels need to know.
     pub(super) fn rotation(&self) -> &Rotation {
         &self.rotation
+    }
+
+    /// `x [T, heads, width]` with the dimensions that turn multiplied by the magnitude.
+    fn magnify(&self, x: &Array) -> Result<Array> {
+        let Rotation { dims, magnitude, .. } = self.rotation;
+        let width = x.dim(2) as usize;
+        let factors: Vec<f32> = (0..width).map(|dim| if dim < dims { magnitude } else { 1.0 }).collect();
+        Ok(x.multiply(Array::from_slice(&factors, &[width as i32]).as_dtype(x.dtype())?)?)
     }
 
     /// Rotates `x [T, heads, width]`; `positions [T]` i32 are the tokens' places in their sequences.
     pub fn forward(&self, x: &Array, positions: &Array) -> Result<Array> {
         let shape = x.shape().to_vec();
         let Rotation { dims, traditional, magnitude, .. } = self.rotation;
-        let x = if magnitude == 1.0 { x.clone() } else { x.multiply(Array::from_f32(magnitude).as_dtype(x.dtype())?)? };
+        if dims == 0 {
+            return Ok(x.clone());
+        }
+        let x = if magnitude == 1.0 { x.clone() } else { self.magnify(x)? };
         // MLX rotates along the axis before the last; tokens become the batch so that each has its own offset.
         let x = x.reshape(&[shape[0], shape[1], 1, shape[2]])?;
         let rotated = mlx_rs::fast::rope_dynamic(

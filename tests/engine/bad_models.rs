@@ -108,7 +108,7 @@ fn strange_configs() {
         ("num_hidden_layers", json!(1u64 << 40), Status::InvalidModel, &["num_hidden_layers"]),
         ("num_hidden_layers", json!(7), Status::InvalidModel, &["model.layers.2", "missing"]),
         ("num_hidden_layers", json!(1), Status::InvalidModel, &["model.layers.1"]),
-        ("hidden_act", json!("gelu"), Status::Unsupported, &["gelu"]),
+        ("hidden_act", json!("mish"), Status::Unsupported, &["mish"]),
         ("rope_scaling", json!({"rope_type": "spiral"}), Status::Unsupported, &["spiral"]),
         ("rope_scaling", json!({"rope_type": "yarn"}), Status::InvalidModel, &["factor"]),
         ("sliding_window", json!(0), Status::InvalidModel, &["sliding_window"]),

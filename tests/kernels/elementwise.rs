@@ -59,6 +59,8 @@ struct Turn {
     magnitude: f32,
     frequencies: Vec<f32>,
     norm: Option<(Numbers, f32)>,
+    /// Before the norm.
+    turned_first: bool,
     heads: usize,
     positions: Vec<usize>,
     /// Numbers between the rows of the input.
@@ -80,7 +82,8 @@ fn turns() -> impl Strategy<Value = Turn> {
             let frequencies = (0..pairs).map(|i| base.powf(-(i as f64) / pairs as f64) as f32).collect();
             let weight = Numbers::new(kind, (0..width).map(|_| 1.0 + 0.3 * random.normal()));
             let norm = normed.then_some((weight, 1e-6));
-            Turn { width, pairs, traditional, magnitude, frequencies, norm, heads, positions, gap }
+            let turned_first = seed % 3 == 0;
+            Turn { width, pairs, traditional, magnitude, frequencies, norm, turned_first, heads, positions, gap }
         },
     )
 }
@@ -106,8 +109,9 @@ impl Turn {
         let x = Rows { numbers: &x, width: self.row(), stride };
         let frequencies = Guarded::new(&self.frequencies, edge);
         let positions = Guarded::new(&self.positions, edge);
-        let Turn { width, traditional, magnitude, heads, .. } = *self;
-        let rotary = Rotary { width, dims: 2 * self.pairs, frequencies: &frequencies, traditional, magnitude, norm };
+        let Turn { width, traditional, magnitude, heads, turned_first, .. } = *self;
+        let dims = 2 * self.pairs;
+        let rotary = Rotary { width, dims, frequencies: &frequencies, traditional, magnitude, norm, turned_first };
         let mut out = Placed::output(kind, self.positions.len() * heads * width, edge);
         rotary.run(isa, &workers(threads), x, &positions, out.floats_mut());
         out.numbers()
@@ -118,23 +122,47 @@ impl Turn {
         let mut out = Vec::new();
         for (token, &position) in x.chunks_exact(self.row()).zip(&self.positions) {
             for head in token.chunks_exact(self.width) {
-                let mut row: Vec<Expected> = match &self.norm {
-                    Some((weight, eps)) => normed(&widened(head), weight, *eps),
-                    None => head.iter().map(|&x| Expected { value: f64::from(x), bound: 0.0 }).collect(),
-                };
-                for pair in 0..self.pairs {
-                    let [i, j] = if self.traditional { [2 * pair, 2 * pair + 1] } else { [pair, pair + self.pairs] };
-                    let (sine, cosine) = f64::from(self.frequencies[pair] * position as f32).sin_cos();
-                    let (a, b, magnitude) = (row[i], row[j], f64::from(self.magnitude));
-                    let size = a.value.abs() + b.value.abs();
-                    let bound = (a.bound + b.bound + 2e-6 * size) * magnitude;
-                    row[i] = Expected { value: (a.value * cosine - b.value * sine) * magnitude, bound };
-                    row[j] = Expected { value: (a.value * sine + b.value * cosine) * magnitude, bound };
+                let mut row: Vec<Expected> =
+                    head.iter().map(|&x| Expected { value: f64::from(x), bound: 0.0 }).collect();
+                if self.turned_first {
+                    self.turn(&mut row, position);
+                    out.extend(self.normed(row));
+                } else {
+                    let mut row = self.normed(row);
+                    self.turn(&mut row, position);
+                    out.extend(row);
                 }
-                out.extend(row);
             }
         }
         out
+    }
+
+    fn turn(&self, row: &mut [Expected], position: usize) {
+        for pair in 0..self.pairs {
+            let [i, j] = if self.traditional { [2 * pair, 2 * pair + 1] } else { [pair, pair + self.pairs] };
+            let (sine, cosine) = f64::from(self.frequencies[pair] * position as f32).sin_cos();
+            let (a, b, magnitude) = (row[i], row[j], f64::from(self.magnitude));
+            let size = a.value.abs() + b.value.abs();
+            let bound = (a.bound + b.bound + 2e-6 * size) * magnitude;
+            row[i] = Expected { value: (a.value * cosine - b.value * sine) * magnitude, bound };
+            row[j] = Expected { value: (a.value * sine + b.value * cosine) * magnitude, bound };
+        }
+    }
+
+    /// What is off before stays off, and the mean with it.
+    fn normed(&self, row: Vec<Expected>) -> Vec<Expected> {
+        let Some((weight, eps)) = &self.norm else { return row };
+        let values: Vec<f64> = row.iter().map(|x| x.value).collect();
+        let squares = values.iter().map(|x| x * x).sum::<f64>() + f64::from(*eps) * values.len() as f64;
+        let scale = (values.len() as f64 / squares).sqrt();
+        let drift = row.iter().map(|x| x.value.abs() * x.bound).sum::<f64>() / squares;
+        let finished = normed(&values, weight, *eps).into_iter().zip(&row).enumerate();
+        finished
+            .map(|(i, (out, x))| {
+                let bound = out.bound + x.bound * scale * weight.get(i).abs() + out.value.abs() * drift;
+                Expected { bound, ..out }
+            })
+            .collect()
     }
 }
 
@@ -289,11 +317,23 @@ proptest! {
 /// The bounds notice a wrong epsilon, pairing, position and sign.
 #[test]
 fn bounds_notice_small_errors() {
-    let (weight, positions) = (Numbers::new(Type::F32, vec![1.0; 64]), vec![3, 50_000]);
+    // Weights that differ, or else it would not matter what comes first.
+    let weights: Vec<f64> = (0..64).map(|i| 1.0 + 0.01 * f64::from(i)).collect();
+    let (weight, positions) = (Numbers::new(Type::F32, weights), vec![3, 50_000]);
     let frequencies = (0..32).map(|i| 10_000f32.powf(-(i as f32) / 32.0)).collect();
     let norm = Some((weight.clone(), 1e-6));
-    let (traditional, magnitude) = (false, 1.0);
-    let right = Turn { width: 64, pairs: 32, traditional, magnitude, frequencies, norm, heads: 2, positions, gap: 1 };
+    let right = Turn {
+        width: 64,
+        pairs: 32,
+        traditional: false,
+        magnitude: 1.0,
+        frequencies,
+        norm,
+        turned_first: false,
+        heads: 2,
+        positions,
+        gap: 1,
+    };
     let x = right.input(&mut Random(1));
     let change = |change: &dyn Fn(&mut Turn)| {
         let mut wrong = right.clone();
@@ -307,6 +347,7 @@ fn bounds_notice_small_errors() {
         ("a frequency", change(&|t| t.frequencies[31] *= 1.01)),
         ("magnitude", change(&|t| t.magnitude = 1.0001)),
         ("no norm", change(&|t| t.norm = None)),
+        ("the norm last", change(&|t| t.turned_first = true)),
         ("epsilon", change(&|t| t.norm = Some((weight.clone(), 1e-4)))),
     ];
     let expected = right.reference(&x);
@@ -344,7 +385,9 @@ fn sizes_that_do_not_agree_are_refused() {
 
     let ones = [1f32; 64];
     let norm = RmsNorm { weight: Floats::F32(&ones[..4]), eps: 0.0 };
-    let rotary = Rotary { width: 4, dims: 4, frequencies: &ones[..2], traditional: false, magnitude: 1.0, norm: None };
+    let frequencies = &ones[..2];
+    let (traditional, turned_first) = (false, false);
+    let rotary = Rotary { width: 4, dims: 4, frequencies, traditional, magnitude: 1.0, norm: None, turned_first };
     let table = Matrix { rows: 3, columns: 4, storage: Storage::Dense(Floats::F32(&ones[..12])) };
     let (isa, workers) = (Isa::best(), workers(1));
     let refused = |len: usize, run: &dyn Fn(FloatsMut<'_>)| {

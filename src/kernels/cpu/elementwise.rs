@@ -167,7 +167,7 @@ impl Work for LayerNormRows<'_> {
     }
 }
 
-/// Rotary positions (Su et al. 2021) for heads, after an optional norm of each head.
+/// Rotary positions (Su et al. 2021) for heads, before or after an optional norm of each head.
 #[derive(Debug, Clone, Copy)]
 pub struct Rotary<'a> {
     /// Width of a head.
@@ -180,8 +180,10 @@ pub struct Rotary<'a> {
     pub traditional: bool,
     /// Multiplies the dimensions that turn.
     pub magnitude: f32,
-    /// Before the rotation.
+    /// Of each head.
     pub norm: Option<RmsNorm<'a>>,
+    /// Whether heads are normalised after their rotation instead of before.
+    pub turned_first: bool,
 }
 
 impl Rotary<'_> {
@@ -220,7 +222,8 @@ impl Work for RotateToken<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Rotary { width, dims, frequencies, traditional, magnitude, norm } = *self.rotary;
+        let Rotary { width, dims, frequencies, traditional, magnitude, norm, turned_first } = *self.rotary;
+        let (before, after) = if turned_first { (None, norm) } else { (norm, None) };
         let half = dims / 2;
         let padded = half.next_multiple_of(LANES);
         let (mut sines, mut cosines) = (vec![0f32; padded], vec![0f32; padded]);
@@ -238,7 +241,7 @@ impl Work for RotateToken<'_> {
         let mut row = vec![0f32; width];
         for (head, x) in self.x.chunks_exact(width).enumerate() {
             row.copy_from_slice(x);
-            if let Some(norm) = &norm {
+            if let Some(norm) = &before {
                 norm.row(simd, &mut row);
             }
             if traditional {
@@ -254,6 +257,9 @@ impl Work for RotateToken<'_> {
                     first[i] = a * cosines[i] - b * sines[i];
                     second[i] = a * sines[i] + b * cosines[i];
                 }
+            }
+            if let Some(norm) = &after {
+                norm.row(simd, &mut row);
             }
             // SAFETY: this token's place is this task's.
             unsafe { self.out.write(self.at + head * width, &row) };

@@ -7,9 +7,8 @@ use super::{AnswerTokens, BatchPlan, Encoder, EncoderShape, Pooling};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::mlx;
-use crate::models::dense::DenseConfig;
-use crate::models::{self, Model, Scope};
-use crate::nn::{Embedding, PackedTexts, WholeTexts};
+use crate::models::{self, Scope};
+use crate::nn::{Decoder, DecoderSpec, Embedding, OutputHead, PackedTexts, WholeTexts};
 use crate::weights::Weights;
 
 /// Rows that pass a layer together: enough for the kernels' best pace, few enough that long texts take little memory.
@@ -18,16 +17,22 @@ pub(super) const PASS_ROWS: usize = 2048;
 /// What batches take besides the weights; from experience, on the safe side.
 pub(super) fn batch_plan(config: &ModelConfig, max_tokens: usize) -> Result<BatchPlan> {
     let plan = models::plan(config)?;
-    let DenseConfig { hidden_size, num_hidden_layers, intermediate_size, .. } = config.parse()?;
+    let spec = declare(config, max_tokens)?;
     // Hidden states before and behind a layer, and the pools that all layers share.
-    let kept = 3 * hidden_size + plan.cached_numbers / num_hidden_layers.max(1);
+    let kept = 3 * spec.hidden + plan.cached_numbers / spec.layers.len().max(1);
     let fixed = (64 << 20) + 4 * PASS_ROWS.min(max_tokens) * plan.row_numbers;
-    Ok(BatchPlan { fixed, per_token: 8 * kept, widest: 8 * intermediate_size, max_tokens })
+    let inner = spec.layers.iter().map(|layer| layer.feed_forward.inner()).max().unwrap_or(0);
+    Ok(BatchPlan { fixed, per_token: 8 * kept, widest: 8 * inner, max_tokens })
+}
+
+/// What `config` describes, without its output head.
+fn declare(config: &ModelConfig, context: usize) -> Result<DecoderSpec> {
+    models::declare(config, &Scope { head: false, ..Scope::whole(config, context) })
 }
 
 /// A decoder without its output head.
 pub(super) struct CausalEncoder {
-    model: Box<dyn Model>,
+    model: Decoder,
     whole: WholeTexts,
     shape: EncoderShape,
 }
@@ -41,16 +46,17 @@ impl CausalEncoder {
         }
         let context = models::context_length(config, None)?;
         let whole = WholeTexts::new(weights, PASS_ROWS);
-        let model = (models::find(config)?.load)(config, &Scope { context, head: false }, weights)?;
-        let DenseConfig { hidden_size, vocab_size, .. } = config.parse()?;
-        let shape = EncoderShape { hidden: hidden_size, vocab: vocab_size, token_types: 0, max_tokens: context };
+        let spec = declare(config, context)?;
+        let model = Decoder::load(weights, &spec)?;
+        let shape = EncoderShape { hidden: spec.hidden, vocab: spec.vocab, token_types: 0, max_tokens: context };
         Ok(Self { model, whole, shape })
     }
 
     /// The rows of the output head that belong to `ids [n]`: `[n, hidden]`. Nothing else of a head of its own is kept.
     fn head_rows(&self, config: &ModelConfig, ids: &Array, weights: &mut Weights) -> Result<Array> {
         let EncoderShape { hidden, vocab, .. } = self.shape;
-        if config.parse::<DenseConfig>()?.tied_head(weights) {
+        let head = models::declare(config, &Scope::whole(config, 1))?.head;
+        if head.decided(weights) == OutputHead::Tied {
             return self.model.embed(ids);
         }
         Embedding::load(weights, "lm_head", vocab, hidden)?.forward(ids)

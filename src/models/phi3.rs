@@ -1,0 +1,20 @@
+//! Phi-3 and Phi-4 (Abdin et al. 2024; `Phi3ForCausalLM`): joined matrices, and heads that turn in part.
+
+use super::Scope;
+use super::dense::DenseConfig;
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::nn::{DecoderSpec, FeedForwardSpec};
+
+pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
+    let dense: DenseConfig = config.parse()?;
+    let mut spec = dense.decoder(scope, |_| dense.sliding_window)?;
+    let dims = dense.rope.dims(dense.head_dim(), dense.partial_rotary_factor);
+    for layer in &mut spec.layers {
+        layer.attention.fused = true;
+        layer.attention.rope = Some((dense.rope.clone(), dims));
+        let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward;
+        mlp.fused = true;
+    }
+    Ok(spec)
+}
