@@ -12,6 +12,8 @@
 //! |---|---|
 //! | `matvec` | bytes of weights, scales and biases read |
 //! | `small-m`, `prefill` | multiply-adds: `M * rows * columns` |
+//! | `experts-decode` | bytes of the chosen experts, or of a dense layer of the same width |
+//! | `experts-prefill` | multiply-adds: `M * experts of a row * 3 * hidden * inner` |
 //! | `attention-decode` | bytes of keys and values read |
 //! | `attention-prefill` | multiply-adds: keys seen by each row `* heads * 2 * width` |
 //! | `norm`, `rotary` | numbers written |
@@ -33,9 +35,11 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterio
 use omlx::kernels::cpu::Isa;
 use omlx::kernels::cpu::attention::{Attention, AttentionKind, PoolView, Segment};
 use omlx::kernels::cpu::elementwise::{RmsNorm, Rotary, take_rows};
+use omlx::kernels::cpu::experts::Experts;
 use omlx::kernels::cpu::floats::{Floats, FloatsMut, Rows};
 use omlx::kernels::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use omlx::kernels::cpu::matrix::{Coding, Matrix, Packed, Scales, Storage};
+use omlx::kernels::cpu::routing::Chosen;
 use omlx::kernels::cpu::threads::Workers;
 
 /// Codes that share a scale.
@@ -249,6 +253,107 @@ fn prefill(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// A layer of Qwen3-30B-A3B: experts of a token, width of the rows, and width inside of an expert.
+const PER_TOKEN: usize = 8;
+const HIDDEN: usize = 2048;
+const INNER: usize = 768;
+
+/// Gate, up and down of as many experts as there is memory for, up to 128, in 4 bits.
+fn mixture(isa: Isa, workers: &Workers) -> impl FnMut(&[f32], &Chosen, &mut [f32]) + use<'_> {
+    let count = mixture_experts();
+    let (elements, groups) = (count * HIDDEN * INNER, count * HIDDEN * INNER / GROUP);
+    let mut pieces = codes().chunks_exact(elements / 2).zip(numbers().chunks_exact(2 * groups));
+    let mut stack = |rows, columns| {
+        let (codes, numbers) = pieces.next().expect("memory for three stacks");
+        let (scales, biases) = numbers.split_at(groups);
+        let scales = Scales::Affine(Floats::Bf16(scales), Floats::Bf16(biases));
+        let storage = Storage::Packed(Packed { codes, scales, coding: Coding::Affine(4), group: GROUP });
+        Projection { matrix: Matrix { rows, columns, storage }, bias: None }
+    };
+    let inputs = [stack(INNER, HIDDEN), stack(INNER, HIDDEN)];
+    let output = stack(HIDDEN, INNER);
+    move |x, chosen, out| {
+        let (finish, precision) = (Finish::SwiGlu, Precision::Fast);
+        Experts { count, inputs: &inputs, finish, output, weighs_input: false, precision }
+            .run(isa, workers, x, chosen, out);
+    }
+}
+
+fn mixture_experts() -> usize {
+    (memory_bytes() / (3 * HIDDEN * INNER / 2)).min(128)
+}
+
+/// The experts of some rows, those of the last ones last.
+fn choices(rows: usize) -> impl FnMut() -> Chosen {
+    let mut random = Random(7);
+    let mut order: Vec<u32> = (0..mixture_experts() as u32).collect();
+    random.shuffle(&mut order);
+    let mut at = 0;
+    move || {
+        let mut experts = Vec::with_capacity(rows * PER_TOKEN);
+        for _ in 0..rows {
+            if rows > 1 {
+                random.shuffle(&mut order);
+            }
+            at = if at + 2 * PER_TOKEN > order.len() { 0 } else { at + PER_TOKEN };
+            experts.extend_from_slice(&order[at..at + PER_TOKEN]);
+        }
+        Chosen { weights: vec![0.125; experts.len()], experts, per_token: PER_TOKEN }
+    }
+}
+
+/// One token through its experts, and through a dense layer as wide as all of them together.
+fn experts_decode(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("experts-decode");
+    let x = Random(8).floats(HIDDEN);
+    let all = Workers::shared(None).count();
+    let (up, down) = (
+        Weights::new(Format::Affine(4), PER_TOKEN * INNER, HIDDEN),
+        Weights::new(Format::Affine(4), HIDDEN, PER_TOKEN * INNER),
+    );
+    group.throughput(Throughput::Bytes((2 * up.bytes + down.bytes) as u64));
+    for threads in BTreeSet::from([1, all]) {
+        let workers = Workers::shared(Some(threads));
+        for isa in instruction_sets() {
+            let (mut mixture, mut choices, mut out) = (mixture(isa, &workers), choices(1), vec![0f32; HIDDEN]);
+            group.bench_function(format!("mixture/{}/{threads}t", lower(isa)), |bencher| {
+                bencher.iter(|| mixture(&x, &choices(), &mut out));
+            });
+            let mut inner = vec![0f32; PER_TOKEN * INNER];
+            group.bench_function(format!("dense/{}/{threads}t", lower(isa)), |bencher| {
+                bencher.iter(|| {
+                    let run = |x: &[f32], projections: &[Projection<'_>], finish, out: &mut [f32]| {
+                        let (experts, stacked, precision) = (None, 1, Precision::Fast);
+                        let product = MatMul { x, projections, experts, stacked, finish, precision };
+                        product.run(isa, &workers, FloatsMut::F32(out));
+                    };
+                    let [gate, up] = [up.next(), up.next()].map(|matrix| Projection { matrix, bias: None });
+                    run(&x, &[gate, up], Finish::SwiGlu, &mut inner);
+                    run(&inner, &[Projection { matrix: down.next(), bias: None }], Finish::Concat, &mut out);
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+fn experts_prefill(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("experts-prefill");
+    let workers = Workers::shared(None);
+    for rows in [16, 512] {
+        let x = Random(9).floats(rows * HIDDEN);
+        let mut out = vec![0f32; x.len()];
+        group.throughput(Throughput::Elements((rows * PER_TOKEN * 3 * HIDDEN * INNER) as u64));
+        for isa in instruction_sets() {
+            let (mut mixture, chosen) = (mixture(isa, &workers), choices(rows)());
+            group.bench_function(format!("m{rows}/{}/{}t", lower(isa), workers.count()), |bencher| {
+                bencher.iter(|| mixture(&x, &chosen, &mut out));
+            });
+        }
+    }
+    group.finish();
+}
+
 /// Pools of keys and values that take all memory, and the ids of all their blocks, shuffled: what one sequence after
 /// another takes its table from.
 struct Pools {
@@ -422,6 +527,6 @@ fn config() -> Criterion {
 criterion_group! {
     name = kernels;
     config = config();
-    targets = matvec, small_m, prefill, attention_decode, attention_prefill, norm, rotary, rows_of_a_table
+    targets = matvec, small_m, prefill, experts_decode, experts_prefill, attention_decode, attention_prefill, norm, rotary, rows_of_a_table
 }
 criterion_main!(kernels);

@@ -119,6 +119,11 @@ impl Quantization {
             (Some(own), _) if !own.is_null() => own,
             (_, Some(other)) if !other.is_null() => {
                 if let Some(method) = other.get("quant_method").and_then(Value::as_str) {
+                    // gpt-oss as its authors publish it: experts alone, in blocks that `weights` knows.
+                    if method == "mxfp4" {
+                        let default = QuantFormat { group_size: 32, bits: 4, mode: QuantMode::Mxfp4 };
+                        return Ok(Some(Self { default, layers: std::collections::HashMap::new() }));
+                    }
                     return Err(Error::unsupported(format!(
                         "quantization method {method:?} is not supported; convert the model to MLX format"
                     )));
@@ -333,6 +338,9 @@ mod tests {
         }
         let foreign = config(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}})).unwrap_err();
         assert_eq!(foreign.status(), Status::Unsupported);
+        let blocks = json!({"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}});
+        let format = config(blocks).unwrap().quantization().unwrap().default_format();
+        assert_eq!(format, QuantFormat { group_size: 32, bits: 4, mode: QuantMode::Mxfp4 });
     }
 
     #[test]

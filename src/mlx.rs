@@ -447,6 +447,25 @@ pub enum Matrix {
     Quantized(QuantizedMatrix),
 }
 
+impl Matrix {
+    /// Products with some of the matrices of a stack `[experts, out, in]`: `x [.., rows, in]` to `[.., rows, out]`, with the matrix
+    /// `experts [..]` (u32) for each of the leading places, to which those of `x` are broadcast. `sorted` promises that experts
+    /// ascend.
+    pub fn gather_matmul(&self, x: &Array, experts: &Array, sorted: bool) -> Result<Array> {
+        match self {
+            Matrix::Dense(weight) => {
+                let weight = weight.swap_axes(-1, -2)?;
+                // SAFETY: every handle is alive for the call; MLX copies what it keeps.
+                array_from(|out, stream| unsafe {
+                    let (x, weight) = (x.as_ptr(), weight.as_ptr());
+                    mlx_sys::mlx_gather_mm(out, x, weight, no_array(), experts.as_ptr(), sorted, stream)
+                })
+            }
+            Matrix::Quantized(matrix) => matrix.gather_matmul(x, experts, sorted),
+        }
+    }
+}
+
 /// A weight matrix `[out, in]` in MLX's packed form.
 #[derive(Debug)]
 pub struct QuantizedMatrix {
@@ -479,6 +498,27 @@ impl QuantizedMatrix {
                 some_int(self.format.group_size),
                 some_int(self.format.bits),
                 self.format.mode.c_name().as_ptr(),
+                stream,
+            )
+        })
+    }
+
+    fn gather_matmul(&self, x: &Array, experts: &Array, sorted: bool) -> Result<Array> {
+        // SAFETY: every handle is alive for the call; MLX copies what it keeps.
+        array_from(|out, stream| unsafe {
+            mlx_sys::mlx_gather_qmm(
+                out,
+                x.as_ptr(),
+                self.weight.as_ptr(),
+                self.scales.as_ptr(),
+                self.biases_ptr(),
+                no_array(),
+                experts.as_ptr(),
+                true,
+                some_int(self.format.group_size),
+                some_int(self.format.bits),
+                self.format.mode.c_name().as_ptr(),
+                sorted,
                 stream,
             )
         })
@@ -606,7 +646,8 @@ pub fn columns(source: &Array, from: usize, to: usize) -> Result<Array> {
     slice_axis(source, 1, from, to)
 }
 
-fn slice_axis(source: &Array, axis: usize, start: usize, stop: usize) -> Result<Array> {
+/// Places `start..stop` of an axis; a view, nothing is copied.
+pub fn slice_axis(source: &Array, axis: usize, start: usize, stop: usize) -> Result<Array> {
     let (mut from, mut to) = (vec![0; source.ndim()], source.shape().to_vec());
     let steps = vec![1; source.ndim()];
     (from[axis], to[axis]) = (start as i32, stop as i32);

@@ -3,6 +3,7 @@
 //! Every tensor is taken exactly once, by name and expected shape. What is missing, has another shape, or is left
 //! over is an error that names the tensor.
 
+mod experts;
 mod files;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Backend;
 use crate::mlx::{self, Matrix, QuantFormat, QuantMode, QuantizedMatrix};
 
+pub use experts::{ExpertShape, ExpertStacks, PROJECTIONS, Stack};
 pub use files::weight_files;
 
 use files::{Files, dims, mlx_dtype};
@@ -167,15 +169,37 @@ impl Weights {
         self.keep(array, converted.is_some())
     }
 
+    /// The same, but never converted: a number that the checkpoint keeps more exactly than others.
+    pub fn unconverted(&mut self, name: &str, shape: &[usize]) -> Result<Array> {
+        let dtype = self.dtype.take();
+        let array = self.tensor(name, shape);
+        self.dtype = dtype;
+        array
+    }
+
     /// The weight matrix `{path}.weight` of logical shape `[rows, columns]`, dense or quantised as it is stored.
     pub fn matrix(&mut self, path: &str, rows: usize, columns: usize) -> Result<Matrix> {
-        let declared = self.config.quantization().and_then(|q| q.format_of(path));
+        self.matrix_of(path, path, &[], rows, columns)
+    }
+
+    /// The same for as many matrices as `stacked` has axes for, `[stacked.., rows, columns]`, whose format is declared for the
+    /// layer at `declared`.
+    fn matrix_of(
+        &mut self,
+        path: &str,
+        declared: &str,
+        stacked: &[usize],
+        rows: usize,
+        columns: usize,
+    ) -> Result<Matrix> {
+        let declared = self.config.quantization().and_then(|q| q.format_of(declared));
         let stored_quantized = match &self.source {
             Source::Files(files) => files.contains(&format!("{path}.scales")),
             Source::Random { .. } => declared.is_some(),
         };
+        let shape = |columns: usize| [stacked, &[rows, columns]].concat();
         if !stored_quantized {
-            return Ok(Matrix::Dense(self.tensor(&format!("{path}.weight"), &[rows, columns])?));
+            return Ok(Matrix::Dense(self.tensor(&format!("{path}.weight"), &shape(columns))?));
         }
         let format = declared.ok_or_else(|| {
             Error::invalid_model(format!("{path:?} is stored quantised, but config.json declares no format for it"))
@@ -186,20 +210,25 @@ impl Weights {
                 format.group_size
             )));
         }
-        self.quantized(path, rows, columns, format).map(Matrix::Quantized)
+        let (packed, groups) = (shape(columns * format.bits / 32), shape(columns / format.group_size));
+        self.quantized(path, &packed, &groups, format).map(Matrix::Quantized)
     }
 
-    fn quantized(&mut self, path: &str, rows: usize, columns: usize, format: QuantFormat) -> Result<QuantizedMatrix> {
-        let packed = [rows, columns * format.bits / 32];
-        let groups = [rows, columns / format.group_size];
-        let weight = self.words(&format!("{path}.weight"), &packed, Dtype::Uint32)?;
+    fn quantized(
+        &mut self,
+        path: &str,
+        packed: &[usize],
+        groups: &[usize],
+        format: QuantFormat,
+    ) -> Result<QuantizedMatrix> {
+        let weight = self.words(&format!("{path}.weight"), packed, Dtype::Uint32)?;
         let scales_name = format!("{path}.scales");
         let (scales, biases) = match format.mode {
             QuantMode::Affine => {
-                let scales = self.tensor(&scales_name, &groups)?;
-                (scales, Some(self.tensor(&format!("{path}.biases"), &groups)?))
+                let scales = self.tensor(&scales_name, groups)?;
+                (scales, Some(self.tensor(&format!("{path}.biases"), groups)?))
             }
-            _ => (self.words(&scales_name, &groups, Dtype::Uint8)?, None),
+            _ => (self.words(&scales_name, groups, Dtype::Uint8)?, None),
         };
         Ok(QuantizedMatrix { weight, scales, biases, format })
     }

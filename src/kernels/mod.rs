@@ -7,6 +7,7 @@
 /// of before are not used.
 pub const NUMERICS: u32 = 3;
 
+mod experts;
 pub mod gpu;
 mod node;
 mod ops;
@@ -17,7 +18,9 @@ pub use omlx_kernels_cpu as cpu;
 
 pub use cpu::attention::{AttentionKind, Segment};
 pub use cpu::matmul::Precision;
+pub use cpu::routing::{GroupScore, Groups, Normalize, Routing, Scores, Ties};
 pub use cpu::sample::Draw;
+pub use experts::{ExpertActivation, ExpertOperands, RouterOperands, SharedOperands};
 pub use gpu::Gpu;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};

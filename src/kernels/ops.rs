@@ -62,7 +62,7 @@ impl Backend {
 pub struct Cpu {
     pub(super) isa: Isa,
     pub(super) workers: Workers,
-    precision: Precision,
+    pub(super) precision: Precision,
 }
 
 /// A projection of [`Cpu::linear`].
@@ -238,27 +238,27 @@ impl Cpu {
 
 /// A norm whose weight is input `at` of a node.
 #[derive(Debug, Clone, Copy)]
-struct NormLayout {
+pub(super) struct NormLayout {
     at: usize,
     eps: f32,
 }
 
 impl NormLayout {
-    fn new<'a>((weight, eps): NormOf<'a>, inputs: &mut Vec<&'a Array>) -> Self {
+    pub fn new<'a>((weight, eps): NormOf<'a>, inputs: &mut Vec<&'a Array>) -> Self {
         inputs.push(weight);
         Self { at: inputs.len() - 1, eps }
     }
 
-    fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<RmsNorm<'a>> {
+    pub fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<RmsNorm<'a>> {
         Ok(RmsNorm { weight: inputs[self.at].floats()?, eps: self.eps })
     }
 }
 
-/// A matrix whose arrays are inputs of a node, from `first` on.
+/// A matrix, or a stack of them `[stacked, rows, columns]`, whose arrays are inputs of a node, from `first` on.
 #[derive(Debug)]
-struct MatrixLayout {
-    rows: usize,
-    columns: usize,
+pub(super) struct MatrixLayout {
+    pub rows: usize,
+    pub columns: usize,
     first: usize,
     /// Group size and coding of a packed one.
     packed: Option<(usize, Coding, QuantMode)>,
@@ -266,12 +266,17 @@ struct MatrixLayout {
 }
 
 impl MatrixLayout {
-    fn new<'a>(operand: &Operand<'a>, inputs: &mut Vec<&'a Array>) -> Result<Self> {
+    pub fn new<'a>(operand: &Operand<'a>, inputs: &mut Vec<&'a Array>) -> Result<Self> {
         let first = inputs.len();
+        let last_two = |array: &Array| match array.shape() {
+            [.., rows, columns] => Ok((*rows as usize, *columns as usize)),
+            _ => Err(Error::internal("a matrix of less than two dimensions")),
+        };
         let (rows, columns, packed) = match operand.matrix {
             Matrix::Dense(weight) => {
                 inputs.push(weight);
-                (weight.dim(0) as usize, weight.dim(1) as usize, None)
+                let (rows, columns) = last_two(weight)?;
+                (rows, columns, None)
             }
             Matrix::Quantized(matrix) => {
                 inputs.extend([&matrix.weight, &matrix.scales]);
@@ -281,16 +286,16 @@ impl MatrixLayout {
                     QuantMode::Mxfp4 | QuantMode::Nvfp4 => Coding::Fp4,
                     QuantMode::Mxfp8 => return Err(Error::internal("there is no CPU kernel for mxfp8")),
                 };
-                let columns = matrix.weight.dim(1) as usize * 32 / matrix.format.bits;
+                let (rows, words) = last_two(&matrix.weight)?;
                 let format = (matrix.format.group_size, coding, matrix.format.mode);
-                (matrix.weight.dim(0) as usize, columns, Some(format))
+                (rows, words * 32 / matrix.format.bits, Some(format))
             }
         };
         inputs.extend(operand.bias);
         Ok(Self { rows, columns, first, packed, bias: operand.bias.is_some() })
     }
 
-    fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<Projection<'a>> {
+    pub fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<Projection<'a>> {
         let inputs = &inputs[self.first..];
         let (storage, used) = match self.packed {
             None => (Storage::Dense(inputs[0].floats()?), 1),

@@ -40,7 +40,7 @@ impl Linear {
         Ok(Self { matrix, bias, backend: self.backend.clone() })
     }
 
-    fn operand(&self) -> Operand<'_> {
+    pub(super) fn operand(&self) -> Operand<'_> {
         Operand { matrix: &self.matrix, bias: self.bias.as_ref() }
     }
 
@@ -98,7 +98,7 @@ impl Joined {
         Ok(Self { layers: merged.map_or(layers, |one| vec![one]) })
     }
 
-    fn operands(&self) -> Vec<Operand<'_>> {
+    pub(super) fn operands(&self) -> Vec<Operand<'_>> {
         self.layers.iter().map(Linear::operand).collect()
     }
 

@@ -18,8 +18,22 @@ pub enum Ending {
     Concat,
     Add,
     SwiGlu,
+    GeGlu,
+    ClampedSwiGlu,
     Gelu,
+    SquaredRelu,
 }
+
+impl Ending {
+    /// Whether one projection gates another.
+    fn is_gated(self) -> bool {
+        matches!(self, Ending::SwiGlu | Ending::GeGlu | Ending::ClampedSwiGlu)
+    }
+}
+
+/// Of the gate that is clamped: its steepness, and a limit that most numbers do not reach.
+const ALPHA: f32 = 1.702;
+const LIMIT: f32 = 1.5;
 
 /// How rows find their experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +86,9 @@ pub fn plans(formats: impl Strategy<Value = Format>) -> impl Strategy<Value = Pl
     // From a few groups to more than a block of sixteen scales and a chunk of 512 columns.
     let groups = prop_oneof![4 => 1usize..6, 1 => 14usize..=20, 1 => 31usize..=34];
     let ending = prop_oneof![
-        3 => Just(Ending::Concat), 1 => Just(Ending::Add), 2 => Just(Ending::SwiGlu), 1 => Just(Ending::Gelu)
+        3 => Just(Ending::Concat), 1 => Just(Ending::Add), 1 => Just(Ending::Gelu), 1 => Just(Ending::SquaredRelu),
+        1 => prop::sample::select(&[Ending::SwiGlu, Ending::GeGlu, Ending::ClampedSwiGlu][..]),
+        1 => Just(Ending::SwiGlu),
     ];
     let routing = prop_oneof![4 => Just(Routing::None), 1 => Just(Routing::Sorted), 2 => Just(Routing::Unsorted)];
     let sizes = (m, dense_columns, groups);
@@ -80,8 +96,8 @@ pub fn plans(formats: impl Strategy<Value = Format>) -> impl Strategy<Value = Pl
         |(seed, (m, dense, groups), mut parts, ending, (routing, stacked), threads)| {
             match ending {
                 Ending::Concat => {}
-                Ending::Add | Ending::Gelu => parts.truncate(1),
-                Ending::SwiGlu => {
+                Ending::Add | Ending::Gelu | Ending::SquaredRelu => parts.truncate(1),
+                Ending::SwiGlu | Ending::GeGlu | Ending::ClampedSwiGlu => {
                     // Formats may differ, shapes may not.
                     let (first, second) = (parts[0], parts[parts.len() - 1]);
                     parts = vec![first, (second.0, first.1, second.2)];
@@ -122,7 +138,7 @@ impl Plan {
         let mut projections = Vec::new();
         for &(format, rows, bias) in &self.parts {
             let weights = weights(&mut random, format, [self.stacked, rows, self.columns]);
-            let bias = bias.map(|kind| Numbers::new(kind, (0..rows).map(|_| random.normal())));
+            let bias = bias.map(|kind| Numbers::new(kind, (0..self.stacked * rows).map(|_| random.normal())));
             projections.push((weights, bias));
         }
         let model = Model { projections, stacked: self.stacked, ending: self.ending };
@@ -166,7 +182,7 @@ impl Model {
     pub fn width(&self) -> usize {
         match self.ending {
             Ending::Concat => self.projections.iter().map(|(weights, _)| weights.rows).sum(),
-            Ending::Add | Ending::SwiGlu | Ending::Gelu => self.projections[0].0.rows,
+            _ => self.projections[0].0.rows,
         }
     }
 
@@ -221,9 +237,16 @@ impl Model {
                     out.extend(sums.next().into_iter().flatten().zip(residual).map(plus));
                 }
                 Ending::Gelu => out.extend(sums.flatten().map(gelu)),
-                Ending::SwiGlu => {
+                Ending::SquaredRelu => out.extend(sums.flatten().map(squared_relu)),
+                ending => {
+                    assert!(ending.is_gated());
+                    let gated = match ending {
+                        Ending::GeGlu => geglu,
+                        Ending::ClampedSwiGlu => clamped_swiglu,
+                        _ => swiglu,
+                    };
                     let (gate, up) = (sums.next().unwrap_or_default(), sums.next().unwrap_or_default());
-                    out.extend(gate.into_iter().zip(up).map(|(gate, up)| swiglu(gate, up)));
+                    out.extend(gate.into_iter().zip(up).map(|(gate, up)| gated(gate, up)));
                 }
             }
         }
@@ -237,6 +260,34 @@ fn swiglu(gate: Expected, up: Expected) -> Expected {
     let of_gate = 1.1 * gate.bound + 1e-6 * silu.abs() + 1e-36;
     let value = silu * up.value;
     Expected { value, bound: of_gate * (up.value.abs() + up.bound) + silu.abs() * up.bound + 1e-6 * value.abs() + LOST }
+}
+
+/// `gelu(gate) * up` with the approximation by `tanh`. Its slope is below 1.13, its own error below 1e-6 of `|gate|`.
+fn geglu(gate: Expected, up: Expected) -> Expected {
+    let x = gate.value;
+    let y = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+    let gelu = x / 2.0 * (1.0 + y.tanh());
+    let of_gate = 1.13 * gate.bound + 1e-6 * x.abs();
+    let value = gelu * up.value;
+    Expected { value, bound: of_gate * (up.value.abs() + up.bound) + gelu.abs() * up.bound + 1e-6 * value.abs() + LOST }
+}
+
+/// `(up + 1) * gate * sigmoid(ALPHA * gate)`, both clamped to LIMIT, the gate from above only. The slope of the gate is below 1.1.
+fn clamped_swiglu(gate: Expected, up: Expected) -> Expected {
+    let (alpha, limit) = (f64::from(ALPHA), f64::from(LIMIT));
+    let (g, u) = (gate.value.min(limit), up.value.clamp(-limit, limit) + 1.0);
+    let swish = g / (1.0 + (-alpha * g).exp());
+    let of_gate = 1.1 * gate.bound + 1e-6 * swish.abs() + 1e-36;
+    let value = swish * u;
+    let of_up = up.bound + 1e-7;
+    Expected { value, bound: of_gate * (u.abs() + of_up) + swish.abs() * of_up + 1e-6 * value.abs() + LOST }
+}
+
+/// `max(x, 0)^2`.
+fn squared_relu(x: Expected) -> Expected {
+    let positive = x.value.max(0.0);
+    let value = positive * positive;
+    Expected { value, bound: 2.0 * positive * x.bound + x.bound * x.bound + 1e-6 * value + LOST }
 }
 
 /// `x / 2 (1 + erf(x / sqrt(2)))`. Its slope is below 1.13, its own error below 4e-7 of `|x|`.
@@ -265,7 +316,7 @@ fn sums((weights, bias): &(Weights, Option<Numbers>), expert: usize, x: &[f32], 
     let one = |row: usize| {
         let at = (expert * weights.rows + row) * columns;
         let (values, parts) = (&weights.values[at..at + columns], &weights.parts[at..at + columns]);
-        let bias = bias.as_ref().map_or(0.0, |bias| bias.get(row));
+        let bias = bias.as_ref().map_or(0.0, |bias| bias.get(expert * weights.rows + row));
         let value = x.iter().zip(values).map(|(x, w)| x * w).sum::<f64>() + bias;
         // The fast product adds codes and biases of groups separately.
         let magnitudes = if fast { parts } else { values };
@@ -311,7 +362,10 @@ impl PlacedModel<'_> {
                 Ending::Concat => Finish::Concat,
                 Ending::Add => Finish::Add(&residual),
                 Ending::SwiGlu => Finish::SwiGlu,
+                Ending::GeGlu => Finish::GeGlu,
+                Ending::ClampedSwiGlu => Finish::ClampedSwiGlu { alpha: ALPHA, limit: LIMIT },
                 Ending::Gelu => Finish::Gelu,
+                Ending::SquaredRelu => Finish::SquaredRelu,
             },
             precision: how.precision,
         };

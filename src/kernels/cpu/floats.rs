@@ -242,6 +242,18 @@ impl SharedMut {
         }
     }
 
+    /// Elements `at..at + len` of f32 memory.
+    ///
+    /// # Safety
+    /// As for [`write`](Self::write), for as long as they are used.
+    #[inline(always)]
+    pub unsafe fn floats_mut<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
+        let room = self.len.checked_sub(len);
+        assert!(matches!(self.kind, Kind::F32) && room.is_some_and(|room| at <= room), "f32 inside of an output");
+        // SAFETY: in bounds; exclusive by contract.
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast::<f32>().add(at), len) }
+    }
+
     /// Writes sixteen values from element `at` on.
     ///
     /// # Safety

@@ -46,6 +46,26 @@ pub fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
     simd.mul(half, simd.add(x, simd.mul(size, simd.sub(one, rest))))
 }
 
+/// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`, the same paper's approximation.
+#[inline(always)]
+pub fn gelu_tanh<S: Simd>(simd: S, x: S::F) -> S::F {
+    let cube = simd.mul(simd.mul(x, x), simd.mul(x, simd.splat(0.044_715)));
+    // x/2 (1 + tanh(y)) = x sigmoid(2y).
+    let y = simd.mul(simd.add(x, cube), simd.splat(2.0 * 0.797_884_6));
+    simd.div(x, simd.add(simd.splat(1.0), exp(simd, simd.sub(simd.splat(0.0), y))))
+}
+
+/// `(up + 1) * gate * sigmoid(alpha * gate)`, `gate` at most `limit` and `up` between `-limit` and `limit`.
+#[inline(always)]
+pub fn clamped_swiglu<S: Simd>(simd: S, gate: S::F, up: S::F, alpha: f32, limit: f32) -> S::F {
+    let (zero, one, below) = (simd.splat(0.0), simd.splat(1.0), simd.splat(-limit));
+    // The smaller of two is the larger of their negatives, negated; what is not a number stays.
+    let gate = simd.sub(zero, simd.max(below, simd.sub(zero, gate)));
+    let up = simd.sub(zero, simd.max(below, simd.sub(zero, simd.max(below, up))));
+    let steep = exp(simd, simd.mul(gate, simd.splat(-alpha)));
+    simd.mul(simd.add(up, one), simd.div(gate, simd.add(one, steep)))
+}
+
 /// Hyperbolic tangent, to 1e-7 absolutely.
 #[inline(always)]
 pub fn tanh<S: Simd>(simd: S, x: S::F) -> S::F {

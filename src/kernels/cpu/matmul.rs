@@ -52,7 +52,7 @@ pub enum Precision {
 pub struct Projection<'a> {
     /// The weights.
     pub matrix: Matrix<'a>,
-    /// `[rows]`.
+    /// `[rows]` for each of the stacked matrices.
     pub bias: Option<Floats<'a>>,
 }
 
@@ -65,8 +65,27 @@ pub enum Finish<'a> {
     Add(&'a [f32]),
     /// Of two projections of the same shape, `silu(first) * second`: `[M, rows]`.
     SwiGlu,
+    /// Of two projections of the same shape, `gelu(first) * second` with the approximation by `tanh`: `[M, rows]`.
+    GeGlu,
+    /// Of two projections of the same shape, `(second + 1) * first * sigmoid(alpha * first)`, where the first is at most `limit` and
+    /// the second between `-limit` and `limit` (gpt-oss): `[M, rows]`.
+    ClampedSwiGlu {
+        /// Steepness of the gate.
+        alpha: f32,
+        /// Bound of both.
+        limit: f32,
+    },
     /// Of one projection, the Gaussian error linear unit of it: `[M, rows]`.
     Gelu,
+    /// Of one projection, the square of its positive part: `[M, rows]`.
+    SquaredRelu,
+}
+
+impl Finish<'_> {
+    /// Whether the first of two projections gates the second.
+    fn is_gated(&self) -> bool {
+        matches!(self, Finish::SwiGlu | Finish::GeGlu | Finish::ClampedSwiGlu { .. })
+    }
 }
 
 /// A product to compute.
@@ -120,7 +139,7 @@ impl MatMul<'_> {
     pub fn width(&self) -> usize {
         match self.finish {
             Finish::Concat => self.projections.iter().map(|p| p.matrix.rows).sum(),
-            Finish::Add(_) | Finish::SwiGlu | Finish::Gelu => self.projections[0].matrix.rows,
+            _ => self.projections[0].matrix.rows,
         }
     }
 
@@ -239,16 +258,17 @@ impl MatMul<'_> {
         for projection in self.projections {
             assert_eq!(projection.matrix.columns, columns, "projections of one input");
             projection.matrix.check(self.stacked);
-            assert!(projection.bias.is_none_or(|b| b.len() == projection.matrix.rows), "size of a bias");
+            let biases = projection.matrix.rows * self.stacked;
+            assert!(projection.bias.is_none_or(|b| b.len() == biases), "size of a bias");
         }
         assert_eq!(out, self.rows() * self.width(), "size of the output");
         match self.finish {
             Finish::Concat => {}
-            Finish::Gelu => assert!(self.projections.len() == 1, "one projection"),
+            Finish::Gelu | Finish::SquaredRelu => assert!(self.projections.len() == 1, "one projection"),
             Finish::Add(residual) => {
                 assert!(self.projections.len() == 1 && residual.len() == out, "a residual of the output's size");
             }
-            Finish::SwiGlu => {
+            Finish::SwiGlu | Finish::GeGlu | Finish::ClampedSwiGlu { .. } => {
                 let same = |p: &[Projection<'_>]| p.len() == 2 && p[0].matrix.rows == p[1].matrix.rows;
                 assert!(same(self.projections), "two projections of the same shape");
             }
@@ -280,7 +300,7 @@ impl MatMul<'_> {
             let rows = self.projections[projection].matrix.rows;
             (0..rows).step_by(PANEL).map(move |first| Panel { projection, first, rows: PANEL.min(rows - first) })
         };
-        if matches!(self.finish, Finish::SwiGlu) {
+        if self.finish.is_gated() {
             return panels(0).zip(panels(1)).map(|(a, b)| Unit { panels: [Some(a), Some(b)] }).collect();
         }
         let mut units = Vec::new();
@@ -472,7 +492,7 @@ impl Units<'_> {
                 let x = self.quantized.iter().find(|(known, _)| *known == order);
                 let (_, x) = x.expect("activations are quantised in the order of every matrix");
                 // Gate and up advance side by side, the panels of one matrix in pairs.
-                let next = if matches!(self.product.finish, Finish::SwiGlu) { PANEL } else { PAIR * PANEL };
+                let next = if self.product.finish.is_gated() { PANEL } else { PAIR * PANEL };
                 let mut weights = [WeightRows { packed, first, rows: panels[0].rows, next }; PAIR];
                 for (weights, panel) in weights.iter_mut().zip(panels) {
                     if let Storage::Packed(packed) = self.storage(panel) {
@@ -531,9 +551,11 @@ impl Units<'_> {
         let projections = self.product.projections;
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(PAIR * PANEL)) {
             for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
-                if let Some(bias) = &projections[panel.projection].bias {
+                let projection = &projections[panel.projection];
+                if let Some(bias) = &projection.bias {
+                    let first = self.expert * projection.matrix.rows + panel.first;
                     for (i, acc) in acc[..panel.rows].iter_mut().enumerate() {
-                        *acc += bias.get(panel.first + i);
+                        *acc += bias.get(first + i);
                     }
                 }
             }
@@ -553,18 +575,33 @@ impl Units<'_> {
     /// Applies the activation function to a row of a unit.
     #[inline(always)]
     fn activate<S: Simd>(&self, simd: S, acc: &mut [f32]) {
-        if matches!(self.product.finish, Finish::SwiGlu) {
-            let (gate, up) = acc.split_at_mut(PANEL);
-            // SAFETY: two panels of 16.
-            unsafe {
-                let gated = math::silu(simd, simd.load(gate.as_ptr()));
-                simd.store(gate.as_mut_ptr(), simd.mul(gated, simd.load(up.as_ptr())));
-            }
-        }
-        if matches!(self.product.finish, Finish::Gelu) {
-            for half in acc.chunks_exact_mut(PANEL) {
+        match self.product.finish {
+            Finish::Concat | Finish::Add(_) => {}
+            Finish::SwiGlu | Finish::GeGlu | Finish::ClampedSwiGlu { .. } => {
+                let (gate, up) = acc.split_at_mut(PANEL);
+                // SAFETY: two panels of 16.
+                let (first, second) = unsafe { (simd.load(gate.as_ptr()), simd.load(up.as_ptr())) };
+                let gated = match self.product.finish {
+                    Finish::GeGlu => simd.mul(math::gelu_tanh(simd, first), second),
+                    Finish::ClampedSwiGlu { alpha, limit } => math::clamped_swiglu(simd, first, second, alpha, limit),
+                    _ => simd.mul(math::silu(simd, first), second),
+                };
                 // SAFETY: a panel of 16.
-                unsafe { simd.store(half.as_mut_ptr(), math::gelu(simd, simd.load(half.as_ptr()))) };
+                unsafe { simd.store(gate.as_mut_ptr(), gated) };
+            }
+            Finish::Gelu | Finish::SquaredRelu => {
+                for half in acc.chunks_exact_mut(PANEL) {
+                    // SAFETY: a panel of 16.
+                    let x = unsafe { simd.load(half.as_ptr()) };
+                    let y = if matches!(self.product.finish, Finish::Gelu) {
+                        math::gelu(simd, x)
+                    } else {
+                        let positive = simd.max(x, simd.splat(0.0));
+                        simd.mul(positive, positive)
+                    };
+                    // SAFETY: as above.
+                    unsafe { simd.store(half.as_mut_ptr(), y) };
+                }
             }
         }
     }
@@ -573,11 +610,11 @@ impl Units<'_> {
     #[inline(always)]
     fn write<S: Simd>(&self, simd: S, row: usize, unit: &Unit, acc: &[f32]) {
         let projections = self.product.projections;
-        let written = if matches!(self.product.finish, Finish::SwiGlu) { 1 } else { PAIR };
+        let written = if self.product.finish.is_gated() { 1 } else { PAIR };
         for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact(PANEL)).take(written) {
             let before: usize = match self.product.finish {
                 Finish::Concat => projections[..panel.projection].iter().map(|p| p.matrix.rows).sum(),
-                Finish::Add(_) | Finish::SwiGlu | Finish::Gelu => 0,
+                _ => 0,
             };
             let at = row * self.product.width() + before + panel.first;
             // SAFETY: every column of every row belongs to one unit, and `run` waits for all of them; a panel has 16 numbers.

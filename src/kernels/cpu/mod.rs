@@ -12,6 +12,7 @@ mod avx2;
 mod avx512;
 mod dot;
 pub mod elementwise;
+pub mod experts;
 pub mod floats;
 mod gemm;
 mod integer;
@@ -21,6 +22,7 @@ pub mod matrix;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod quantize;
+pub mod routing;
 pub mod sample;
 pub mod scalar;
 pub mod simd;
