@@ -147,6 +147,7 @@ impl DenseConfig {
             },
             logit_scale: 1.0,
             logit_cap: None,
+            predicts_ahead: false,
             wrapped: scope.wrapped,
             max_positions: self.rope.max_positions(),
             context: scope.context,

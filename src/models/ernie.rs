@@ -14,8 +14,9 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
         let attention = &mut layer.attention;
         (attention.qkv_bias, attention.output_bias) = (bias, bias);
         attention.rope = Some((dense.rope.clone().traditional(), attention.head_dim));
-        let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward;
-        mlp.bias = bias;
+        if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
+            mlp.bias = bias;
+        }
     }
     Ok(spec)
 }

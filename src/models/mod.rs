@@ -7,17 +7,22 @@ mod ernie;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod glm4_moe;
+mod gpt_oss;
 mod granite;
 mod hunyuan;
 mod kind;
 mod llama;
+mod minimax;
 mod ministral3;
 mod mistral;
+mod mixtral;
 mod null;
 mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod seed_oss;
 mod smollm3;
 
@@ -125,6 +130,12 @@ const ARCHITECTURES: &[Architecture] = &[
         models: "Gemma 3, and the text part of those that see",
         declare: gemma3::declare,
     },
+    Architecture { model_type: "glm4_moe", models: "GLM-4.5, GLM-4.6", declare: glm4_moe::declare },
+    Architecture {
+        model_type: "gpt_oss",
+        models: "gpt-oss 20B and 120B, as published or in MLX format",
+        declare: gpt_oss::declare,
+    },
     Architecture { model_type: "granite", models: "Granite 3 and 4, dense", declare: granite::declare },
     Architecture { model_type: "hunyuan_v1_dense", models: "Hunyuan, dense", declare: hunyuan::declare },
     Architecture {
@@ -132,16 +143,23 @@ const ARCHITECTURES: &[Architecture] = &[
         models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`",
         declare: llama::declare,
     },
+    Architecture { model_type: "minimax", models: "MiniMax-M2", declare: minimax::declare },
     Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
     Architecture {
         model_type: "mistral",
         models: "Mistral, with its sliding window where the config has one; also in `mistral3`",
         declare: mistral::declare,
     },
+    Architecture { model_type: "mixtral", models: "Mixtral", declare: mixtral::declare },
     Architecture { model_type: "olmo3", models: "OLMo 3", declare: olmo3::declare },
     Architecture { model_type: "phi3", models: "Phi-3, Phi-4", declare: phi3::declare },
     Architecture { model_type: "qwen2", models: "Qwen2, Qwen2.5", declare: qwen2::declare },
     Architecture { model_type: "qwen3", models: "Qwen3, dense", declare: qwen3::declare },
+    Architecture {
+        model_type: "qwen3_moe",
+        models: "Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder",
+        declare: qwen3_moe::declare,
+    },
     Architecture { model_type: "seed_oss", models: "Seed-OSS", declare: seed_oss::declare },
     Architecture { model_type: "smollm3", models: "SmolLM3", declare: smollm3::declare },
 ];
@@ -207,7 +225,7 @@ impl Plan {
         let keys = |layer: &LayerSpec| layer.attention.kv_heads * layer.attention.head_dim;
         let widest = |layer: &LayerSpec| {
             let queries = layer.attention.heads * layer.attention.head_dim;
-            2 * queries + 2 * keys(layer) + 3 * layer.feed_forward.inner()
+            2 * queries + 2 * keys(layer) + layer.feed_forward.row_numbers(spec.hidden)
         };
         Self {
             cached_numbers: spec.layers.iter().map(|layer| 2 * keys(layer)).sum(),

@@ -13,8 +13,9 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     for layer in &mut spec.layers {
         layer.attention.fused = true;
         layer.attention.rope = Some((dense.rope.clone(), dims));
-        let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward;
-        mlp.fused = true;
+        if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
+            mlp.fused = true;
+        }
     }
     Ok(spec)
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use mlx_rs::Array;
 
 use super::{
-    Attention, AttentionSpec, Embedding, GatedMlp, GatedSpec, Gathers, Linear, Norm, NormKind, PagedIndex, RmsNorm,
+    Attention, AttentionSpec, Embedding, Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, Linear, Norm, NormKind,
+    PagedIndex, RmsNorm,
 };
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::{Error, Result};
@@ -65,6 +66,8 @@ pub struct DecoderSpec {
     pub logit_scale: f32,
     /// Logits become `cap * tanh(logit / cap)`, after they were multiplied.
     pub logit_cap: Option<f32>,
+    /// Whether the checkpoint may have layers behind the last that draw several tokens at once; they are left out.
+    pub predicts_ahead: bool,
     /// Whether the checkpoint has parts that are not the language model's; they are left out.
     pub wrapped: bool,
     /// Positions the engine serves.
@@ -129,19 +132,31 @@ pub struct LayerSpec {
 pub enum FeedForwardSpec {
     /// One gated network for all tokens.
     Gated(GatedSpec),
+    /// Several, of which each token passes a few.
+    Experts(ExpertsSpec),
 }
 
 impl FeedForwardSpec {
-    /// Numbers inside that a row has.
+    /// Width inside, of all that a token passes.
     pub fn inner(&self) -> usize {
         match self {
             Self::Gated(spec) => spec.inner,
+            Self::Experts(spec) => spec.per_token * spec.inner,
+        }
+    }
+
+    /// Numbers of a row of width `hidden` that are alive in the layer at the same time.
+    pub fn row_numbers(&self, hidden: usize) -> usize {
+        match self {
+            Self::Gated(spec) => 3 * spec.inner,
+            Self::Experts(spec) => spec.row_numbers(hidden),
         }
     }
 
     fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<FeedForward> {
         Ok(match self {
             Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
+            Self::Experts(spec) => FeedForward::Experts(Experts::load(weights, path, hidden, spec)?),
         })
     }
 }
@@ -149,6 +164,7 @@ impl FeedForwardSpec {
 #[derive(Debug)]
 enum FeedForward {
     Gated(GatedMlp),
+    Experts(Experts),
 }
 
 impl FeedForward {
@@ -156,6 +172,7 @@ impl FeedForward {
     fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
         match self {
             Self::Gated(mlp) => mlp.forward(x, norm, residual),
+            Self::Experts(experts) => experts.forward(x, norm, residual),
         }
     }
 }
@@ -291,6 +308,11 @@ impl Decoder {
         let (prefix, head_prefix) = prefixes(weights);
         if spec.wrapped {
             weights.discard(|name| !name.starts_with(prefix) && !name.starts_with(&format!("{head_prefix}lm_head.")));
+        }
+        if spec.predicts_ahead {
+            let layer =
+                |name: &str| name.strip_prefix(prefix)?.strip_prefix("layers.")?.split('.').next()?.parse().ok();
+            weights.discard(|name| layer(name).is_some_and(|layer: usize| layer >= spec.layers.len()));
         }
         // Old exports carry the rotary tables, and some tied models a copy of their head.
         let tied = head == OutputHead::Tied;

@@ -48,6 +48,8 @@ struct Scaling {
     short_factor: Option<Factors>,
     long_factor: Option<Factors>,
     partial_rotary_factor: Option<f32>,
+    /// Whether the ends of YaRN's ramp are whole dimensions; they are, unless this says no.
+    truncate: Option<bool>,
 }
 
 /// Rotates the first `dims` of every head by angles that grow with the token's position.
@@ -178,8 +180,12 @@ fn yarn(dims: usize, theta: f32, scaling: &Scaling) -> Result<(Vec<f32>, f32)> {
     let original = scaling.original_max_position_embeddings.unwrap_or(4096) as f32;
     let dimension_of =
         |rotations: f32| dims as f32 * (original / (rotations * 2.0 * std::f32::consts::PI)).ln() / (2.0 * theta.ln());
-    let low = dimension_of(scaling.beta_fast.unwrap_or(32.0)).floor().max(0.0);
-    let mut high = dimension_of(scaling.beta_slow.unwrap_or(1.0)).ceil().min(dims as f32 - 1.0);
+    let (mut low, mut high) =
+        (dimension_of(scaling.beta_fast.unwrap_or(32.0)), dimension_of(scaling.beta_slow.unwrap_or(1.0)));
+    if scaling.truncate != Some(false) {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(dims as f32 - 1.0));
     if high == low {
         high += 0.001;
     }

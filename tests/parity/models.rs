@@ -33,21 +33,16 @@ const EIGHT_BIT: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 const AWAITED: &[&str] = &[
     "deepseek_v3",
     "gemma4_text",
-    "glm4_moe",
     "glm4_moe_lite",
-    "gpt_oss",
     "granitemoehybrid",
     "lfm2",
     "lfm2_moe",
     "llama4",
     "llama4_text",
-    "minimax",
-    "mixtral",
     "nemotron_h",
     "qwen2_moe",
     "qwen3_5",
     "qwen3_5_moe",
-    "qwen3_moe",
     "qwen3_next",
 ];
 
