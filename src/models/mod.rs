@@ -21,6 +21,7 @@ mod null;
 mod olmo3;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
 mod seed_oss;
@@ -154,6 +155,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "olmo3", models: "OLMo 3", declare: olmo3::declare },
     Architecture { model_type: "phi3", models: "Phi-3, Phi-4", declare: phi3::declare },
     Architecture { model_type: "qwen2", models: "Qwen2, Qwen2.5", declare: qwen2::declare },
+    Architecture { model_type: "qwen2_moe", models: "Qwen1.5-MoE, Qwen2-57B-A14B", declare: qwen2_moe::declare },
     Architecture { model_type: "qwen3", models: "Qwen3, dense", declare: qwen3::declare },
     Architecture {
         model_type: "qwen3_moe",

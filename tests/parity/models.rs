@@ -40,7 +40,6 @@ const AWAITED: &[&str] = &[
     "llama4",
     "llama4_text",
     "nemotron_h",
-    "qwen2_moe",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_next",
