@@ -35,7 +35,7 @@ pub use kind::ModelKind;
 
 use crate::cache::KvLayout;
 use crate::config::ModelConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::nn::{Decoder, DecoderSpec, LayerSpec, Step};
 use crate::weights::Weights;
 
@@ -186,9 +186,16 @@ fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     (found.declare)(config, scope)
 }
 
-/// Whether this build can load what `config` describes; the error says what it lacks, or lists the known architectures.
+/// Whether this build has what `config` describes; the error says what it lacks, or lists the known architectures. A config that is
+/// damaged is an error when it is loaded.
 pub fn check_supported(config: &ModelConfig) -> Result<()> {
-    if null::is_named(config) { Ok(()) } else { declare(config, &Scope::whole(config, 1)).map(|_| ()) }
+    if null::is_named(config) {
+        return Ok(());
+    }
+    match declare(config, &Scope::whole(config, 1)) {
+        Err(error) if error.status() == Status::Unsupported => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The context of a model: what its config declares, or `limit` if that is smaller.
