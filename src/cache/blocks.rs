@@ -2,7 +2,8 @@
 //!
 //! A block is *free* (nothing worth keeping), *used* (somebody holds references) or *cached* (nobody does, but the
 //! prefix index knows its content). Free blocks are handed out lowest id first, so that a pool can shrink from its
-//! end; then cached ones, the longest unused first.
+//! end; then cached ones, the longest unused first. Those that a sequence has left behind its window go before all others,
+//! unless somebody has found them: a long prompt does not drive out the windows at the ends of others.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,17 +15,22 @@ pub type BlockId = u32;
 pub struct BlockPool<T> {
     blocks: Vec<Block<T>>,
     free: BTreeSet<BlockId>,
-    /// Cached blocks by the time of their last use.
-    cached: BTreeMap<u64, BlockId>,
+    /// Cached blocks in the order in which they go.
+    cached: BTreeMap<Rank, BlockId>,
     clock: u64,
 }
+
+/// Whether a block goes later than those that were left behind, and the time of its last use.
+type Rank = (bool, u64);
 
 #[derive(Debug)]
 struct Block<T> {
     references: u32,
     content: Option<T>,
+    /// Somebody has found what it holds.
+    found: bool,
     /// Key in `cached` while the block is there.
-    last_use: u64,
+    rank: Rank,
 }
 
 /// How many blocks are in which state.
@@ -72,7 +78,8 @@ impl<T: Copy> BlockPool<T> {
                 (id, self.block(id).content.take())
             }
         };
-        self.block(id).references = 1;
+        let block = self.block(id);
+        (block.references, block.found) = (1, false);
         Some((id, evicted))
     }
 
@@ -80,20 +87,32 @@ impl<T: Copy> BlockPool<T> {
     pub fn retain(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];
         if block.references == 0 {
-            let was = self.cached.remove(&block.last_use);
+            let was = self.cached.remove(&block.rank);
             debug_assert_eq!(was, Some(id), "a free block has nothing to hold on to");
         }
         block.references += 1;
+        block.found = true;
     }
 
     /// One reference less. Without any the block is cached if its content is known, and free otherwise.
     ///
     /// Of several blocks of a sequence the last one should be released first: it is of use only with those before it.
     pub fn release(&mut self, id: BlockId) {
+        self.release_as(id, true);
+    }
+
+    /// The same for a block that its sequence needs no more although it goes on: of less use than others, unless somebody
+    /// has found it.
+    pub fn leave(&mut self, id: BlockId) {
+        let found = self.blocks[id as usize].found;
+        self.release_as(id, found);
+    }
+
+    fn release_as(&mut self, id: BlockId, later: bool) {
         let block = &mut self.blocks[id as usize];
         block.references = block.references.checked_sub(1).expect("a reference for every release");
         if block.references == 0 {
-            self.settle(id);
+            self.settle(id, later);
         }
     }
 
@@ -118,14 +137,14 @@ impl<T: Copy> BlockPool<T> {
         let block = self.block(id);
         block.content = None;
         if block.references == 0 {
-            let last_use = block.last_use;
-            if self.cached.remove(&last_use).is_some() {
-                self.settle(id);
+            let rank = block.rank;
+            if self.cached.remove(&rank).is_some() {
+                self.free.insert(id);
             }
         }
     }
 
-    /// All cached blocks, the longest unused first.
+    /// All cached blocks, in the order in which they go.
     pub fn cached(&self) -> impl Iterator<Item = BlockId> {
         self.cached.values().copied()
     }
@@ -133,7 +152,7 @@ impl<T: Copy> BlockPool<T> {
     /// More blocks exist.
     pub fn grow(&mut self, capacity: usize) {
         for id in self.capacity()..capacity {
-            self.blocks.push(Block { references: 0, content: None, last_use: 0 });
+            self.blocks.push(Block { references: 0, content: None, found: false, rank: (true, 0) });
             self.free.insert(id as BlockId);
         }
     }
@@ -155,14 +174,14 @@ impl<T: Copy> BlockPool<T> {
     }
 
     /// Puts a block without references where it belongs.
-    fn settle(&mut self, id: BlockId) {
+    fn settle(&mut self, id: BlockId, later: bool) {
         if self.block(id).content.is_none() {
             self.free.insert(id);
             return;
         }
         self.clock += 1;
-        let now = self.clock;
-        self.block(id).last_use = now;
-        self.cached.insert(now, id);
+        let rank = (later, self.clock);
+        self.block(id).rank = rank;
+        self.cached.insert(rank, id);
     }
 }

@@ -8,16 +8,8 @@
 use std::collections::HashMap;
 
 use super::blocks::{BlockCounts, BlockId, BlockPool};
+use super::group::GroupKind;
 use super::prefix::{BlockKey, NodeId, PrefixIndex, ROOT};
-
-/// Which tokens' rows the layers of a cache group need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GroupKind {
-    /// All of them.
-    Full,
-    /// The newest ones, as many as this.
-    Window(usize),
-}
 
 /// Rows to copy from one block to another, before a step writes anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +38,11 @@ impl Table {
     /// Places for blocks that it has, in every group.
     pub fn places(&self) -> usize {
         self.groups.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Blocks of a group that it holds.
+    pub fn held(&self, group: usize) -> usize {
+        self.blocks(group).flatten().count()
     }
 
     /// Blocks of a group; `None` where nobody reads the rows any more.
@@ -78,7 +75,10 @@ pub struct Save {
 
 /// Not enough blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shortage;
+pub struct Shortage {
+    /// In this group; others may be short as well.
+    pub group: usize,
+}
 
 /// What becomes of a table's last block when rows are to be written to it.
 #[derive(Debug, Clone, Copy)]
@@ -137,9 +137,14 @@ impl BlockManager {
         self.groups.len()
     }
 
-    /// Blocks that every group can hand out.
-    pub fn available(&self) -> usize {
-        self.groups.iter().map(|group| group.pool.available()).min().unwrap_or(0)
+    /// Which rows a group keeps.
+    pub fn kind(&self, group: usize) -> GroupKind {
+        self.groups[group].kind
+    }
+
+    /// Blocks that a group can hand out.
+    pub fn available(&self, group: usize) -> usize {
+        self.groups[group].pool.available()
     }
 
     /// How many blocks of a group are in which state.
@@ -157,20 +162,19 @@ impl BlockManager {
         self.groups[group].pool.capacity()
     }
 
-    /// More blocks exist in every group.
-    pub fn grow(&mut self, capacity: usize) {
-        self.groups.iter_mut().for_each(|group| group.pool.grow(capacity));
+    /// More blocks exist in a group.
+    pub fn grow(&mut self, group: usize, capacity: usize) {
+        self.groups[group].pool.grow(capacity);
     }
 
-    /// The fewest blocks that lose nothing, over all groups.
-    pub fn least_capacity(&self) -> usize {
-        self.groups.iter().map(|group| group.pool.least_capacity()).max().unwrap_or(0)
+    /// The fewest blocks of a group that lose nothing.
+    pub fn least_capacity(&self, group: usize) -> usize {
+        self.groups[group].pool.least_capacity()
     }
 
-    /// Fewer blocks exist in every group; none that is used or cached is lost.
-    pub fn shrink(&mut self, capacity: usize) {
-        let capacity = capacity.max(self.least_capacity());
-        self.groups.iter_mut().for_each(|group| group.pool.shrink(capacity));
+    /// Fewer blocks exist in a group; none that is used or cached is lost.
+    pub fn shrink(&mut self, group: usize, capacity: usize) {
+        self.groups[group].pool.shrink(capacity);
     }
 
     /// Another step is being planned: what the steps before write is there for it.
@@ -213,13 +217,13 @@ impl BlockManager {
         self.index.unsaved().len()
     }
 
-    /// Rows of `tokens` behind the first `start` (whole blocks) came from another tier.
-    pub fn set_saved(&mut self, tokens: &[u32], start: usize) {
+    /// Rows of a group, of `tokens` behind the first `start` (whole blocks), came from another tier.
+    pub fn set_saved(&mut self, group: usize, tokens: &[u32], start: usize) {
         let mut node = ROOT;
         for (at, block) in tokens.chunks(self.block_tokens).enumerate() {
             let Some(child) = self.index.child(node, block) else { return };
             if at * self.block_tokens >= start {
-                (0..self.groups.len()).for_each(|group| self.index.set_saved(child, group));
+                self.index.set_saved(child, group);
             }
             node = child;
         }
@@ -258,16 +262,17 @@ impl BlockManager {
             return Found { tokens: computed, more_soon: false };
         }
         let path = self.path(table, &tokens[..limit]);
-        let mut end = path.len();
-        while end > 0 && !self.serves(table, &path[..end]) {
-            end -= 1;
+        let path = &path[..self.served(table, &path)];
+        let end = table.indexed + path.len() * self.block_tokens;
+        if !path.is_empty() {
+            for at in 0..self.groups.len() {
+                self.leave(table, at, self.groups[at].kind.first_block(end, self.block_tokens));
+            }
         }
-        for (i, &node) in path[..end].iter().enumerate() {
-            let last = table.indexed + (end - i) * self.block_tokens;
-            let position = table.indexed;
+        for &node in path {
+            let place = table.indexed / self.block_tokens;
             for (at, group) in self.groups.iter_mut().enumerate() {
-                // The last block is kept in any case: the table's place in the index hangs on it.
-                let kept = i + 1 == end || first_position(group.kind, last) < position + self.block_tokens;
+                let kept = place >= group.kind.first_block(end, self.block_tokens);
                 let block = self.index.block(node, at).filter(|_| kept);
                 block.into_iter().for_each(|block| group.pool.retain(block));
                 table.groups[at].push(block);
@@ -325,16 +330,44 @@ impl BlockManager {
         path
     }
 
-    /// Whether every group has the rows that a sequence at the end of `path`, behind `table`, needs.
-    fn serves(&self, table: &Table, path: &[NodeId]) -> bool {
-        let end = table.indexed + path.len() * self.block_tokens;
-        self.groups.iter().enumerate().all(|(at, group)| {
-            let first =
-                (first_position(group.kind, end) / self.block_tokens).min((end / self.block_tokens).saturating_sub(1));
-            let before = table.indexed / self.block_tokens;
-            let own = table.groups[at].iter().skip(first).all(Option::is_some);
-            own && path.iter().skip(first.saturating_sub(before)).all(|&node| self.index.block(node, at).is_some())
-        })
+    /// The most nodes of `path`, behind `table`, at whose end every group has the rows that a sequence there needs.
+    fn served(&self, table: &Table, path: &[NodeId]) -> usize {
+        let before = table.indexed / self.block_tokens;
+        // Of each group: blocks without a gap up to the one at hand.
+        let run = |blocks: &Vec<Option<BlockId>>| blocks.iter().take(before).rev().take_while(|b| b.is_some()).count();
+        let mut runs: Vec<usize> = table.groups.iter().map(run).collect();
+        let mut served = 0;
+        for (i, &node) in path.iter().enumerate() {
+            let blocks = before + i + 1;
+            let mut all = true;
+            for (at, group) in self.groups.iter().enumerate() {
+                runs[at] = if self.index.block(node, at).is_some() { runs[at] + 1 } else { 0 };
+                let first = group.kind.first_block(blocks * self.block_tokens, self.block_tokens);
+                all &= runs[at] >= blocks - first;
+            }
+            served = if all { i + 1 } else { served };
+        }
+        served
+    }
+
+    /// Makes room for rows that come from elsewhere, or for none of them: of `start..end` those that a sequence needs which
+    /// goes on at `end`. `table` has the blocks before `start`, all of them whole.
+    pub fn extend_with_restored(&mut self, table: &mut Table, start: usize, end: usize) -> Result<(), Shortage> {
+        let (start, needed) = (start / self.block_tokens, end.div_ceil(self.block_tokens));
+        let first = |kind: GroupKind| kind.first_block(end, self.block_tokens).max(start);
+        for (at, group) in self.groups.iter().enumerate() {
+            if needed.saturating_sub(first(group.kind)) > group.pool.available() {
+                return Err(Shortage { group: at });
+            }
+        }
+        for at in 0..self.groups.len() {
+            let first = self.groups[at].kind.first_block(end, self.block_tokens);
+            for place in table.groups[at].len()..needed {
+                let block = if place < first { None } else { Some(self.take(at)?) };
+                table.groups[at].push(block);
+            }
+        }
+        Ok(())
     }
 
     /// Makes room for rows `start..end` of a sequence, or for none of them. `start` follows the sequence's last row;
@@ -359,7 +392,7 @@ impl BlockManager {
                 Some(_) if new < available => Tail::Copied,
                 // Nobody else holds it: what is cached there has to go instead.
                 Some(block) if new <= available && group.pool.references(block) == 1 => Tail::Taken,
-                _ => return Err(Shortage),
+                _ => return Err(Shortage { group: at }),
             };
         }
         for (at, shared) in shared.into_iter().enumerate() {
@@ -397,7 +430,7 @@ impl BlockManager {
     }
 
     fn take(&mut self, group: usize) -> Result<BlockId, Shortage> {
-        let (block, evicted) = self.groups[group].pool.take().ok_or(Shortage)?;
+        let (block, evicted) = self.groups[group].pool.take().ok_or(Shortage { group })?;
         if let Some(node) = evicted {
             self.save_before_eviction(node, group);
             self.index.remove_block(node, group);
@@ -495,13 +528,20 @@ impl BlockManager {
     fn leave_window(&mut self, table: &mut Table, start: usize) {
         // The last indexed block stays, as in `find`.
         let last = (table.indexed / self.block_tokens).saturating_sub(1);
-        for (group, blocks) in self.groups.iter_mut().zip(&mut table.groups) {
-            let first = (first_position(group.kind, start) / self.block_tokens).min(last);
-            let first = first.min(blocks.len());
-            for block in blocks[..first].iter_mut().rev() {
-                let Some(block) = block.take() else { break };
-                group.pool.release(block);
-            }
+        for at in 0..self.groups.len() {
+            let first = self.groups[at].kind.first_position(start) / self.block_tokens;
+            self.leave(table, at, first.min(last));
+        }
+    }
+
+    /// Gives back the blocks of a group before the place `first`.
+    fn leave(&mut self, table: &mut Table, group: usize, first: usize) {
+        let blocks = &mut table.groups[group];
+        let first = first.min(blocks.len());
+        // Those before were given back earlier.
+        for block in blocks[..first].iter_mut().rev() {
+            let Some(block) = block.take() else { break };
+            self.groups[group].pool.leave(block);
         }
     }
 
@@ -513,12 +553,12 @@ impl BlockManager {
         }
     }
 
-    /// Forgets what nobody uses and nothing pins; returns how many blocks became free.
-    pub fn clear(&mut self) -> usize {
-        let mut freed = 0;
+    /// Forgets what nobody uses and nothing pins; returns how many blocks of each group became free.
+    pub fn clear(&mut self) -> Vec<usize> {
+        let mut freed = Vec::with_capacity(self.groups.len());
         for at in 0..self.groups.len() {
             let cached: Vec<BlockId> = self.groups[at].pool.cached().collect();
-            freed += cached.len();
+            freed.push(cached.len());
             for block in cached {
                 if let Some(node) = self.groups[at].pool.content(block) {
                     self.groups[at].pool.forget(block);
@@ -550,14 +590,6 @@ impl BlockManager {
             self.groups[group].pool.release(block);
         }
         true
-    }
-}
-
-/// The first position whose rows a token at `position` needs.
-fn first_position(kind: GroupKind, position: usize) -> usize {
-    match kind {
-        GroupKind::Full => 0,
-        GroupKind::Window(window) => (position + 1).saturating_sub(window),
     }
 }
 

@@ -76,9 +76,12 @@ enum Action {
     },
     Clear,
     Grow {
+        group: usize,
         blocks: usize,
     },
-    Shrink,
+    Shrink {
+        group: usize,
+    },
     /// Saves what may be saved, so many runs at most.
     Save {
         runs: usize,
@@ -102,8 +105,8 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         1 => (which.clone(), 0usize..50).prop_map(|(which, tokens)| Action::Pin { which, tokens }),
         1 => which.prop_map(|which| Action::Unpin { which }),
         1 => Just(Action::Clear),
-        1 => (1usize..12).prop_map(|blocks| Action::Grow { blocks }),
-        1 => Just(Action::Shrink),
+        1 => (0usize..3, 1usize..12).prop_map(|(group, blocks)| Action::Grow { group, blocks }),
+        1 => (0usize..3).prop_map(|group| Action::Shrink { group }),
         1 => (1usize..4).prop_map(|runs| Action::Save { runs }),
         3 => (0usize..64).prop_map(|which| Action::Restore { which }),
     ];
@@ -113,7 +116,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 impl Machine {
     fn new(block_tokens: usize, kinds: &[GroupKind], blocks: usize) -> Self {
         let mut manager = BlockManager::new(block_tokens, kinds, [7; 32]);
-        manager.grow(blocks);
+        (0..kinds.len()).for_each(|group| manager.grow(group, blocks));
         manager.save_in_runs_of(3 * block_tokens);
         Self {
             manager,
@@ -182,8 +185,14 @@ impl Machine {
                 self.manager.clear();
                 prop_assert!((0..self.kinds.len()).all(|group| self.manager.counts(group).cached == 0));
             }
-            Action::Grow { blocks } => self.manager.grow(self.manager.capacity(0) + blocks),
-            Action::Shrink => self.manager.shrink(self.manager.least_capacity()),
+            Action::Grow { group, blocks } => {
+                let group = group % self.kinds.len();
+                self.manager.grow(group, self.manager.capacity(group) + blocks);
+            }
+            Action::Shrink { group } => {
+                let group = group % self.kinds.len();
+                self.manager.shrink(group, self.manager.least_capacity(group));
+            }
             Action::Save { runs } => {
                 self.manager.next_step();
                 for _ in 0..*runs {
@@ -225,34 +234,43 @@ impl Machine {
         let block_tokens = self.manager.block_tokens();
         let limit = &tokens[..tokens.len() - 1];
         let from = self.manager.peek(limit) / block_tokens * block_tokens;
-        let groups = 0..self.kinds.len();
-        let is_saved = |end: &usize| groups.clone().all(|at| self.saved.contains(&(at, tokens[..=*end].to_vec())));
-        let end = from + (from..limit.len()).take_while(is_saved).count();
+        // Of a window the rows before the end are enough.
+        let needed = |kind: GroupKind, end: usize| (kind.first_block(end, block_tokens) * block_tokens).max(from)..end;
+        let is_saved = |&end: &usize| {
+            let mut groups = self.kinds.iter().enumerate();
+            groups.all(|(at, &kind)| {
+                needed(kind, end).all(|at_row| self.saved.contains(&(at, tokens[..=at_row].to_vec())))
+            })
+        };
+        let end = (from + 1..=limit.len()).rev().find(is_saved).unwrap_or(from);
         let mut table = self.manager.table();
         let found = self.manager.find(&mut table, tokens, 0, from);
-        let mut copies = Vec::new();
-        let room = end > from && self.manager.extend(&mut table, from, end, &mut copies).is_ok();
-        prop_assert!(found.tokens == from && copies.is_empty());
+        prop_assert_eq!(found.tokens, from);
+        let room = end > from && self.manager.extend_with_restored(&mut table, from, end).is_ok();
         self.save_evicted()?;
         if room {
-            for group in groups {
+            for (group, &kind) in self.kinds.iter().enumerate() {
                 let blocks: Vec<_> = table.blocks(group).collect();
-                for position in from..end {
-                    let block = blocks[position / block_tokens].unwrap_or(BlockId::MAX);
+                for position in needed(kind, end) {
+                    let Some(block) = blocks[position / block_tokens] else {
+                        return Err(TestCaseError::fail("no block for a row that came"));
+                    };
                     self.rows.insert((group, block, position % block_tokens), row(&tokens[..=position]));
                 }
+                let own = blocks[from / block_tokens..].iter().flatten().count();
+                prop_assert_eq!(own, needed(kind, end).len().div_ceil(block_tokens), "blocks that no row comes to");
             }
             let unsaved = self.manager.unsaved();
             self.manager.index_tail(&mut table, &tokens[..end], end);
-            self.manager.set_saved(&tokens[..end], from);
+            for (group, &kind) in self.kinds.iter().enumerate() {
+                self.manager.set_saved(group, &tokens[..end], needed(kind, end).start);
+            }
             prop_assert!(self.manager.unsaved() <= unsaved, "restored rows would be saved again");
             self.restored += end - from;
         }
         self.manager.release(table);
         self.manager.next_step();
-        if room && self.kinds == [GroupKind::Full] {
-            prop_assert!(self.manager.peek(limit) >= end);
-        }
+        prop_assert!(!room || self.manager.peek(limit) >= end, "what was brought is not found");
         Ok(())
     }
 
@@ -270,6 +288,15 @@ impl Machine {
             let (start, end) = (*computed, known.len().min(*computed + tokens));
             if found.more_soon || start == end || self.manager.extend(table, start, end, &mut copies).is_err() {
                 continue;
+            }
+            for (group, kind) in self.kinds.iter().enumerate() {
+                let most = kind.most_blocks(end, end - start, self.manager.block_tokens());
+                prop_assert!(
+                    table.held(group) <= most,
+                    "{:?} holds {} blocks for {start}..{end}",
+                    kind,
+                    table.held(group)
+                );
             }
             tokens -= end - start;
             *computed = end;
@@ -317,7 +344,7 @@ impl Machine {
             let sequence = &self.sequences[*at];
             for (group, kind) in self.kinds.iter().enumerate() {
                 let blocks: Vec<_> = sequence.table.blocks(group).map(|block| block.unwrap_or(BlockId::MAX)).collect();
-                for position in first_position(*kind, *start)..*end {
+                for position in kind.first_position(*start)..*end {
                     let block_tokens = self.manager.block_tokens();
                     let found = self.rows.get(&(group, blocks[position / block_tokens], position % block_tokens));
                     let expected = row(&sequence.tokens[..=position]);
@@ -375,6 +402,7 @@ fn groups() -> impl Strategy<Value = Vec<GroupKind>> {
         Just(vec![GroupKind::Full]),
         (1usize..20).prop_map(|window| vec![GroupKind::Full, GroupKind::Window(window)]),
         (1usize..20).prop_map(|window| vec![GroupKind::Window(window)]),
+        (1usize..20, 1usize..20).prop_map(|(one, other)| vec![GroupKind::Window(one), GroupKind::Window(other)]),
     ]
 }
 
@@ -536,3 +564,6 @@ fn keys_name_the_tokens_and_the_model() {
     assert_ne!(key([1; 32], &[&[1, 2]]), key([2; 32], &[&[1, 2]]));
     assert_ne!(key([1; 32], &[&[1, 2], &[3]]), key([1; 32], &[&[1, 2, 3]]));
 }
+
+#[path = "manager_window_tests.rs"]
+mod windows;

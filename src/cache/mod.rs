@@ -2,15 +2,18 @@
 
 pub mod blocks;
 pub mod fingerprint;
+pub mod group;
 pub mod hot;
 pub mod manager;
 mod pages;
 pub mod prefix;
 pub mod rows;
+pub mod share;
 pub mod spans;
 pub mod ssd;
 mod transfer;
 
 pub use blocks::{BlockCounts, BlockId};
-pub use manager::{BlockCopy, BlockManager, GroupKind, Save, Table};
-pub use pages::{KvLayout, Pages, Writes, copy_places, place};
+pub use group::GroupKind;
+pub use manager::{BlockCopy, BlockManager, Save, Table};
+pub use pages::{KvLayout, LayerLayout, Pages, Writes, copy_places, place};

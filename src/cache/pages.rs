@@ -8,11 +8,13 @@
 //! [`Pages::append`] makes a new array in the place of the old one, in place as long as nothing outside this type keeps a
 //! handle across a step.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use mlx_rs::{Array, Dtype};
 
-use super::manager::{BlockCopy, GroupKind};
+use super::group::GroupKind;
+use super::manager::BlockCopy;
 use crate::error::{Error, Result};
 use crate::kernels::gpu::{Order, Pool};
 use crate::kernels::{Backend, Placement};
@@ -22,21 +24,61 @@ use crate::mlx;
 const SPARE: usize = 1;
 
 /// What one token of a sequence stores.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayout {
-    /// The cache group of every layer.
+    /// The cache groups: all layers of a group have the same tokens' rows.
     pub groups: Vec<GroupKind>,
-    /// `(heads, width)` of keys and of values in each layer; all are in group 0.
-    pub layers: Vec<(usize, usize)>,
+    /// What the layers store, first to last.
+    pub layers: Vec<LayerLayout>,
     /// Type of keys and values; that of the model's weights.
     pub dtype: Dtype,
 }
 
+/// What one token stores in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerLayout {
+    /// The layer's cache group.
+    pub group: usize,
+    /// Heads and width of keys.
+    pub keys: (usize, usize),
+    /// Heads and width of values.
+    pub values: (usize, usize),
+}
+
+impl LayerLayout {
+    /// Numbers of a token.
+    fn numbers(&self) -> usize {
+        self.keys.0 * self.keys.1 + self.values.0 * self.values.1
+    }
+}
+
 impl KvLayout {
+    /// Layers given by the rows that they need, and heads and width of their keys and of their values. Layers that need the
+    /// same rows are one group.
+    pub fn new(layers: &[(GroupKind, (usize, usize), (usize, usize))], dtype: Dtype) -> Self {
+        let groups: BTreeSet<GroupKind> = layers.iter().map(|layer| layer.0).collect();
+        let groups: Vec<GroupKind> = groups.into_iter().collect();
+        let layer = |&(kind, keys, values)| {
+            let group = groups.iter().position(|&group| group == kind).unwrap_or(0);
+            LayerLayout { group, keys, values }
+        };
+        let layers = layers.iter().map(layer).collect();
+        Self { groups, layers, dtype }
+    }
+
     /// Bytes of one token's rows in all layers.
     pub fn token_bytes(&self) -> usize {
-        let numbers: usize = self.layers.iter().map(|(heads, width)| 2 * heads * width).sum();
-        numbers * mlx::item_size(self.dtype)
+        (0..self.groups.len()).map(|group| self.group_token_bytes(group)).sum()
+    }
+
+    /// The same in the layers of a group.
+    pub fn group_token_bytes(&self, group: usize) -> usize {
+        self.group_token_numbers(group) * mlx::item_size(self.dtype)
+    }
+
+    /// Numbers instead of bytes.
+    pub fn group_token_numbers(&self, group: usize) -> usize {
+        self.layers.iter().filter(|layer| layer.group == group).map(LayerLayout::numbers).sum()
     }
 }
 
@@ -46,6 +88,13 @@ struct LayerPool {
     values: Array,
     /// Of the GPU kernels that use the two, since the first one has.
     order: Option<Order>,
+}
+
+impl LayerPool {
+    /// Bytes of keys and of values.
+    fn bytes(&self) -> (usize, usize) {
+        (self.keys.nbytes(), self.values.nbytes())
+    }
 }
 
 /// The pool arrays of a model.
@@ -58,10 +107,10 @@ pub struct Pages {
     layers: Vec<Option<LayerPool>>,
     /// Which of them each layer of the model has, where some have the same.
     shared: Option<Vec<usize>>,
-    /// Blocks that all layers have, the spare one aside.
-    capacity: usize,
-    /// What it will be, and the arrays that still have to get there: keys and values in turn, layer by layer.
-    resize: Option<(usize, Range<usize>)>,
+    /// Blocks that all layers of each group have, the spare one aside.
+    capacities: Vec<usize>,
+    /// What they will be, and the arrays that still have to get there: keys and values in turn, layer by layer.
+    resize: Option<(Vec<usize>, Range<usize>)>,
 }
 
 impl Pages {
@@ -69,10 +118,11 @@ impl Pages {
     /// kernels, which do not look at it, and zeros elsewhere: a masked row must be finite there.
     pub fn new(backend: Backend, layout: &KvLayout, block_tokens: usize) -> Result<Self> {
         let layers = vec![(); layout.layers.len()].into_iter().map(|()| None).collect();
-        let layout = layout.clone();
-        let mut pages = Self { backend, layout, block_tokens, layers, shared: None, capacity: 0, resize: None };
+        let (layout, capacities) = (layout.clone(), vec![0; layout.groups.len()]);
+        let mut pages = Self { backend, layout, block_tokens, layers, shared: None, capacities, resize: None };
         for layer in 0..pages.layers.len() {
-            let pool = LayerPool { keys: pages.empty(layer, 0)?, values: pages.empty(layer, 0)?, order: None };
+            let (keys, values) = (pages.empty(layer, false, 0)?, pages.empty(layer, true, 0)?);
+            let pool = LayerPool { keys, values, order: None };
             mlx_rs::transforms::eval([&pool.keys, &pool.values])?;
             pages.layers[layer] = Some(pool);
         }
@@ -80,19 +130,21 @@ impl Pages {
     }
 
     /// Pools of `blocks` blocks for sequences that pass the model in one go: layers of the same shape share theirs, because
-    /// none reads what another has written.
+    /// none reads what another has written. There is one group: nothing goes before the sequences end.
     pub fn shared(backend: Backend, layout: &KvLayout, block_tokens: usize, blocks: usize) -> Result<Self> {
-        let mut shapes: Vec<(usize, usize)> = Vec::new();
-        let pools = layout.layers.iter().map(|shape| {
-            shapes.iter().position(|known| known == shape).unwrap_or_else(|| {
-                shapes.push(*shape);
+        let mut shapes: Vec<LayerLayout> = Vec::new();
+        let pools = layout.layers.iter().map(|layer| {
+            let shape = LayerLayout { group: 0, ..*layer };
+            shapes.iter().position(|known| *known == shape).unwrap_or_else(|| {
+                shapes.push(shape);
                 shapes.len() - 1
             })
         });
         let pools = pools.collect();
-        let mut pages = Self::new(backend, &KvLayout { layers: shapes, ..layout.clone() }, block_tokens)?;
+        let layout = KvLayout { groups: vec![GroupKind::Full], layers: shapes, dtype: layout.dtype };
+        let mut pages = Self::new(backend, &layout, block_tokens)?;
         pages.shared = Some(pools);
-        pages.resize(blocks);
+        pages.resize(&[blocks]);
         pages.resize_all()?;
         Ok(pages)
     }
@@ -112,14 +164,19 @@ impl Pages {
         self.block_tokens
     }
 
-    /// Blocks that every layer has.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// The cache group of `layer`.
+    pub fn group(&self, layer: usize) -> usize {
+        self.layout.layers[self.pool_of(layer)].group
     }
 
-    /// Bytes of a block in all layers.
-    pub fn block_bytes(&self) -> usize {
-        self.layout.token_bytes() * self.block_tokens
+    /// Blocks that every layer of each group has.
+    pub fn capacities(&self) -> &[usize] {
+        &self.capacities
+    }
+
+    /// Bytes of a block in all layers of a group.
+    pub fn block_bytes(&self, group: usize) -> usize {
+        self.layout.group_token_bytes(group) * self.block_tokens
     }
 
     /// Bytes of all arrays.
@@ -127,11 +184,17 @@ impl Pages {
         self.layers.iter().flatten().map(|pool| pool.keys.nbytes() + pool.values.nbytes()).sum()
     }
 
-    /// Bytes of all arrays while they become as large as `capacity` blocks need.
-    pub fn bytes_to_hold(&self, capacity: usize) -> usize {
-        let bytes = (capacity + SPARE) * self.block_bytes();
+    /// Bytes of all arrays while the groups become as large as `capacities` blocks need.
+    pub fn bytes_to_hold(&self, capacities: &[usize]) -> usize {
+        let sizes = capacities.iter().zip(&self.capacities).enumerate();
+        let bytes: usize = sizes.map(|(group, (new, old))| (new.max(old) + SPARE) * self.block_bytes(group)).sum();
         // The old one of what is replaced at a time.
-        bytes + bytes.min(self.bytes()) / (2 * self.layers.len()).max(1) * self.at_a_time()
+        let replaced = |(layout, pool): (&LayerLayout, &Option<LayerPool>)| {
+            let changes = capacities[layout.group] != self.capacities[layout.group];
+            let (keys, values) = pool.as_ref().filter(|_| changes).map_or((0, 0), LayerPool::bytes);
+            if self.at_a_time() == 1 { keys.max(values) } else { keys + values }
+        };
+        bytes + self.layout.layers.iter().zip(&self.layers).map(replaced).max().unwrap_or(0)
     }
 
     /// Arrays that are resized together.
@@ -139,14 +202,13 @@ impl Pages {
         if matches!(self.backend, Backend::Cpu(_)) { 1 } else { 2 }
     }
 
-    /// Begins to change the number of blocks; [`resize_part`](Self::resize_part) does it. What is behind a smaller number is
-    /// lost.
-    pub fn resize(&mut self, capacity: usize) {
+    /// Begins to change the number of blocks of each group; [`resize_part`](Self::resize_part) does it. What is behind a
+    /// smaller number is lost.
+    pub fn resize(&mut self, capacities: &[usize]) {
         // A layer that is there already is not touched again.
-        self.resize = (capacity != self.capacity).then(|| (capacity, 0..2 * self.layers.len()));
-        if capacity < self.capacity {
-            self.capacity = capacity;
-        }
+        let changes = capacities != self.capacities;
+        self.resize = changes.then(|| (capacities.to_vec(), 0..2 * self.layers.len()));
+        self.capacities.iter_mut().zip(capacities).for_each(|(now, &new)| *now = new.min(*now));
     }
 
     /// Whether there is more to be resized.
@@ -158,16 +220,24 @@ impl Pages {
     /// others. Returns whether more are to follow. New blocks may be used when none is left.
     pub fn resize_part(&mut self) -> Result<bool> {
         let arrays = self.at_a_time();
-        let Some((capacity, left)) = &mut self.resize else { return Ok(false) };
-        let capacity = *capacity;
-        let part: Vec<usize> = left.take(arrays).collect();
-        let more = left.start < left.end;
+        let Some((capacities, mut left)) = self.resize.take() else { return Ok(false) };
+        // Those that stay as they are take no time.
+        let stays = |array: usize| {
+            let blocks = capacities[self.layout.layers[array / 2].group] + SPARE;
+            self.layers[array / 2]
+                .as_ref()
+                .is_some_and(|pool| pool.keys.dim(0) as usize == blocks && pool.values.dim(0) as usize == blocks)
+        };
+        let part: Vec<usize> = left.by_ref().filter(|&array| !stays(array)).take(arrays).collect();
+        let more = left.clone().any(|array| !stays(array));
+        self.resize = Some((capacities.clone(), left));
         for array in part {
             let (layer, values) = (array / 2, array % 2 == 1);
             let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
             // MLX does not see what the kernels write.
             pool.order.iter().try_for_each(Order::wait)?;
-            let new = self.resized(layer, if values { &pool.values } else { &pool.keys }, capacity)?;
+            let capacity = capacities[self.layout.layers[layer].group];
+            let new = self.resized(layer, values, capacity)?;
             // Waited for: two arrays on their way would be two arrays of extra memory.
             mlx_rs::transforms::eval([&new])?;
             if let Some(pool) = &mut self.layers[layer] {
@@ -175,7 +245,7 @@ impl Pages {
             }
         }
         if !more {
-            self.capacity = capacity;
+            self.capacities = capacities;
             self.resize = None;
         }
         Ok(more)
@@ -188,12 +258,14 @@ impl Pages {
     }
 
     /// A copy of keys or values with another number of blocks.
-    fn resized(&self, layer: usize, old: &Array, capacity: usize) -> Result<Array> {
+    fn resized(&self, layer: usize, values: bool, capacity: usize) -> Result<Array> {
+        let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
+        let old = if values { &pool.values } else { &pool.keys };
         match &self.backend {
             Backend::Cpu(cpu) => cpu.resize_rows(old, capacity + SPARE),
             Backend::Mlx | Backend::Gpu(_) => {
                 let kept = (capacity + SPARE).min(old.dim(0) as usize);
-                mlx::write_rows(self.empty(layer, capacity)?, &mlx::rows(old, 0, kept)?, 0, kept)
+                mlx::write_rows(self.empty(layer, values, capacity)?, &mlx::rows(old, 0, kept)?, 0, kept)
             }
         }
     }
@@ -261,8 +333,9 @@ impl Pages {
         self.layers.iter().flatten().flat_map(|pool| [&pool.keys, &pool.values])
     }
 
-    fn empty(&self, layer: usize, capacity: usize) -> Result<Array> {
-        let (heads, width) = self.layout.layers[layer];
+    fn empty(&self, layer: usize, values: bool, capacity: usize) -> Result<Array> {
+        let LayerLayout { keys, values: of_values, .. } = self.layout.layers[layer];
+        let (heads, width) = if values { of_values } else { keys };
         zeros(&[capacity + SPARE, self.block_tokens, heads, width], self.layout.dtype)
     }
 }
@@ -310,9 +383,10 @@ pub fn place(block: u32) -> u32 {
     block + SPARE as u32
 }
 
-/// Places in the arrays that `copies` go from and to.
-pub fn copy_places(copies: &[BlockCopy]) -> Vec<(u32, u32)> {
-    copies.iter().map(|copy| (place(copy.from), place(copy.to))).collect()
+/// Places in the arrays that those of `copies` go from and to which are in a group.
+pub fn copy_places(copies: &[BlockCopy], group: usize) -> Vec<(u32, u32)> {
+    let own = copies.iter().filter(|copy| copy.group == group);
+    own.map(|copy| (place(copy.from), place(copy.to))).collect()
 }
 
 fn zeros(shape: &[usize], dtype: Dtype) -> Result<Array> {
@@ -330,10 +404,9 @@ mod tests {
     const BLOCK_TOKENS: usize = 8;
 
     fn pages(backend: Backend, layers: usize, width: usize, blocks: usize) -> Result<Pages> {
-        let layout =
-            KvLayout { groups: vec![GroupKind::Full], layers: vec![(1, width); layers], dtype: Dtype::Float32 };
+        let layout = KvLayout::new(&vec![(GroupKind::Full, (1, width), (1, width)); layers], Dtype::Float32);
         let mut pages = Pages::new(backend, &layout, BLOCK_TOKENS)?;
-        pages.resize(blocks);
+        pages.resize(&[blocks]);
         pages.resize_all()?;
         Ok(pages)
     }
@@ -396,9 +469,9 @@ mod tests {
             // Block 2 is copied to 1 and overwritten in the same step.
             append(&mut pages, writes(vec![(2, 1)], slots(2, 0..2)), &rows(50, 2))?;
             for blocks in [9, 2] {
-                pages.resize(blocks);
+                pages.resize(&[blocks]);
                 pages.resize_all()?;
-                assert_eq!((pages.capacity(), pages.is_resizing()), (blocks, false));
+                assert_eq!((pages.capacities(), pages.is_resizing()), (&[blocks][..], false));
             }
             for layer in 0..2 {
                 let (keys, values) = pages.layer(layer)?;
@@ -412,6 +485,49 @@ mod tests {
                 assert_eq!(host(&values.negative()?, 1)?, expected);
                 let overwritten: Vec<f32> = (200..208).chain(8..20).map(|i| i as f32).collect();
                 assert_eq!(host(keys, 2)?, overwritten);
+            }
+            Ok(())
+        });
+    }
+
+    /// Groups have sizes of their own, and layers keys and values of their own widths; what is resized is no more than that.
+    #[test]
+    fn groups_are_resized_apart() {
+        on_cpu(|| {
+            let (full, window) = (GroupKind::Full, GroupKind::Window(9));
+            let layers = [(window, (2, 4), (1, 6)), (full, (1, 4), (1, 4)), (window, (2, 4), (1, 6))];
+            let layout = KvLayout::new(&layers, Dtype::Float32);
+            assert_eq!(
+                (&layout.groups[..], layout.layers[0].group, layout.layers[1].group),
+                (&[full, window][..], 1, 0)
+            );
+            let mut pages = Pages::new(Backend::Cpu(Cpu::new(Some(1), Precision::Exact)), &layout, BLOCK_TOKENS)?;
+            let block = BLOCK_TOKENS * 4;
+            assert_eq!((pages.block_bytes(0), pages.block_bytes(1)), (8 * block, 2 * 14 * block));
+            assert_eq!(pages.bytes(), (8 + 28) * block);
+            let places = |pages: &Pages| -> Vec<*const f32> {
+                pages.arrays().map(|pool| pool.try_as_slice::<f32>().unwrap().as_ptr()).collect()
+            };
+            for capacities in [[10, 3], [20, 3], [20, 7], [5, 1]] {
+                let before = (pages.capacities().to_vec(), places(&pages));
+                let (expected, most) = (pages.bytes_to_hold(&capacities), pages.bytes());
+                pages.resize(&capacities);
+                let (mut parts, mut peak) = (1, 0);
+                while pages.resize_part()? {
+                    parts += 1;
+                    peak = peak.max(pages.bytes());
+                }
+                let changed = [1, 2].iter().zip(capacities.iter().zip(&before.0)).filter(|(_, (new, old))| new != old);
+                assert_eq!(parts, changed.map(|(layers, _)| 2 * layers).sum::<usize>(), "{capacities:?}");
+                assert_eq!(pages.capacities(), capacities);
+                assert_eq!(pages.bytes(), (capacities[0] + 1) * 8 * block + (capacities[1] + 1) * 28 * block);
+                assert!(
+                    expected > pages.bytes().max(most).max(peak),
+                    "the array that is replaced is not reckoned with"
+                );
+                if capacities[1] == before.0[1] {
+                    assert_eq!(places(&pages)[..2], before.1[..2], "a pool of the other group was copied");
+                }
             }
             Ok(())
         });

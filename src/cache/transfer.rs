@@ -22,9 +22,8 @@ impl Pages {
             Dtype::Bfloat16 => RowType::Bf16,
             _ => return None,
         };
-        // All layers are in the first group.
-        let layers = layout.layers.iter().enumerate().filter(|_| group == 0);
-        let layers = layers.map(|(layer, &rows)| LayerRows { layer, keys: rows, values: rows });
+        let layers = layout.layers.iter().enumerate().filter(|(_, layer)| layer.group == group);
+        let layers = layers.map(|(layer, rows)| LayerRows { layer, keys: rows.keys, values: rows.values });
         Some(Arc::new(RowLayout { dtype, layers: layers.collect() }))
     }
 
@@ -128,11 +127,15 @@ mod tests {
     fn moved(backend: Backend, dtype: Dtype) {
         mlx::init().unwrap();
         mlx::on_device(Device::Cpu, || {
-            let layout = KvLayout { groups: vec![GroupKind::Full], layers: vec![(2, 4), (1, 8)], dtype };
+            // The middle one is in another group, whose blocks of the same numbers are others.
+            let (full, window) = (GroupKind::Full, GroupKind::Window(9));
+            let layers = [(full, (2, 4), (2, 4)), (window, (1, 4), (1, 4)), (full, (1, 8), (2, 3))];
+            let layout = KvLayout::new(&layers, dtype);
             let mut pages = Pages::new(backend, &layout, 8)?;
-            pages.resize(9);
+            pages.resize(&[9, 2]);
             pages.resize_all()?;
             let rows = pages.row_layout(0).unwrap();
+            assert_eq!(rows.layers.iter().map(|rows| rows.layer).collect::<Vec<_>>(), [0, 2]);
             let mut whole = RowBuffer::new(Arc::clone(&rows), 24, 0);
             let pages_len = whole.pages().len();
             (0..pages_len).for_each(|at| whole.pages_mut()[at] = (at * 7 % 251) as u8 & 0x3f);

@@ -42,9 +42,9 @@ pub struct EngineMetrics {
     pub cache_entries: usize,
     /// Tokens of a block.
     pub block_tokens: usize,
-    /// Bytes of a block in all layers.
+    /// Bytes of a block in the layers of every cache group.
     pub block_bytes: usize,
-    /// Blocks that sequences and pins hold.
+    /// Blocks of all groups that sequences and pins hold.
     pub blocks_used: usize,
     /// Blocks that are kept for what they hold.
     pub blocks_cached: usize,
@@ -56,13 +56,19 @@ pub struct EngineMetrics {
     pub weight_bytes: usize,
     /// Bytes of the pools.
     pub cache_bytes: usize,
+    /// Bytes of the blocks that sequences and pins hold.
+    pub used_bytes: usize,
+    /// Bytes of the blocks that are kept for what they hold.
+    pub cached_bytes: usize,
+    /// Bytes of empty blocks.
+    pub free_bytes: usize,
     /// Bytes that steps may take besides, as was reckoned.
     pub workspace_bytes: usize,
 }
 
 impl EngineMetrics {
-    /// Takes over what the scheduler counted.
-    pub(super) fn count(&mut self, counters: Counters, blocks: BlockCounts) {
+    /// Takes over what the scheduler counted, and the blocks of each group.
+    pub(super) fn count(&mut self, counters: Counters, blocks: &[BlockCounts], block_bytes: &[usize]) {
         self.waiting_sequences = counters.waiting;
         self.running_sequences = counters.running;
         self.prompt_tokens = counters.prompt_tokens;
@@ -70,8 +76,12 @@ impl EngineMetrics {
         self.completion_tokens = counters.completion_tokens;
         self.partial_steps = counters.partial_steps;
         self.preemptions = counters.preemptions;
-        self.blocks_used = blocks.used;
-        self.blocks_cached = blocks.cached;
-        self.blocks_free = blocks.free;
+        let sum = |state: fn(&BlockCounts) -> usize| {
+            let bytes = blocks.iter().zip(block_bytes).map(|(counts, bytes)| state(counts) * bytes).sum();
+            (blocks.iter().map(state).sum(), bytes)
+        };
+        (self.blocks_used, self.used_bytes) = sum(|counts| counts.used);
+        (self.blocks_cached, self.cached_bytes) = sum(|counts| counts.cached);
+        (self.blocks_free, self.free_bytes) = sum(|counts| counts.free);
     }
 }

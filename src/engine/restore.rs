@@ -18,7 +18,7 @@ use super::sequence::Sequence;
 use super::tiers::{Fetch, ModelTiers, Rows};
 use super::worker::Command;
 use super::worth::MoveRate;
-use crate::cache::{BlockId, Table};
+use crate::cache::{BlockId, BlockManager, Table};
 use crate::error::Result;
 use crate::fault;
 
@@ -89,14 +89,14 @@ pub struct Restores {
 pub type Restored = (Arc<[u32]>, Then, usize);
 
 /// What the first restore waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wait {
     /// Nothing: it can go on.
     Nothing,
     /// Rows, or there is no restore.
     Rows,
-    /// So many blocks, which the pools have to grow by, or which others will give back.
-    Blocks(usize),
+    /// So many blocks of each group, which the pools have to grow by, or which others will give back.
+    Blocks(Vec<usize>),
 }
 
 impl Restores {
@@ -276,29 +276,39 @@ impl Restore {
         !matches!(self.then, Then::Run(_)) || self.table.is_some() || scheduler.has_place()
     }
 
-    /// Blocks that it needs, those for the tokens that no tier has included.
-    fn needed(&self, block_tokens: usize) -> usize {
-        let end = match &self.then {
-            Then::Run(_) => self.tokens.len() + 1,
-            Then::Tell(_) | Then::Pin => self.end(),
-        };
-        end.div_ceil(block_tokens) - self.from / block_tokens
+    /// Blocks of a group that it needs, those for the tokens that no tier has included.
+    fn needed(&self, scheduler: &mut Scheduler, group: usize) -> usize {
+        let (from, tokens) = (self.from, self.tokens.len() + 1);
+        let most = scheduler.most_blocks(group, tokens);
+        let blocks = scheduler.blocks();
+        let block_tokens = blocks.block_tokens();
+        // The rows themselves, before any of them is given back.
+        let first = blocks.kind(group).first_block(self.end(), block_tokens).max(from / block_tokens);
+        let restored = self.end().div_ceil(block_tokens) - first;
+        match &self.then {
+            Then::Run(_) => (tokens.div_ceil(block_tokens) - from / block_tokens).min(most).max(restored),
+            Then::Tell(_) | Then::Pin => restored,
+        }
     }
 
-    /// Blocks that it has to wait for.
-    fn missing_blocks(&self, scheduler: &mut Scheduler) -> Option<usize> {
-        let (limit, counters) = (scheduler.blocks_limit(), scheduler.counters());
+    /// Blocks of each group, if it has to wait for some.
+    fn missing_blocks(&self, scheduler: &mut Scheduler) -> Option<Vec<usize>> {
+        let (groups, counters) = (scheduler.blocks().groups(), scheduler.counters());
         let (others, owed) = (counters.running + counters.waiting > 0, scheduler.owed_blocks());
-        let blocks = scheduler.blocks();
-        let needed = self.needed(blocks.block_tokens());
+        let needed: Vec<usize> = (0..groups).map(|group| self.needed(scheduler, group)).collect();
         // What the pools have of it is not to be taken for the rest of it.
+        let blocks = scheduler.blocks();
         let mut table = blocks.table();
         blocks.find(&mut table, &self.tokens, 0, self.from);
-        let available = blocks.available();
+        let available: Vec<usize> = (0..groups).map(|group| blocks.available(group)).collect();
         blocks.release(table);
-        // Rather more blocks than the loss of cached ones.
-        let grows = blocks.counts(0).free < needed && blocks.capacity(0) < limit;
-        (grows || others && available < needed + owed).then_some(needed)
+        let waits = |group: usize| {
+            let (limit, blocks) = (scheduler.blocks_limit(group), scheduler.blocks());
+            // Rather more blocks than the loss of cached ones.
+            let grows = blocks.counts(group).free < needed[group] && blocks.capacity(group) < limit;
+            grows || others && available[group] < needed[group] + owed[group]
+        };
+        (0..groups).any(waits).then_some(needed)
     }
 
     /// Tokens whose rows can be of use: the last one is computed in any case.
@@ -343,8 +353,7 @@ impl Restore {
         let mut table = blocks.table();
         let found = blocks.find(&mut table, &self.tokens, 0, self.from);
         // Restored rows begin at a block: nothing is copied.
-        let taken =
-            found.tokens == self.from && blocks.extend(&mut table, self.from, self.end(), &mut Vec::new()).is_ok();
+        let taken = found.tokens == self.from && blocks.extend_with_restored(&mut table, self.from, self.end()).is_ok();
         if taken {
             self.table = Some(table);
         } else {
@@ -389,14 +398,22 @@ impl Restore {
         self.rows.iter().all(|rows| matches!(rows, Arrival::InPlace | Arrival::Missing))
     }
 
-    /// Tokens up to the first that did not come, in any group.
-    fn reached(&self, groups: usize) -> usize {
-        let reached = |group| {
-            let own = self.fetches.iter().zip(&self.rows).filter(|(fetch, _)| fetch.group == group);
-            let there = own.take_while(|(_, rows)| matches!(rows, Arrival::InPlace));
+    /// Tokens whose rows are there now, as far as a sequence needs them that goes on behind them.
+    fn reached(&self, blocks: &BlockManager) -> usize {
+        let block_tokens = blocks.block_tokens();
+        let own = |group| self.fetches.iter().zip(&self.rows).filter(move |(fetch, _)| fetch.group == group);
+        let there = |group| {
+            let there = own(group).take_while(|(_, rows)| matches!(rows, Arrival::InPlace));
             there.last().map_or(self.from, |(fetch, _)| fetch.position + fetch.tokens)
         };
-        (0..groups).map(reached).min().unwrap_or(self.from)
+        let groups = 0..blocks.groups();
+        let reached = groups.clone().map(there).min().unwrap_or(self.from);
+        // The rows of a window were brought for the end only.
+        let serves = |group| {
+            let first = own(group).map(|(fetch, _)| fetch.position).min().unwrap_or(self.from);
+            first <= self.from || first <= blocks.kind(group).first_block(reached, block_tokens) * block_tokens
+        };
+        if groups.clone().all(serves) { reached } else { self.from }
     }
 
     /// Puts what has come into the index.
@@ -404,10 +421,16 @@ impl Restore {
         let blocks = scheduler.blocks();
         let mut reached = self.from;
         if let Some(mut table) = self.table.take() {
-            reached = self.reached(blocks.groups());
+            reached = self.reached(blocks);
             let tokens = &self.tokens[..reached];
-            blocks.index_tail(&mut table, tokens, reached);
-            blocks.set_saved(tokens, self.from);
+            if reached > self.from {
+                blocks.index_tail(&mut table, tokens, reached);
+            }
+            for group in 0..blocks.groups() {
+                let own = self.fetches.iter().filter(|fetch| fetch.group == group);
+                let first = own.map(|fetch| fetch.position).min().unwrap_or(reached);
+                blocks.set_saved(group, tokens, first);
+            }
             blocks.release(table);
         }
         (self.tokens, self.then, reached)

@@ -208,7 +208,10 @@ impl Runner {
     fn pack(&self, runs: &[Run], copies: &[BlockCopy]) -> Packed {
         let mut packed = Packed::new(runs, copies, self.pages.block_tokens(), self.backend.gpu().is_some());
         if fault::happens("runner.table", &self.id) {
-            Arc::make_mut(&mut packed.placement).tables.reverse();
+            packed.placements.iter_mut().for_each(|placement| Arc::make_mut(placement).tables.reverse());
+        }
+        if fault::happens("runner.window", &self.id) {
+            packed.placements.iter_mut().skip(1).for_each(|placement| Arc::make_mut(placement).tables.rotate_right(1));
         }
         packed
     }
@@ -216,7 +219,7 @@ impl Runner {
     /// Runs `layers` over hidden states of the rows `packed`.
     fn pass(&mut self, x: Array, layers: Range<usize>, packed: &Packed, pass: &mut Pass) -> Result<Array> {
         let positions = packed.positions()?;
-        let mut step = Step::new(&positions, &mut self.pages, Arc::clone(&packed.placement));
+        let mut step = Step::new(&positions, &mut self.pages, &packed.placements);
         let x = self.model.pass(x, layers, &mut step)?;
         pass.written = step.written.take();
         pass.outputs.append(&mut step.unread);
@@ -320,8 +323,8 @@ fn sampling_rows(runs: &[Run], shape: &Shape) -> Vec<(SequenceId, i32)> {
 pub struct Packed {
     /// Which rows each run has.
     pub shape: Shape,
-    /// Where they belong.
-    pub placement: Arc<Placement>,
+    /// Where they belong in each cache group.
+    pub placements: Vec<Arc<Placement>>,
 }
 
 impl Packed {
@@ -332,33 +335,38 @@ impl Packed {
         } else {
             Shape::exact(runs.iter().map(Run::tokens))
         };
-        // Rows that belong to nobody go to the spare block.
-        let mut slots: Vec<u32> = (0..shape.rows).map(|row| (row % block_tokens) as u32).collect();
-        let (mut tables, mut segments) = (Vec::new(), Vec::new());
-        for (run, &row) in runs.iter().zip(&shape.first) {
-            let table = tables.len();
-            tables.extend(run.tables[0].iter().map(|block| block.map_or(0, place)));
-            for (at, slot) in slots[row..row + run.tokens()].iter_mut().enumerate() {
-                let position = run.start + at;
-                *slot =
-                    tables[table + position / block_tokens] * block_tokens as u32 + (position % block_tokens) as u32;
-            }
-            segments.push(Segment { rows: row..row + run.tokens(), start: run.start, table });
-        }
-        segments.sort_by_key(|segment: &Segment| segment.rows.start);
-        let (copies, spare, singles) = (copy_places(copies), shape.spare.clone(), shape.singles);
-        let placement = Placement { copies, tables, slots, segments, spare, singles };
-        Self { placement: Arc::new(placement), shape }
+        let groups = runs.first().map_or(0, |run| run.tables.len());
+        let placements = (0..groups).map(|group| Arc::new(placement(runs, &shape, copies, block_tokens, group)));
+        Self { placements: placements.collect(), shape }
     }
 
     /// Place of every row in its sequence, `[T]` i32; of spare ones 0.
     pub fn positions(&self) -> Result<Array> {
         let mut positions = vec![0; self.shape.rows];
-        for Segment { rows, start, .. } in &self.placement.segments {
+        for Segment { rows, start, .. } in self.placements.iter().take(1).flat_map(|placement| &placement.segments) {
             positions[rows.clone()].iter_mut().enumerate().for_each(|(at, to)| *to = (start + at) as i32);
         }
         mlx::indices(&positions)
     }
+}
+
+/// Where the rows of `runs` belong in a cache group.
+fn placement(runs: &[Run], shape: &Shape, copies: &[BlockCopy], block_tokens: usize, group: usize) -> Placement {
+    // Rows that belong to nobody go to the spare block, and it takes the place of blocks behind a window.
+    let mut slots: Vec<u32> = (0..shape.rows).map(|row| (row % block_tokens) as u32).collect();
+    let (mut tables, mut segments) = (Vec::new(), Vec::new());
+    for (run, &row) in runs.iter().zip(&shape.first) {
+        let table = tables.len();
+        tables.extend(run.tables[group].iter().map(|block| block.map_or(0, place)));
+        for (at, slot) in slots[row..row + run.tokens()].iter_mut().enumerate() {
+            let position = run.start + at;
+            *slot = tables[table + position / block_tokens] * block_tokens as u32 + (position % block_tokens) as u32;
+        }
+        segments.push(Segment { rows: row..row + run.tokens(), start: run.start, table });
+    }
+    segments.sort_by_key(|segment: &Segment| segment.rows.start);
+    let (copies, spare, singles) = (copy_places(copies, group), shape.spare.clone(), shape.singles);
+    Placement { copies, tables, slots, segments, spare, singles }
 }
 
 impl Launched {

@@ -6,6 +6,8 @@
 //! few layers only; the steps behind it take it through the others. A step may be planned on tokens that the step before
 //! is still computing; those are then read, and if one ends its sequence the extra step's token is dropped.
 
+mod room;
+
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -14,7 +16,7 @@ use super::pace::{Pace, Work};
 use super::sequence::{SampledToken, Sequence, SequenceId, cancelled};
 use crate::cache::blocks::BlockId;
 use crate::cache::manager::{BlockCopy, BlockManager, Table};
-use crate::error::{Error, Status};
+use crate::error::Error;
 use crate::text::grammar::TokenMask;
 
 /// A sequence of a lower class that has waited so long is taken as one of the class above.
@@ -60,7 +62,7 @@ pub enum StepInput {
 }
 
 /// What a scheduler keeps to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Limits {
     /// Sequences that run at the same time.
     pub sequences: usize,
@@ -70,8 +72,8 @@ pub struct Limits {
     pub layers: usize,
     /// What a step should take while answers are running.
     pub target_latency: Duration,
-    /// Blocks that may ever exist in a group.
-    pub blocks: usize,
+    /// Blocks that may ever exist in each group.
+    pub blocks: Vec<usize>,
 }
 
 /// What has happened since the start, and how things stand.
@@ -109,10 +111,10 @@ pub struct Scheduler {
     counters: Counters,
     /// There will never be more blocks than the limit.
     firm: bool,
-    /// Blocks without which the last plan was smaller than it could have been.
-    wanted: usize,
+    /// Of each group, blocks without which the last plan was smaller than it could have been.
+    wanted: Vec<usize>,
     /// Free blocks that there should be besides.
-    reserved: usize,
+    reserved: Vec<usize>,
     /// Sequences wait for a place that are not here yet.
     others_come: bool,
 }
@@ -140,13 +142,14 @@ struct Share {
 enum Refused {
     /// Nothing to do, or not yet.
     NotNow,
-    /// There are not enough blocks for the run.
-    NoBlocks,
+    /// There are not enough blocks for the run in this group.
+    NoBlocks(usize),
 }
 
 impl Scheduler {
     /// Without sequences; `blocks` has as many blocks as there are now, at most `limits.blocks`.
     pub fn new(limits: Limits, blocks: BlockManager) -> Self {
+        let groups = blocks.groups();
         Self {
             pace: Pace::new(limits.target_latency, limits.prefill_chunk, limits.layers),
             piece: Piece::default(),
@@ -157,8 +160,8 @@ impl Scheduler {
             ends: Vec::new(),
             counters: Counters::default(),
             firm: true,
-            wanted: 0,
-            reserved: 0,
+            wanted: vec![0; groups],
+            reserved: vec![0; groups],
             others_come: false,
         }
     }
@@ -173,11 +176,6 @@ impl Scheduler {
         &mut self.blocks
     }
 
-    /// Blocks that may ever exist in a group.
-    pub fn blocks_limit(&self) -> usize {
-        self.limits.blocks
-    }
-
     /// Whether another sequence would begin at once, if there are blocks for it.
     pub fn has_place(&self) -> bool {
         self.running.len() + self.waiting.len() < self.limits.sequences
@@ -188,28 +186,9 @@ impl Scheduler {
         self.others_come = others_come;
     }
 
-    /// Blocks of the sequences that were admitted and have not begun. What is cached of them becomes the last to be evicted:
-    /// somebody is about to take blocks, and what was just brought for them is older than what has just ended.
-    pub fn owed_blocks(&mut self) -> usize {
-        let Self { waiting, blocks, .. } = self;
-        waiting.iter().for_each(|sequence| _ = blocks.peek(&sequence.tokens));
-        waiting.iter().map(|sequence| (sequence.tokens.len() + 1).div_ceil(blocks.block_tokens())).sum()
-    }
-
-    /// So many blocks should be free for rows that come from elsewhere.
-    pub fn reserve_blocks(&mut self, blocks: usize) {
-        self.reserved = blocks;
-    }
-
     /// Seconds that a token of a prompt of `tokens` takes on average, if one has been computed.
     pub fn seconds_per_token(&self, tokens: usize) -> Option<f64> {
         self.pace.seconds_per_token(tokens)
-    }
-
-    /// No more blocks than this can be had; for the moment, unless that is `firm`.
-    pub fn limit_blocks(&mut self, blocks: usize, firm: bool) {
-        self.limits.blocks = blocks;
-        self.firm = firm;
     }
 
     /// What has happened so far.
@@ -234,24 +213,6 @@ impl Scheduler {
     /// Whether no sequence could give up its blocks to another one.
     pub fn is_alone(&self) -> bool {
         self.running.len() <= 1
-    }
-
-    /// The number of blocks that there should be: more than there are if sequences wait for some, or if cached ones had
-    /// to go although more may exist.
-    pub fn wanted_blocks(&self) -> usize {
-        let capacity = self.blocks.capacity(0);
-        let free = self.blocks.counts(0).free;
-        let spare = self.limits.prefill_chunk.div_ceil(self.blocks.block_tokens()) + self.running.len();
-        let reserved = self.reserved.saturating_sub(free);
-        if self.wanted == 0 && reserved == 0 && (free >= spare || self.is_idle()) {
-            return capacity;
-        }
-        (capacity + self.wanted.max(spare).max(reserved)).max(capacity * 2).min(self.limits.blocks).max(capacity)
-    }
-
-    /// Blocks without which sequences cannot go on: of the last plan.
-    pub fn needed_blocks(&self) -> usize {
-        self.wanted
     }
 
     /// A step took `seconds`.
@@ -279,7 +240,7 @@ impl Scheduler {
     /// and are added to `ended`.
     pub fn plan(&mut self, now: Instant, ended: &mut Vec<SequenceId>) -> StepPlan {
         self.blocks.next_step();
-        self.wanted = 0;
+        self.wanted.fill(0);
         let mut plan = StepPlan::default();
         // Whoever needs one token only: answers that are running, and prompts that the cache had.
         let mut at = 0;
@@ -361,16 +322,16 @@ impl Scheduler {
     /// Adds a run of the running sequence `at`, making room for it if need be. Returns how far to go to the next one.
     fn try_schedule(&mut self, at: usize, share: Share, plan: &mut StepPlan, ended: &mut Vec<SequenceId>) -> usize {
         loop {
-            match self.schedule(at, share, plan) {
+            let short = match self.schedule(at, share, plan) {
                 Ok(run) => {
                     plan.runs.push(run);
                     return 1;
                 }
                 Err(Refused::NotNow) => return 1,
-                Err(Refused::NoBlocks) => {}
-            }
-            self.wanted += self.limits.prefill_chunk.div_ceil(self.blocks.block_tokens()).max(1);
-            if self.blocks.capacity(0) < self.limits.blocks {
+                Err(Refused::NoBlocks(group)) => group,
+            };
+            self.wanted[short] += self.limits.prefill_chunk.div_ceil(self.blocks.block_tokens()).max(1);
+            if self.blocks.capacity(short) < self.limits.blocks[short] {
                 // More are coming: a pause of a few steps costs less than computing something again.
                 return 1;
             }
@@ -394,16 +355,6 @@ impl Scheduler {
                 }
             }
         }
-    }
-
-    /// The end of a sequence that all blocks together do not hold: an answer ends there, a prompt has no answer.
-    fn too_long(&self, sequence: &Sequence) -> Result<FinishReason, Error> {
-        if sequence.completion_len() > 0 {
-            return Ok(FinishReason::Length);
-        }
-        let (needed, tokens) = (sequence.tokens.len() + 1, self.limits.blocks * self.blocks.block_tokens());
-        let what = format!("{needed} tokens do not fit the KV cache, whose limit is {tokens} tokens");
-        Err(Error::new(Status::OutOfMemory, what))
     }
 
     fn schedule(&mut self, at: usize, share: Share, plan: &mut StepPlan) -> Result<Run, Refused> {
@@ -442,7 +393,7 @@ impl Scheduler {
             }
             (StepInput::Unread, start, start + 1)
         };
-        self.blocks.extend(table, start, end, &mut plan.copies).map_err(|_| Refused::NoBlocks)?;
+        self.blocks.extend(table, start, end, &mut plan.copies).map_err(|short| Refused::NoBlocks(short.group))?;
         self.running[at].tell_start();
         let samples = share.whole && self.complete(at, table, end);
         let tables = (0..self.blocks.groups()).map(|group| table.blocks(group).collect()).collect();
@@ -491,17 +442,21 @@ impl Scheduler {
         let Some(next) = ready.min_by_key(|(_, sequence)| rank(sequence)).map(|(at, _)| at) else { return false };
         let mut table = self.blocks.table();
         let sequence = &self.waiting[next];
-        let blocks_of = |tokens: usize| tokens.div_ceil(self.blocks.block_tokens());
-        // One token more than it has, so that it does not stop at once.
-        let needed = blocks_of(sequence.tokens.len() + 1);
         let found = self.blocks.find(&mut table, &sequence.tokens, 0, sequence.tokens.len() - 1);
-        let reserved: usize = self.running.iter().map(|other| self.outstanding(other)).sum();
-        let missing = (needed + reserved).saturating_sub(found.tokens / self.blocks.block_tokens());
-        let (available, capacity) = (self.blocks.available(), self.blocks.capacity(0));
-        if missing > available {
+        let whole = found.tokens / self.blocks.block_tokens();
+        let length = sequence.tokens.len();
+        let missing = |group: usize| {
+            let others: usize = self.running.iter().map(|other| self.outstanding(other, group)).sum();
+            let missing = self.outstanding_on(&table, whole, length, group) + others;
+            missing.saturating_sub(self.blocks.available(group))
+        };
+        let missing: Vec<usize> = (0..self.blocks.groups()).map(missing).collect();
+        let short = missing.iter().any(|&missing| missing > 0);
+        if short {
             self.blocks.release(table);
-            self.wanted += missing - available;
-            if needed > self.limits.blocks {
+            self.wanted.iter_mut().zip(&missing).for_each(|(wanted, missing)| *wanted += missing);
+            let mut groups = 0..self.blocks.groups();
+            if groups.any(|group| self.most_blocks(group, length + 1) > self.limits.blocks[group]) {
                 let sequence = self.waiting.remove(next);
                 ended.push(sequence.id);
                 let end = self.too_long(&sequence);
@@ -509,24 +464,19 @@ impl Scheduler {
                 return self.start_next(now, ended);
             }
             // Everything may run that has all there is.
-            if !self.running.is_empty() || capacity < self.limits.blocks {
+            let grows = |group: usize| missing[group] > 0 && self.blocks.capacity(group) < self.limits.blocks[group];
+            if !self.running.is_empty() || (0..missing.len()).any(grows) {
                 return false;
             }
             table = self.blocks.table();
         }
         let mut sequence = self.waiting.remove(next);
-        let hit = if missing > available { 0 } else { found.tokens };
+        let hit = if short { 0 } else { found.tokens };
         self.counters.cached_tokens += sequence.skip_to(hit) as u64;
         sequence.table = Some(table);
         sequence.ticket = None;
         self.running.push(sequence);
         true
-    }
-
-    /// Blocks that a running sequence still needs for the tokens it has.
-    fn outstanding(&self, sequence: &Sequence) -> usize {
-        let has = sequence.table.as_ref().map_or(0, Table::places);
-        (sequence.tokens.len() + 1).div_ceil(self.blocks.block_tokens()).saturating_sub(has)
     }
 
     /// Takes the blocks of a running sequence, which waits until there is room again. What it has computed stays cached

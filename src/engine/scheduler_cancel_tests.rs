@@ -9,7 +9,7 @@ fn a_cancelled_request_is_in_no_later_step() {
     for turns in 0..12 {
         let next = |cancels: bool| {
             let mut machine = Machine::new(plenty(4, 4), 4);
-            machine.scheduler.blocks().grow(60);
+            machine.scheduler.blocks().grow(0, 60);
             machine.ask(vec![41, 42], 60, 1, Priority::Normal);
             let at = machine.ask((30..40).collect(), 40, 2, Priority::Normal);
             (0..turns).for_each(|_| assert!(machine.turn().unwrap()));

@@ -17,6 +17,49 @@ fn a_wrong_block_table_is_noticed() {
 }
 
 #[test]
+fn a_window_that_is_one_block_off_is_noticed() {
+    let run = |wrong: bool| {
+        let limits = Limits { layers: 4, blocks: vec![1000; 2], ..plenty(4, 8) };
+        let mut machine = Machine::of_groups(limits, 4, &[GroupKind::Full, GroupKind::Window(7)]);
+        machine.wrong_windows = wrong;
+        machine.ask((30..50).collect(), 12, 1, Priority::Normal);
+        machine.settle()
+    };
+    run(false).unwrap();
+    assert!(run(true).is_err());
+}
+
+/// What a window group needs does not grow with the sequences, and a sequence that it does not hold is refused or ends.
+#[test]
+fn windows_need_few_blocks_for_long_sequences() {
+    let kinds = [GroupKind::Full, GroupKind::Window(8)];
+    let single = kinds[1].most_blocks(usize::MAX, 16, 4);
+    let run = |blocks: usize, prompt: usize| {
+        let limits = Limits { blocks: vec![200, blocks], ..plenty(2, 16) };
+        let mut machine = Machine::of_groups(limits, 4, &kinds);
+        let states: Vec<_> = (0..2u32)
+            .map(|own| {
+                let at = machine.ask((own..prompt as u32).collect(), 30, 1, Priority::Normal);
+                Arc::clone(&machine.asked[at].state)
+            })
+            .collect();
+        while machine.turn().unwrap() {}
+        assert!(machine.scheduler.is_idle());
+        let end = |state: &Arc<RequestState>| loop {
+            if let Event::Done(done) = state.next(Some(Duration::ZERO)).expect("an end") {
+                return done.error.map(|error| error.status());
+            }
+        };
+        (states.iter().map(end).collect::<Vec<_>>(), machine.scheduler.counters().preemptions)
+    };
+    // One at a time, and side by side.
+    assert_eq!(run(single, 300).0, [None, None]);
+    assert_eq!(run(2 * single, 300), (vec![None, None], 0));
+    assert_eq!(run(single - 1, 300).0, [Some(Status::OutOfMemory); 2]);
+    assert_eq!(run(single - 1, 8).0, [None, None], "short ones need less");
+}
+
+#[test]
 fn a_token_that_is_not_allowed_is_noticed() {
     let run = |ignores: bool| {
         let mut machine = Machine::new(plenty(4, 8), 4);
@@ -32,7 +75,7 @@ fn a_token_that_is_not_allowed_is_noticed() {
 #[test]
 fn only_guided_sequences_wait_for_their_tokens() {
     let mut machine = Machine::new(plenty(4, 8), 4);
-    machine.scheduler.blocks().grow(20);
+    machine.scheduler.blocks().grow(0, 20);
     for (own, guided) in [Guided::Free, Guided::Constrained, Guided::Budget(2)].into_iter().enumerate() {
         machine.ask_guided(vec![30 + own as u32], 9, 1, Priority::Normal, guided);
     }
@@ -56,7 +99,7 @@ fn only_guided_sequences_wait_for_their_tokens() {
 #[test]
 fn decoding_runs_ahead_of_reading_and_prompts_run_in_chunks() {
     let mut machine = Machine::new(plenty(2, 4), 4);
-    machine.scheduler.blocks().grow(20);
+    machine.scheduler.blocks().grow(0, 20);
     machine.ask((30..40).collect(), 3, 1, Priority::Normal);
     let mut planned = Vec::new();
     for _ in 0..6 {
@@ -83,7 +126,7 @@ fn decoding_runs_ahead_of_reading_and_prompts_run_in_chunks() {
 #[test]
 fn running_answers_and_a_prompt_share_every_step() {
     let mut machine = Machine::new(plenty(4, 8), 4);
-    machine.scheduler.blocks().grow(200);
+    machine.scheduler.blocks().grow(0, 200);
     let first = machine.ask(vec![41, 42], 60, 1, Priority::Normal);
     for _ in 0..3 {
         machine.turn().unwrap();
@@ -146,7 +189,7 @@ fn lost_hidden_states_are_noticed() {
 #[test]
 fn classes_come_in_their_order_and_nobody_starves() {
     let mut machine = Machine::new(plenty(1, 8), 4);
-    machine.scheduler.blocks().grow(50);
+    machine.scheduler.blocks().grow(0, 50);
     let start = Instant::now();
     let [low, normal, high] =
         [Priority::Low, Priority::Normal, Priority::High].map(|p| machine.ask(vec![9, 9], 1, 1, p));
@@ -177,7 +220,7 @@ fn a_shared_prompt_is_computed_once_and_held_once() {
 
 #[test]
 fn preempted_sequences_come_back() {
-    let limits = Limits { blocks: 12, ..plenty(4, 16) };
+    let limits = Limits { blocks: vec![12], ..plenty(4, 16) };
     let mut machine = Machine::new(limits, 4);
     for own in 0..4 {
         machine.ask(vec![30 + own, 31, 32 + own, 33], 40, 1, Priority::Normal);
@@ -188,7 +231,7 @@ fn preempted_sequences_come_back() {
 
 #[test]
 fn what_never_fits_is_refused_with_numbers() {
-    let mut machine = Machine::new(Limits { blocks: 3, ..plenty(2, 16) }, 4);
+    let mut machine = Machine::new(Limits { blocks: vec![3], ..plenty(2, 16) }, 4);
     let (too_long, fits) =
         (machine.ask((30..43).collect(), 4, 1, Priority::Normal), machine.ask(vec![1], 2, 1, Priority::Low));
     let states = [too_long, fits].map(|at| Arc::clone(&machine.asked[at].state));
@@ -228,7 +271,7 @@ fn rows_of_an_admitted_sequence_are_not_taken_for_another() {
     }
     let left = |asked: bool| {
         let mut machine = Machine::new(plenty(4, 8), 4);
-        machine.scheduler.blocks().grow(8);
+        machine.scheduler.blocks().grow(0, 8);
         let (brought, ended): (Vec<u32>, Vec<u32>) = ((30..46).collect(), (50..66).collect());
         machine.ask(brought.clone(), 2, 1, Priority::Normal);
         let blocks = machine.scheduler.blocks();
@@ -236,7 +279,7 @@ fn rows_of_an_admitted_sequence_are_not_taken_for_another() {
         cache(blocks, &ended);
         blocks.next_step();
         if asked {
-            assert_eq!(machine.scheduler.owed_blocks(), 5, "a token more than it has");
+            assert_eq!(machine.scheduler.owed_blocks(), [5], "a token more than it has");
         }
         let blocks = machine.scheduler.blocks();
         let mut table = blocks.table();

@@ -8,8 +8,9 @@ use std::sync::{Arc, OnceLock};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cache::manager::GroupKind;
+use crate::cache::group::GroupKind;
 use crate::engine::{Event, Priority, RequestState, activity::Activity, sequence::Prepared};
+use crate::error::Status;
 use crate::sampling::SamplingParams;
 use crate::text::StopMatcher;
 use crate::text::grammar::{Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart};
@@ -21,9 +22,22 @@ type Row = u64;
 /// Before the first token.
 const FIRST: Row = 17;
 
-/// What a layer makes of what comes from the layer below, behind its own row of the token before.
+/// What a layer makes of what comes from the layer below, behind its own rows of the tokens before.
 fn next_row(before: Row, hidden: Row) -> Row {
     (before ^ hidden).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23)
+}
+
+/// The cache group of a layer.
+fn group_of(layer: usize, groups: usize) -> usize {
+    layer % groups
+}
+
+/// The rows that a token at `position` sees of its layer: the one before it, which stands for all, or those of a window.
+fn seen(kind: GroupKind, position: usize) -> Range<usize> {
+    match kind {
+        GroupKind::Full => position.saturating_sub(1)..position,
+        GroupKind::Window(_) => kind.first_position(position)..position,
+    }
 }
 
 /// What is sampled after a row; now and then the stop token.
@@ -71,18 +85,19 @@ fn masked(mask: Option<TokenMask>, token: u32) -> u32 {
     (token..97).chain(0..token).find(allows).expect("some token may come")
 }
 
-/// The answer that a request gets when it is alone.
+/// The answer that a request gets when it is alone, of a model whose layers keep all rows.
 fn expected(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64) -> Vec<u32> {
-    expected_of(layers, prompt, max_tokens, choice, Guided::Free)
+    expected_of(&vec![GroupKind::Full; layers], prompt, max_tokens, choice, Guided::Free)
 }
 
-fn expected_of(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64, guided: Guided) -> Vec<u32> {
+fn expected_of(layers: &[GroupKind], prompt: &[u32], max_tokens: usize, choice: u64, guided: Guided) -> Vec<u32> {
     let mut guide = guide(guided);
-    let mut rows = vec![FIRST; layers];
+    let mut rows: Vec<Vec<Row>> = vec![Vec::new(); layers.len()];
     let mut pass = |token: u32| {
-        rows.iter_mut().fold(Row::from(token), |hidden, row| {
-            *row = next_row(*row, hidden);
-            *row
+        rows.iter_mut().zip(layers).fold(Row::from(token), |hidden, (rows, &kind)| {
+            let before = rows[seen(kind, rows.len())].iter().copied().reduce(next_row).unwrap_or(FIRST);
+            rows.push(next_row(before, hidden));
+            rows[rows.len() - 1]
         })
     };
     let mut last = prompt.iter().fold(0, |_, &token| pass(token));
@@ -118,6 +133,8 @@ struct Asked {
 struct Machine {
     scheduler: Scheduler,
     limits: Limits,
+    /// Kinds of the cache groups; layers are in one after the other.
+    kinds: Vec<GroupKind>,
     /// By layer, block and place in it.
     rows: HashMap<(usize, BlockId, usize), Row>,
     /// What comes from the layers that a piece has passed.
@@ -133,10 +150,12 @@ struct Machine {
     next_id: SequenceId,
     /// Turns that a growth takes.
     slow_growth: usize,
-    growing: Option<(usize, usize)>,
+    growing: Option<(Vec<usize>, usize)>,
     steps: usize,
     computed: usize,
     wrong_tables: bool,
+    /// Tables of windows are one block off.
+    wrong_windows: bool,
     /// Forgets what it should hold.
     forgets: bool,
     /// Draws what is not allowed.
@@ -145,10 +164,15 @@ struct Machine {
 
 impl Machine {
     fn new(limits: Limits, block_tokens: usize) -> Self {
-        let blocks = BlockManager::new(block_tokens, &[GroupKind::Full], [1; 32]);
+        Self::of_groups(limits, block_tokens, &[GroupKind::Full])
+    }
+
+    fn of_groups(limits: Limits, block_tokens: usize, kinds: &[GroupKind]) -> Self {
+        let blocks = BlockManager::new(block_tokens, kinds, [1; 32]);
         Self {
-            scheduler: Scheduler::new(limits, blocks),
+            scheduler: Scheduler::new(limits.clone(), blocks),
             limits,
+            kinds: kinds.to_vec(),
             rows: HashMap::new(),
             held: HashMap::new(),
             stops: 0,
@@ -162,6 +186,7 @@ impl Machine {
             steps: 0,
             computed: 0,
             wrong_tables: false,
+            wrong_windows: false,
             forgets: false,
             ignores_masks: false,
         }
@@ -225,20 +250,23 @@ impl Machine {
             self.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
         }
         self.scheduler.tell_ends();
-        let grows = self.scheduler.wanted_blocks() > self.scheduler.blocks().capacity(0);
-        Ok(busy || grows)
+        Ok(busy || self.scheduler.wanted_blocks() != self.capacities())
+    }
+
+    fn capacities(&mut self) -> Vec<usize> {
+        (0..self.kinds.len()).map(|group| self.scheduler.blocks.capacity(group)).collect()
     }
 
     fn grow(&mut self) {
         let wanted = self.scheduler.wanted_blocks();
-        if self.growing.is_none() && wanted > self.scheduler.blocks().capacity(0) {
+        if self.growing.is_none() && wanted != self.capacities() {
             self.growing = Some((wanted, self.slow_growth));
         }
-        match &mut self.growing {
-            Some((_, left)) if *left > 0 => *left -= 1,
-            Some((capacity, _)) => {
-                self.scheduler.blocks().grow(*capacity);
-                self.growing = None;
+        match self.growing.take() {
+            Some((capacities, left)) if left > 0 => self.growing = Some((capacities, left - 1)),
+            Some((capacities, _)) => {
+                let blocks = self.scheduler.blocks();
+                capacities.into_iter().enumerate().for_each(|(group, capacity)| blocks.grow(group, capacity));
             }
             None => {}
         }
@@ -257,7 +285,20 @@ impl Machine {
         prop_assert!(decodes || plan.layers.end == self.limits.layers, "a piece stops although nobody waits");
         let last = plan.layers.end == self.limits.layers;
         prop_assert!(last || prompts.iter().all(|run| !run.samples), "a token before the last layer");
-        prop_assert!(self.scheduler.blocks.capacity(0) <= self.limits.blocks);
+        for (group, &kind) in self.kinds.iter().enumerate() {
+            let blocks = &self.scheduler.blocks;
+            prop_assert!(blocks.capacity(group) <= self.limits.blocks[group]);
+            for run in &plan.runs {
+                let held = run.tables[group].iter().flatten().count();
+                let most = kind.most_blocks(run.start + run.tokens(), run.tokens(), blocks.block_tokens());
+                prop_assert!(
+                    held <= most,
+                    "{held} blocks of {kind:?} for {} tokens behind {}",
+                    run.tokens(),
+                    run.start
+                );
+            }
+        }
         Ok(())
     }
 
@@ -291,8 +332,8 @@ impl Machine {
             for &at in &passing {
                 // Nobody else has written there in the same step.
                 let run = &plan.runs[at];
-                let (block, offset) = self.place(run, run.start + run.tokens() - 1);
-                prop_assert_eq!(Some(&self.rows[&(layer, block, offset)]), hidden[at].last(), "two write to a row");
+                let (block, offset) = self.place(layer, run, run.start + run.tokens() - 1).unwrap_or_default();
+                prop_assert_eq!(self.rows.get(&(layer, block, offset)), hidden[at].last(), "two write to a row");
             }
         }
         if plan.prompt_runs > 0 && plan.layers.end < self.limits.layers {
@@ -313,7 +354,8 @@ impl Machine {
     }
 
     fn copy_blocks(&mut self, layer: usize, copies: &[BlockCopy]) {
-        for copy in copies {
+        let group = group_of(layer, self.kinds.len());
+        for copy in copies.iter().filter(|copy| copy.group == group) {
             for offset in 0..self.scheduler.blocks.block_tokens() {
                 match self.rows.get(&(layer, copy.from, offset)).copied() {
                     Some(row) => self.rows.insert((layer, copy.to, offset), row),
@@ -323,28 +365,35 @@ impl Machine {
         }
     }
 
-    /// Block and place in it of a run's token.
-    fn place(&self, run: &Run, position: usize) -> (BlockId, usize) {
-        let block_tokens = self.scheduler.blocks.block_tokens();
+    /// Block and place in it of a run's token in the layer's group.
+    fn place(&self, layer: usize, run: &Run, position: usize) -> Option<(BlockId, usize)> {
+        let (block_tokens, group) = (self.scheduler.blocks.block_tokens(), group_of(layer, self.kinds.len()));
+        let table = &run.tables[group];
         let mut block = position / block_tokens;
-        if self.wrong_tables && self.steps % 3 == 2 && run.tables[0].len() > 1 && block < 2 {
+        if self.wrong_tables && self.steps % 3 == 2 && table.len() > 1 && block < 2 {
             block = 1 - block;
         }
-        (run.tables[0][block].unwrap(), position % block_tokens)
+        if self.wrong_windows && self.kinds[group] != GroupKind::Full {
+            block = (block + 1) % table.len();
+        }
+        Some((table[block]?, position % block_tokens))
     }
 
     /// Takes the tokens of a run through a layer.
     fn pass(&mut self, layer: usize, run: &Run, hidden: &mut [Row]) {
-        let before = run.start.checked_sub(1).map(|position| self.place(run, position));
-        let mut row = match before {
-            None => FIRST,
-            Some((block, offset)) => self.rows.get(&(layer, block, offset)).copied().unwrap_or(0),
-        };
+        let kind = self.kinds[group_of(layer, self.kinds.len())];
         for (at, hidden) in hidden.iter_mut().enumerate() {
-            row = next_row(row, *hidden);
-            *hidden = row;
-            let (block, offset) = self.place(run, run.start + at);
-            self.rows.insert((layer, block, offset), row);
+            let position = run.start + at;
+            let row = |position| {
+                let place = self.place(layer, run, position);
+                place.and_then(|(block, offset)| self.rows.get(&(layer, block, offset)).copied()).unwrap_or(0)
+            };
+            let before = seen(kind, position).map(row).reduce(next_row).unwrap_or(FIRST);
+            *hidden = next_row(before, *hidden);
+            // A wrong table may have no block there.
+            if let Some((block, offset)) = self.place(layer, run, position) {
+                self.rows.insert((layer, block, offset), *hidden);
+            }
         }
     }
 
@@ -356,7 +405,8 @@ impl Machine {
             prop_assert!(turns < 20_000, "the scheduler does not end");
         }
         prop_assert!(self.scheduler.is_idle(), "sequences are left without a step");
-        prop_assert_eq!(self.scheduler.blocks().counts(0).used, 0, "a leak at idle");
+        let used = (0..self.kinds.len()).map(|group| self.scheduler.blocks.counts(group).used).sum::<usize>();
+        prop_assert_eq!(used, 0, "a leak at idle");
         for asked in std::mem::take(&mut self.asked) {
             self.check_answer(&asked)?;
         }
@@ -374,11 +424,15 @@ impl Machine {
             }
         };
         prop_assert_eq!(asked.state.next(Some(Duration::ZERO)), Err(Status::Closed), "something after the end");
-        let room = self.limits.blocks * self.scheduler.blocks.block_tokens();
+        let holds = |tokens: usize| {
+            let most = |group| self.scheduler.most_blocks(group, tokens) <= self.limits.blocks[group];
+            (0..self.kinds.len()).all(most)
+        };
+        let layers: Vec<GroupKind> =
+            (0..self.limits.layers).map(|layer| self.kinds[group_of(layer, self.kinds.len())]).collect();
         for (choice, answer) in answers.iter().enumerate() {
-            let (layers, choice) = (self.limits.layers, choice as u64);
-            let expected = expected_of(layers, &asked.prompt, asked.max_tokens, choice, asked.guided);
-            let fits = asked.prompt.len() + expected.len() < room;
+            let expected = expected_of(&layers, &asked.prompt, asked.max_tokens, choice as u64, asked.guided);
+            let fits = holds(asked.prompt.len() + expected.len() + 1);
             if done.error.is_none() && fits {
                 prop_assert_eq!(answer, &expected, "{} tokens of prompt", asked.prompt.len());
             }
@@ -387,7 +441,7 @@ impl Machine {
         match done.error.map(|error| error.status()) {
             None => {}
             Some(Status::Cancelled) => prop_assert!(asked.cancelled),
-            Some(Status::OutOfMemory) => prop_assert!(asked.prompt.len() + 1 > room),
+            Some(Status::OutOfMemory) => prop_assert!(!holds(asked.prompt.len() + 1)),
             Some(other) => return Err(TestCaseError::fail(format!("{other:?}"))),
         }
         Ok(())
@@ -421,13 +475,20 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
     prop::collection::vec(action, 1..25)
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
-    (1usize..6, 1usize..20, 1usize..30, 1usize..6).prop_map(|(sequences, prefill_chunk, blocks, layers)| Limits {
-        sequences,
-        prefill_chunk,
-        layers,
-        target_latency: Duration::from_millis(50),
-        blocks,
+/// Kinds of groups, and limits. A group of windows has what a single sequence needs, if the other one does.
+fn limits() -> impl Strategy<Value = (Limits, Vec<GroupKind>, usize)> {
+    let kinds = prop_oneof![
+        Just(vec![GroupKind::Full]),
+        (1usize..14).prop_map(|window| vec![GroupKind::Full, GroupKind::Window(window)]),
+        (1usize..14).prop_map(|window| vec![GroupKind::Window(window)]),
+    ];
+    let numbers = (1usize..6, 1usize..20, 1usize..30, 1usize..6, 0usize..6);
+    (numbers, kinds, 1usize..9).prop_map(|((sequences, prefill_chunk, blocks, layers, more), kinds, block_tokens)| {
+        let single = |kind: &GroupKind| kind.most_blocks(blocks * block_tokens, prefill_chunk, block_tokens);
+        let group = |kind: &GroupKind| if kinds.len() > 1 { (single(kind) + more).min(blocks) } else { blocks };
+        let target_latency = Duration::from_millis(50);
+        let blocks = kinds.iter().map(group).collect();
+        (Limits { sequences, prefill_chunk, layers, target_latency, blocks }, kinds, block_tokens)
     })
 }
 
@@ -471,25 +532,24 @@ proptest! {
     /// Whatever else runs, joins, leaves or is cancelled: every answer is what it would be alone.
     #[test]
     fn answers_do_not_depend_on_company(
-        limits in limits(),
-        block_tokens in 1usize..9,
+        (limits, kinds, block_tokens) in limits(),
         slow_growth in 0usize..5,
         actions in actions(),
     ) {
-        let mut machine = Machine::new(limits, block_tokens);
+        let mut machine = Machine::of_groups(limits, block_tokens, &kinds);
         machine.slow_growth = slow_growth;
         play(&mut machine, &actions)?;
     }
 }
 
 fn plenty(sequences: usize, prefill_chunk: usize) -> Limits {
-    Limits { sequences, prefill_chunk, layers: 1, target_latency: Duration::from_millis(50), blocks: 1000 }
+    Limits { sequences, prefill_chunk, layers: 1, target_latency: Duration::from_millis(50), blocks: vec![1000] }
 }
 
 /// A machine of four layers that runs an answer and begins a prompt of 40 tokens, two layers a step.
 fn with_a_piece_on_its_way() -> (Machine, usize) {
     let mut machine = Machine::new(Limits { layers: 4, ..plenty(4, 64) }, 4);
-    machine.scheduler.blocks().grow(200);
+    machine.scheduler.blocks().grow(0, 200);
     let long = (40..).find(|&token| expected(4, &[token, 42], 60, 0).len() > 20).unwrap();
     machine.ask(vec![long, 42], 60, 1, Priority::Normal);
     for _ in 0..3 {

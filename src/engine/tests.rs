@@ -104,6 +104,24 @@ fn a_wrong_block_table_changes_the_answer() {
 }
 
 #[test]
+fn a_window_that_is_one_block_off_changes_the_answer() {
+    let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), ..Default::default() };
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(&fixture("gemma3_text-f32"), Some("wrong-window")).unwrap();
+    let prompt: Vec<usize> = (0..40).map(|i| i * 11 % 48).collect();
+    let ask = || {
+        let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
+        let answer = finish(&pool.generate(request(&json)).unwrap()).0;
+        pool.cache_clear(None, TierSet::ALL).unwrap();
+        answer
+    };
+    let right = ask();
+    assert_eq!(ask(), right);
+    crate::fault::arm("runner.window", "wrong-window", 2);
+    assert_ne!(ask(), right, "tests of equal answers see nothing");
+}
+
+#[test]
 fn wrong_restored_rows_change_the_answer() {
     let folder = tempfile::tempdir().unwrap();
     let tiers = TierOptions { folder: Some(folder.path().to_owned()), always_restore: true, ..TierOptions::default() };

@@ -10,13 +10,13 @@ use serde::Serialize;
 
 use super::worth::{MoveRate, Offer, worth_until};
 use super::{EngineOptions, ModelSource};
-use crate::cache::Save;
 use crate::cache::fingerprint::{HashMemory, Identity, fingerprint, stamps};
 use crate::cache::hot::{Evicted, HotModel, HotTier};
 use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
 use crate::cache::spans::{Piece, Span, SpanId, root_key};
 use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
+use crate::cache::{GroupKind, Save};
 use crate::error::{Error, Result, Status};
 use crate::kernels::NUMERICS;
 use crate::sync::lock;
@@ -30,6 +30,9 @@ const ASSUMED_RATE: f64 = 0.5e9;
 
 /// Seconds that a file costs besides its bytes.
 const FILE_SECONDS: f64 = 0.5e-3;
+
+/// How often a shorter match is looked for where windows are missing at the end of one.
+const LOOKS: usize = 16;
 
 /// How often somebody who waits for the writer looks again.
 pub const CROWDED: Duration = Duration::from_millis(2);
@@ -76,7 +79,16 @@ pub struct ModelTiers {
     tiers: Tiers,
     hot: HotModel,
     cold: Option<ColdModel>,
-    layouts: Vec<Arc<RowLayout>>,
+    groups: Vec<TierGroup>,
+}
+
+/// A cache group of a model in the tiers.
+#[derive(Debug, Clone)]
+pub struct TierGroup {
+    /// Which rows sequences need.
+    pub kind: GroupKind,
+    /// What a token stores.
+    pub layout: Arc<RowLayout>,
 }
 
 /// Rows that a request needs and a tier has.
@@ -179,18 +191,19 @@ impl Tiers {
         self.hot.knows(model) || self.cold.as_ref().is_some_and(|cold| cold.tier.knows(model))
     }
 
-    /// The part of a model with this fingerprint, whose groups' tokens store what `layouts` say.
+    /// The part of a model with this fingerprint and these cache groups.
     pub fn model(
         &self,
         name: &str,
         fingerprint: [u8; 32],
         block_tokens: usize,
-        layouts: Vec<Arc<RowLayout>>,
+        groups: Vec<TierGroup>,
     ) -> Result<ModelTiers> {
-        let id = ModelId { name: name.to_owned(), fingerprint, block_tokens, layouts: layouts.clone() };
+        let layouts = groups.iter().map(|group| Arc::clone(&group.layout)).collect();
+        let id = ModelId { name: name.to_owned(), fingerprint, block_tokens, layouts };
         let cold = self.cold.as_ref().map(|cold| cold.model(id)).transpose()?;
         let hot = HotModel { name: name.into(), fingerprint, block_tokens };
-        Ok(ModelTiers { tiers: self.clone(), hot, cold, layouts })
+        Ok(ModelTiers { tiers: self.clone(), hot, cold, groups })
     }
 
     /// Keeps rows of the last of `tokens`, a whole span that came from the cold tier, in the hot one, if there is one:
@@ -256,7 +269,7 @@ impl ModelTiers {
 
     /// Memory for the rows of a save.
     pub fn buffer(&self, save: &Save) -> RowBuffer {
-        row_buffer(&self.layouts[save.group], save.tokens.len() - save.start)
+        row_buffer(&self.groups[save.group].layout, save.tokens.len() - save.start)
     }
 
     /// Takes rows over, whose computation took `cost` seconds: to the hot tier, or to be written in the background. What
@@ -318,23 +331,57 @@ impl ModelTiers {
     /// What other tiers have of `tokens` behind the first `from` (whole blocks) and what is faster to get than to compute,
     /// at `token_seconds` a token if that is known.
     pub fn find(&self, tokens: &[u32], from: usize, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
-        let groups: Vec<Vec<Fetch>> = (0..self.layouts.len()).map(|group| self.find_in(group, tokens, from)).collect();
-        // Rows of one group are of use only with those of the others.
-        let end = |fetches: &Vec<Fetch>| fetches.last().map_or(from, Fetch::end);
-        let common = groups.iter().map(end).min().unwrap_or(from);
-        let mut fetches: Vec<Fetch> = groups.into_iter().flatten().collect();
-        cut(&mut fetches, common);
-        if let Some(token_seconds) = token_seconds.filter(|_| !self.tiers.always_restore) {
-            let reading = self.reading_rate();
-            let offer = |fetch: &Fetch| {
-                let seconds = self.seconds(fetch, reading, moving);
-                Offer { position: fetch.position, seconds }
-            };
-            let mut offers: Vec<Offer> = fetches.iter().map(offer).collect();
-            offers.sort_by_key(|offer| offer.position);
-            cut(&mut fetches, worth_until(&offers, from, common, token_seconds));
+        let mut fetches = self.reachable(tokens, from);
+        let Some(token_seconds) = token_seconds.filter(|_| !self.tiers.always_restore) else { return fetches };
+        let reading = self.reading_rate();
+        let end = fetches.iter().map(Fetch::end).max().unwrap_or(from);
+        // Rows of windows are brought for the end, however much is brought before it.
+        let mut windows = Offer { position: from, seconds: 0.0 };
+        let mut offers = Vec::with_capacity(fetches.len() + 1);
+        for fetch in &fetches {
+            let seconds = self.seconds(fetch, reading, moving);
+            match self.groups[fetch.group].kind {
+                GroupKind::Full => offers.push(Offer { position: fetch.position, seconds }),
+                GroupKind::Window(_) => windows.seconds += seconds,
+            }
         }
+        offers.sort_by_key(|offer| offer.position);
+        offers.insert(0, windows);
+        let best = worth_until(&offers, from, end, token_seconds);
+        if best == end {
+            return fetches;
+        }
+        if self.groups.iter().any(|group| group.kind != GroupKind::Full) {
+            return self.reachable(&tokens[..best], from);
+        }
+        cut(&mut fetches, best);
         fetches
+    }
+
+    /// What the tiers have of `tokens` behind the first `from` (whole blocks), up to the last token at which they have all
+    /// rows that a sequence needs: of each group without a gap, in the order of the groups.
+    fn reachable(&self, tokens: &[u32], from: usize) -> Vec<Fetch> {
+        let block_tokens = self.hot.block_tokens;
+        let first = |group: &TierGroup, end| (group.kind.first_block(end, block_tokens) * block_tokens).max(from);
+        let mut end = tokens.len();
+        for _ in 0..LOOKS {
+            let (mut fetches, mut reached) = (Vec::new(), end);
+            for (at, group) in self.groups.iter().enumerate() {
+                let mut own = self.find_in(at, &tokens[..end], first(group, end));
+                reached = reached.min(own.last().map_or(first(group, end), Fetch::end));
+                fetches.append(&mut own);
+            }
+            if reached <= from {
+                break;
+            }
+            // A shorter one may need earlier rows of windows.
+            if self.groups.iter().all(|group| first(group, reached) == first(group, end)) {
+                cut(&mut fetches, reached);
+                return fetches;
+            }
+            end = reached;
+        }
+        Vec::new()
     }
 
     /// What the tiers have of a group, without a gap.
@@ -381,7 +428,7 @@ impl ModelTiers {
 
     /// How long a fetch takes. Files are read while those before them are moved into the pools.
     fn seconds(&self, fetch: &Fetch, reading: f64, moving: MoveRate) -> f64 {
-        let moved = moving.seconds(fetch.tokens * self.layouts[fetch.group].token_bytes());
+        let moved = moving.seconds(fetch.tokens * self.groups[fetch.group].layout.token_bytes());
         match &fetch.source {
             Source::Hot(..) => moved,
             Source::Cold(_) => moved.max(FILE_SECONDS + fetch.bytes as f64 / reading),
@@ -421,14 +468,15 @@ impl ModelTiers {
         let block_tokens = self.hot.block_tokens;
         let mut found = Whereabouts { tokens: tokens.len(), pool: pools.tokens, ..Whereabouts::default() };
         let (mut reached, reading) = (pools.tokens, self.reading_rate());
-        for fetch in self.find_in(0, tokens, pools.tokens / block_tokens * block_tokens) {
+        for fetch in self.reachable(tokens, pools.tokens / block_tokens * block_tokens) {
             // The pools may have the end of a prompt, too.
             let new = fetch.end().saturating_sub(reached);
-            if new == 0 {
-                continue;
+            if new > 0 || fetch.group > 0 {
+                found.restore_seconds += self.seconds(&fetch, reading, moving);
             }
+            // Rows of the other groups are of the same tokens, or of fewer.
+            let new = if fetch.group == 0 { new } else { 0 };
             reached += new;
-            found.restore_seconds += self.seconds(&fetch, reading, moving);
             match fetch.source {
                 Source::Hot(..) => found.hot += new,
                 Source::Cold(_) => found.cold += new,

@@ -1,6 +1,7 @@
 //! The thread that owns a model's arrays: plan, run, commit.
 
 mod exchange;
+mod growth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
-use super::memory::{Denied, EngineMemory};
+use super::memory::EngineMemory;
 use super::metrics::EngineMetrics;
 use super::restore::{Restores, Then, read_ahead};
 use super::runner::{Launched, Masks, Runner};
@@ -18,7 +19,8 @@ use super::threads::end_before_exit;
 use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, SPAN_TOKENS, Whereabouts};
 use super::turns::{Seat, Turn};
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared, run_to_the_end};
-use crate::cache::{BlockManager, Pages};
+use crate::cache::share::{Users, shares};
+use crate::cache::{BlockCounts, BlockManager, Pages};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::fault;
@@ -29,7 +31,8 @@ use crate::panics;
 use crate::sync::lock;
 use crate::text::TextModel;
 use crate::weights::{Planned, Weights};
-use exchange::{LAST_SAVES, Saving};
+use exchange::Saving;
+use growth::Growth;
 
 /// What other threads ask of the worker.
 #[derive(Debug)]
@@ -51,7 +54,7 @@ pub enum Command {
 /// What hosts ask of an engine's cache; answers go to the senders.
 #[derive(Debug)]
 pub enum CacheCommand {
-    /// Forget everything in the pools that no sequence uses and no pin holds: how many blocks became free.
+    /// Forget everything in the pools that no sequence uses and no pin holds: how many bytes became free.
     Clear(Sender<usize>),
     /// Keep what is cached of the beginning of these tokens: for how many tokens.
     Pin(Vec<u32>, Sender<usize>),
@@ -132,25 +135,31 @@ fn serve(
     end_before_exit();
     let layers = runner.stops();
     let pages = runner.pages();
+    let block_bytes: Vec<usize> = (0..pages.layout().groups.len()).map(|group| pages.block_bytes(group)).collect();
+    let groups: Vec<_> = pages.layout().groups.iter().copied().zip(block_bytes.iter().copied()).collect();
+    let (sequences, chunk) = (options.max_sequences, options.prefill_chunk);
+    let users = Users { sequences, chunk, block_tokens: pages.block_tokens() };
     let limits = Limits {
         sequences: options.max_sequences,
         prefill_chunk: options.prefill_chunk,
         layers,
         target_latency: options.target_latency,
-        blocks: (options.cache_bytes / pages.block_bytes().max(1)).max(1),
+        blocks: shares(options.cache_bytes, &groups, users),
     };
+    let most_blocks = limits.blocks.clone();
     // The fingerprint of the model takes the place of this key when blocks leave the process.
     let blocks = BlockManager::new(pages.block_tokens(), &pages.layout().groups, [0; 32]);
     let metrics = EngineMetrics {
         block_tokens: pages.block_tokens(),
-        block_bytes: pages.block_bytes(),
-        blocks_limit: limits.blocks,
+        block_bytes: block_bytes.iter().sum(),
+        blocks_limit: most_blocks.iter().sum(),
         weight_bytes,
         workspace_bytes: memory.workspace() as usize,
         ..EngineMetrics::default()
     };
     let mut worker = Worker {
-        most_blocks: limits.blocks,
+        most_blocks,
+        block_bytes,
         yields: false,
         memory,
         options,
@@ -244,8 +253,9 @@ fn begin<'a>(
     let steps = plan.workspace(rows, options.max_sequences).max(weights.largest) + OVERHEAD;
     let float = if weights.float_bytes > 0 { weights.float_bytes } else { size_of::<f32>() };
     let tokens = (options.prefill_chunk + FIRST_ANSWER).min(context);
-    let cache = (plan.cached_numbers * float * tokens).min(options.cache_bytes);
-    let span = (plan.cached_numbers * float * SPAN_TOKENS) as u64;
+    let cache = float * plan.sequence_numbers(tokens, options.prefill_chunk, options.block_tokens);
+    let cache = cache.min(options.cache_bytes);
+    let span = (plan.token_numbers() * float * SPAN_TOKENS) as u64;
     let counts = !options.device.has_own_memory();
     let read_ahead = read_ahead(span, counts.then(|| options.ledger.status().limit));
     // With the span that is being saved.
@@ -266,8 +276,10 @@ struct Worker<'a> {
     runner: Runner,
     scheduler: Scheduler,
     memory: EngineMemory<'a>,
-    /// Blocks that there may be if there is memory for them.
-    most_blocks: usize,
+    /// Blocks of each group that there may be if there is memory for them.
+    most_blocks: Vec<usize>,
+    /// Bytes of a block of each group.
+    block_bytes: Vec<usize>,
     /// All that is there is to be given back.
     yields: bool,
     /// Rows outside the pools, once the model is identified.
@@ -287,15 +299,6 @@ struct Worker<'a> {
     committed: Instant,
     growth: Growth,
     next_id: SequenceId,
-}
-
-/// What it costs to make the pools larger.
-#[derive(Debug, Default)]
-struct Growth {
-    /// How long it took in this turn.
-    turn: Duration,
-    /// Seconds for each block that there was, as of the last turn with any.
-    block: f64,
 }
 
 impl Worker<'_> {
@@ -385,123 +388,6 @@ impl Worker<'_> {
         true
     }
 
-    /// Makes the pools as large as the scheduler wants them and there is memory for, a part a turn while steps are running;
-    /// whether they grew.
-    fn resize(&mut self) -> Result<bool> {
-        let wanted = self.affordable_blocks();
-        let pages = self.runner.pages();
-        self.growth.turn = Duration::ZERO;
-        let begins = !pages.is_resizing() && wanted > pages.capacity();
-        if begins {
-            pages.resize(wanted);
-        }
-        let outcome = if !self.stepping {
-            pages.resize_all()
-        } else if pages.is_resizing() && !begins {
-            // A failure shows when it is read.
-            let _ = self.in_flight.as_ref().map(|(step, _)| step.wait());
-            let started = Instant::now();
-            let outcome = pages.resize_part().map(drop);
-            self.growth.turn = started.elapsed();
-            self.growth.block = self.growth.turn.as_secs_f64() / pages.capacity().max(1) as f64;
-            outcome
-        } else {
-            // The step before the first part is planned with the time that it takes.
-            Ok(())
-        };
-        let capacity = pages.capacity();
-        // The next part delays the token of the step that is about to be planned.
-        let next = if pages.is_resizing() { self.growth.block * capacity as f64 } else { 0.0 };
-        self.scheduler.reserve_time(Duration::from_secs_f64(next));
-        if let Err(error) = outcome {
-            tracing::warn!(model = self.options.id, %error, blocks = capacity, "the KV cache cannot grow");
-            pages.resize(capacity);
-            self.most_blocks = capacity;
-            self.scheduler.limit_blocks(capacity, true);
-            let _ = kernels::check();
-        }
-        if !pages.is_resizing() {
-            self.memory.has(pages.bytes() as u64);
-        }
-        let grown = capacity > self.scheduler.blocks().capacity(0);
-        self.scheduler.blocks().grow(capacity);
-        Ok(grown)
-    }
-
-    /// The blocks that there should be, as far as there is memory for them, which is then taken.
-    fn affordable_blocks(&mut self) -> usize {
-        let pages = self.runner.pages();
-        let (capacity, now) = (pages.capacity(), Instant::now());
-        if pages.is_resizing() {
-            return capacity;
-        }
-        if !self.memory.may_ask(now) {
-            return capacity;
-        }
-        self.scheduler.limit_blocks(self.most_blocks, true);
-        let wanted = self.scheduler.wanted_blocks();
-        if wanted <= capacity {
-            self.memory.content();
-            return capacity;
-        }
-        // Less than the scheduler wants is better than nothing.
-        let needed = self.scheduler.needed_blocks();
-        let least = if needed > 0 { (capacity + needed).min(wanted) } else { wanted };
-        if self.memory.grow(pages.bytes_to_hold(wanted) as u64) {
-            return wanted;
-        }
-        let mut more = least - capacity;
-        while more > 0 {
-            if self.memory.grow(pages.bytes_to_hold(capacity + more) as u64) {
-                return capacity + more;
-            }
-            more /= 2;
-        }
-        let (bytes, alone) = (pages.bytes_to_hold(capacity + 1) as u64, self.scheduler.is_alone());
-        match self.memory.deny(bytes, needed > 0, alone, now) {
-            Denied::MakeDo => self.scheduler.limit_blocks(capacity, alone),
-            Denied::Pause => {}
-            Denied::Yield => self.yields = true,
-        }
-        capacity
-    }
-
-    /// Gives back all that no sequence uses; returns how many bytes.
-    pub(super) fn give_back(&mut self) -> Result<u64> {
-        if self.runner.pages().is_resizing() || !self.settle()? {
-            return Ok(0);
-        }
-        let before = self.runner.pages().bytes();
-        self.save_for(if self.scheduler.is_idle() { LAST_SAVES } else { PAUSED });
-        let blocks = self.scheduler.blocks();
-        blocks.clear();
-        let least = blocks.least_capacity();
-        blocks.shrink(least);
-        let pages = self.runner.pages();
-        pages.resize(least);
-        pages.resize_all()?;
-        crate::mlx::return_free_memory();
-        let bytes = pages.bytes();
-        self.memory.has(bytes as u64);
-        Ok((before - bytes) as u64)
-    }
-
-    /// Gives back blocks behind the last one that holds something.
-    fn shrink(&mut self) -> Result<()> {
-        let blocks = self.scheduler.blocks();
-        let least = blocks.least_capacity();
-        let pages = self.runner.pages();
-        // Not for a few blocks.
-        if least < pages.capacity() * 3 / 4 {
-            blocks.shrink(least);
-            pages.resize(least);
-            pages.resize_all()?;
-            crate::mlx::return_free_memory();
-            self.memory.has(pages.bytes() as u64);
-        }
-        Ok(())
-    }
-
     fn launch(&mut self) -> Result<Option<(Launched, Turn)>> {
         let mut ended = Vec::new();
         let started = Instant::now();
@@ -570,8 +456,9 @@ impl Worker<'_> {
 
     /// Lets others see how things stand, and hosts hear which answers have ended.
     fn publish(&mut self) {
-        let counts = self.scheduler.blocks().counts(0);
-        self.metrics.count(self.scheduler.counters(), counts);
+        let blocks = self.scheduler.blocks();
+        let counts: Vec<BlockCounts> = (0..blocks.groups()).map(|group| blocks.counts(group)).collect();
+        self.metrics.count(self.scheduler.counters(), &counts, &self.block_bytes);
         self.metrics.cache_entries = self.scheduler.blocks().entries();
         self.metrics.cache_bytes = self.runner.pages().bytes();
         self.metrics.queued_requests = self.shared.queue.waiting();

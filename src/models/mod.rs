@@ -29,11 +29,11 @@ mod smollm3;
 
 use std::ops::Range;
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 
 pub use kind::ModelKind;
 
-use crate::cache::KvLayout;
+use crate::cache::{GroupKind, KvLayout};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
 use crate::nn::{Decoder, DecoderSpec, LayerSpec, Step};
@@ -219,10 +219,10 @@ pub fn vocab_size(config: &ModelConfig) -> Result<usize> {
 }
 
 /// What an engine takes besides the weights, in numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// Of keys and values, for each token.
-    pub cached_numbers: usize,
+    /// Of keys and values of each cache group, for each token.
+    pub cached_numbers: Vec<(GroupKind, usize)>,
     /// Of activations, for each row of a step.
     pub row_numbers: usize,
     /// Logits of a row that is sampled.
@@ -236,13 +236,26 @@ impl Plan {
             let queries = layer.attention.heads * layer.attention.head_dim;
             2 * queries + 2 * keys(layer) + layer.feed_forward.row_numbers(spec.hidden)
         };
+        let layout = spec.kv_layout(Dtype::Float32);
+        let numbers = (0..layout.groups.len()).map(|group| layout.group_token_numbers(group));
         Self {
-            cached_numbers: spec.layers.iter().map(|layer| 2 * keys(layer)).sum(),
+            cached_numbers: layout.groups.iter().copied().zip(numbers).collect(),
             // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
             // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
             row_numbers: 2 * (4 * spec.hidden + spec.layers.iter().map(widest).max().unwrap_or(0)),
             vocab: spec.vocab,
         }
+    }
+
+    /// Keys and values of a token in all groups.
+    pub fn token_numbers(&self) -> usize {
+        self.cached_numbers.iter().map(|(_, numbers)| numbers).sum()
+    }
+
+    /// Keys and values of a sequence of `tokens` tokens, in blocks of `block_tokens`, if a step computes at most `chunk` of them.
+    pub fn sequence_numbers(&self, tokens: usize, chunk: usize, block_tokens: usize) -> usize {
+        let held = |kind: GroupKind| (kind.most_blocks(tokens, chunk, block_tokens) * block_tokens).min(tokens);
+        self.cached_numbers.iter().map(|&(kind, numbers)| held(kind) * numbers).sum()
     }
 
     /// Bytes that a step of `rows` rows needs, `sampled` of which are sampled; from experience, on the safe side.

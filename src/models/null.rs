@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::dense::DenseConfig;
 use super::{Model, Scope, vocab_size};
-use crate::cache::{GroupKind, KvLayout};
+use crate::cache::KvLayout;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::{DecoderSpec, Step};
@@ -33,9 +33,7 @@ pub(super) fn load(config: &ModelConfig) -> Result<Null> {
         return Err(Error::invalid_model(format!("config.json: there is no token {token}")));
     }
     // As the plan reckons: blocks are counted, though nothing is in them.
-    let layers = declare(config)?.layers;
-    let layers = layers.iter().map(|layer| (layer.attention.kv_heads, layer.attention.head_dim)).collect();
-    let layout = KvLayout { groups: vec![GroupKind::Full], layers, dtype: Dtype::Float32 };
+    let layout = declare(config)?.kv_layout(Dtype::Float32);
     Ok(Null { layout, token: token as u32 })
 }
 

@@ -231,7 +231,7 @@ impl Attention {
     /// With MLX's operations: `joined [T, columns]` to `[T, heads * head_dim]`.
     fn attend(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, head_dim, scale, window, soft_cap, .. } = self.spec;
-        let tokens = joined.dim(0);
+        let (tokens, group) = (joined.dim(0), step.pages.group(self.layer));
         let [queries, keys, values] = self.heads.split(joined, &self.rope, step.positions)?;
         let attended = match &self.paged {
             Some(kernels) => {
@@ -239,14 +239,16 @@ impl Attention {
                 let (queries, keys) = (queries.as_dtype(dtype)?, keys.as_dtype(dtype)?);
                 let values = values.as_dtype(dtype)?;
                 let mut pool = step.pages.pool(self.layer)?;
-                let (attended, unread) = step.paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
+                let (attended, unread) =
+                    step.groups[group].paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
                 step.unread.extend(unread);
                 attended
             }
             None => {
-                let pools = step.pages.append(self.layer, step.gathers.writes(), &keys, &values)?;
+                let gathers = &mut step.groups[group].gathers;
+                let pools = step.pages.append(self.layer, gathers.writes(), &keys, &values)?;
                 let scores = Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() };
-                step.gathers.attend(&queries, pools, &scores)?
+                gathers.attend(&queries, pools, &scores)?
             }
         };
         Ok(attended.reshape(&[tokens, (heads * head_dim) as i32])?)
@@ -255,6 +257,7 @@ impl Attention {
     /// With the CPU kernels, over blocks: `joined [T, columns]` to `[T, heads * head_dim]`.
     fn attend_in_blocks(&self, cpu: &Cpu, joined: &Array, step: &Step<'_>) -> Result<Array> {
         let AttentionSpec { heads, kv_heads, scale, window, soft_cap, .. } = self.spec;
+        let placement = Arc::clone(&step.groups[step.pages.group(self.layer)].placement);
         let (key_pool, value_pool) = step.pages.layer(self.layer)?;
         let kind = AttentionKind { kv_heads, heads, scale, window, soft_cap };
         let norms = self.norms.as_ref().filter(|_| self.norm_over() != NormOver::Token);
@@ -268,7 +271,7 @@ impl Attention {
             key_pool,
             value_pool,
         };
-        cpu.attention(heads, &kind, Arc::clone(&step.placement))
+        cpu.attention(heads, &kind, placement)
     }
 }
 

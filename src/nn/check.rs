@@ -89,9 +89,10 @@ impl<'a> Case<'a> {
     fn new(kernels: &'a PagedAttention, wrong_tables: bool) -> Result<Self> {
         let PagedSpec { kv_heads, head_dim, block_tokens, dtype, .. } = *kernels.spec();
         let pages = |dtype| -> Result<Pages> {
-            let layout = KvLayout { groups: vec![GroupKind::Full], layers: vec![(kv_heads, head_dim)], dtype };
+            let rows = (kv_heads, head_dim);
+            let layout = KvLayout::new(&[(GroupKind::Full, rows, rows)], dtype);
             let mut pages = Pages::new(Backend::Mlx, &layout, block_tokens)?;
-            pages.resize(BLOCKS);
+            pages.resize(&[BLOCKS]);
             pages.resize_all()?;
             Ok(pages)
         };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 
 use super::{
     Attention, AttentionSpec, Embedding, Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, Linear, Norm, NormKind,
@@ -20,12 +20,8 @@ pub struct Step<'a> {
     pub positions: &'a Array,
     /// Keys and values so far; the step adds its own.
     pub pages: &'a mut Pages,
-    /// Where the rows belong.
-    pub placement: Arc<Placement>,
-    /// The same for MLX's operations.
-    pub gathers: Gathers,
-    /// The same for GPU kernels.
-    pub paged: PagedIndex,
+    /// Where the rows belong in each cache group.
+    pub groups: Vec<StepGroup>,
     /// Computed after the newest writes to the pools that attention has read.
     pub written: Option<Array>,
     /// To be evaluated with the step: the writes that nothing in it reads.
@@ -34,12 +30,26 @@ pub struct Step<'a> {
     pub trace: Option<&'a mut Vec<Array>>,
 }
 
+/// Where the rows of a step belong in a cache group.
+pub struct StepGroup {
+    /// For the CPU kernels.
+    pub placement: Arc<Placement>,
+    /// The same for MLX's operations.
+    pub gathers: Gathers,
+    /// The same for GPU kernels.
+    pub paged: PagedIndex,
+}
+
 impl<'a> Step<'a> {
-    /// Tokens at `positions [T]`.
-    pub fn new(positions: &'a Array, pages: &'a mut Pages, placement: Arc<Placement>) -> Self {
-        let gathers = Gathers::new(&placement, pages.block_tokens());
-        let paged = PagedIndex::new(&placement, pages.block_tokens());
-        Self { positions, pages, placement, gathers, paged, written: None, unread: Vec::new(), trace: None }
+    /// Tokens at `positions [T]`, with a placement for each cache group of `pages`.
+    pub fn new(positions: &'a Array, pages: &'a mut Pages, placements: &[Arc<Placement>]) -> Self {
+        let group = |placement: &Arc<Placement>| StepGroup {
+            placement: Arc::clone(placement),
+            gathers: Gathers::new(placement, pages.block_tokens()),
+            paged: PagedIndex::new(placement, pages.block_tokens()),
+        };
+        let groups = placements.iter().map(group).collect();
+        Self { positions, pages, groups, written: None, unread: Vec::new(), trace: None }
     }
 }
 
@@ -76,6 +86,17 @@ pub struct DecoderSpec {
     pub max_positions: Option<usize>,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
+}
+
+impl DecoderSpec {
+    /// What a token stores, as numbers of type `dtype`: layers with the same window are a cache group.
+    pub fn kv_layout(&self, dtype: Dtype) -> KvLayout {
+        let layer = |layer: &LayerSpec| {
+            let AttentionSpec { kv_heads, head_dim, window, .. } = layer.attention;
+            (window.map_or(GroupKind::Full, GroupKind::Window), (kv_heads, head_dim), (kv_heads, head_dim))
+        };
+        KvLayout::new(&self.layers.iter().map(layer).collect::<Vec<_>>(), dtype)
+    }
 }
 
 /// What makes logits of the last hidden states.
@@ -326,8 +347,7 @@ impl Decoder {
         let norm = Norm::load(weights, &format!("{prefix}norm"), hidden, spec.norm, spec.norm_eps)?;
         let head_path = format!("{head_prefix}lm_head");
         let own_head = (head == OutputHead::Own).then(|| Linear::load(weights, &head_path, hidden, spec.vocab, false));
-        let layers_kv = spec.layers.iter().map(|l| (l.attention.kv_heads, l.attention.head_dim)).collect();
-        let layout = KvLayout { groups: vec![GroupKind::Full], layers: layers_kv, dtype: weights.float_type() };
+        let layout = spec.kv_layout(weights.float_type());
         let own_head = own_head.transpose()?;
         let DecoderSpec { embedding_scale, logit_scale, logit_cap, .. } = *spec;
         Ok(Self { embedding, embedding_scale, layers, norm, own_head, head, logit_scale, logit_cap, layout })

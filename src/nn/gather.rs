@@ -11,7 +11,7 @@ use mlx_rs::ops::concatenate;
 
 use crate::cache::Writes;
 use crate::error::{Error, Result};
-use crate::kernels::Placement;
+use crate::kernels::{Placement, Segment};
 
 /// How queries and keys become weights.
 #[derive(Debug, Clone, Copy)]
@@ -32,7 +32,8 @@ pub struct Gathers {
     placement: Arc<Placement>,
     block_tokens: usize,
     writes: Option<Writes>,
-    parts: Option<Vec<Part>>,
+    /// Of the window of the last layer.
+    parts: Option<(Option<usize>, Vec<Part>)>,
 }
 
 /// Rows that are attended to by one call.
@@ -41,9 +42,9 @@ struct Part {
     /// Rows of the step, and how many spare ones follow them.
     rows: std::ops::Range<usize>,
     spare: usize,
-    /// `[sequences, blocks]` i32.
+    /// `[sequences, blocks]` i32: from the first block on that the first row of each sequence sees.
     tables: Array,
-    /// Tokens up to the last of each sequence.
+    /// Tokens of each sequence from there up to the last.
     lengths: Vec<usize>,
 }
 
@@ -60,7 +61,8 @@ impl Gathers {
 
     /// Queries `[T, heads, width]` over the pools of a layer: the same shape.
     pub fn attend(&mut self, queries: &Array, (keys, values): (&Array, &Array), scores: &Scores<'_>) -> Result<Array> {
-        let parts = self.parts.take().unwrap_or_else(|| self.parts());
+        let known = self.parts.take().filter(|(window, _)| *window == scores.window);
+        let parts = known.map_or_else(|| self.parts(scores.window), |(_, parts)| parts);
         let mut attended = Vec::with_capacity(parts.len());
         for part in &parts {
             let rows = part.attend(queries, keys, values, scores)?;
@@ -69,7 +71,7 @@ impl Gathers {
             let spare = (part.spare > 0).then(|| mlx_rs::ops::zeros_dtype(&shape, rows.dtype())).transpose()?;
             attended.extend(std::iter::once(rows).chain(spare));
         }
-        self.parts = Some(parts);
+        self.parts = Some((scores.window, parts));
         match attended.len() {
             0 => Err(Error::internal("a step without rows")),
             1 => Ok(attended.into_iter().next().unwrap_or_else(|| queries.clone())),
@@ -77,7 +79,7 @@ impl Gathers {
         }
     }
 
-    fn parts(&self) -> Vec<Part> {
+    fn parts(&self, window: Option<usize>) -> Vec<Part> {
         let Placement { segments, tables, .. } = &*self.placement;
         let decoding = segments.iter().take_while(|segment| segment.rows.len() == 1).count();
         let groups = (decoding > 0).then_some(0..decoding).into_iter();
@@ -85,11 +87,14 @@ impl Gathers {
         groups
             .map(|group| {
                 let segments = &segments[group];
-                let lengths: Vec<usize> = segments.iter().map(|s| s.start + s.rows.len()).collect();
+                let first =
+                    |s: &Segment| window.map_or(0, |window| (s.start + 1).saturating_sub(window)) / self.block_tokens;
+                let length = |s: &Segment| s.start + s.rows.len() - first(s) * self.block_tokens;
+                let lengths: Vec<usize> = segments.iter().map(length).collect();
                 let blocks = |length: usize| length.div_ceil(self.block_tokens);
                 let width = lengths.iter().map(|&length| blocks(length)).max().unwrap_or(0);
-                let row = |(segment, &length): (&crate::kernels::Segment, &usize)| {
-                    let own = &tables[segment.table..segment.table + blocks(length)];
+                let row = |(segment, &length): (&Segment, &usize)| {
+                    let own = &tables[segment.table + first(segment)..][..blocks(length)];
                     // Block 0 holds no rows of anybody's.
                     own.iter()
                         .map(|&block| block as i32)
@@ -173,4 +178,44 @@ fn capped_attention([queries, keys, values]: [&Array; 3], scale: f32, cap: f32, 
     let scores = mlx_rs::ops::select(mask.expand_dims(2)?, scores, least)?;
     let weights = mlx_rs::ops::softmax_axis(&scores, -1, true)?;
     Ok(weights.matmul(&values)?.reshape(&[sequences, heads, rows, values.dim(4)])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mlx::{self, Device};
+
+    /// Blocks behind a window are not read: the spare block, which takes their place, may hold anything.
+    #[test]
+    fn what_is_behind_a_window_is_not_read() {
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(Device::Cpu, || {
+            let random = |shape: &[i32], seed: u64| -> Result<Array> {
+                Ok(mlx_rs::random::normal::<f32>(shape, None, None, &mlx_rs::random::key(seed)?)?)
+            };
+            let nothing = Array::full::<f32>(&[1, 4, 1, 8], Array::from_f32(f32::NAN))?;
+            let pool = |seed: u64| -> Result<Array> { Ok(concatenate(&[&nothing, &random(&[9, 4, 1, 8], seed)?], 0)?) };
+            let (keys, values, queries) = (pool(1)?, pool(2)?, random(&[5, 2, 8], 3)?);
+            // Two rows that decode, and a piece of a prompt; the first ones to be seen are 10, 5 and 6.
+            let row = |rows: std::ops::Range<usize>, start: usize, table: usize| Segment { rows, start, table };
+            let segments = vec![row(0..1, 14, 0), row(1..2, 9, 4), row(2..5, 10, 7)];
+            let attend = |tables: [u32; 11]| -> Result<Vec<f32>> {
+                let placement =
+                    Placement { tables: tables.to_vec(), segments: segments.clone(), ..Placement::default() };
+                let scores = Scores { scale: 0.3, window: Some(5), soft_cap: None, sinks: None };
+                let attended = Gathers::new(&Arc::new(placement), 4).attend(&queries, (&keys, &values), &scores)?;
+                Ok(attended.contiguous()?.as_slice::<f32>().to_vec())
+            };
+            let all = attend([1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3])?;
+            assert!(all.iter().all(|number| number.is_finite()));
+            assert_eq!(attend([0, 0, 3, 4, 0, 6, 7, 0, 9, 2, 3])?, all);
+            for needed in [2, 5, 8] {
+                let mut tables = [1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3];
+                tables[needed] = 0;
+                assert!(attend(tables)?.iter().any(|number| number.is_nan()), "the block at {needed} is not read");
+            }
+            Ok(())
+        });
+        outcome.unwrap();
+    }
 }

@@ -26,7 +26,7 @@ pub use activation::Activation;
 pub use attention::{Attention, AttentionSpec, NormOver, PositionScale, QkNorm};
 pub use bidirectional::{ATTENTION_BYTES, Bidirectional, BidirectionalSpec, InputPaths};
 pub use check::{check_paged, compare_paged};
-pub use decoder::{Decoder, DecoderSpec, FeedForwardSpec, LayerSpec, NormPlacement, OutputHead, Step};
+pub use decoder::{Decoder, DecoderSpec, FeedForwardSpec, LayerSpec, NormPlacement, OutputHead, Step, StepGroup};
 pub use embedding::Embedding;
 pub use encoder::{EncoderLayer, EncoderPaths, EncoderSpec, EncoderStack, NormPlace};
 pub use experts::{Experts, ExpertsSpec, SharedSpec};

@@ -130,7 +130,7 @@ impl Pass {
     }
 
     fn step<'a>(&'a self, pages: &'a mut Pages) -> Step<'a> {
-        Step::new(&self.positions, pages, Arc::clone(&self.placement))
+        Step::new(&self.positions, pages, std::slice::from_ref(&self.placement))
     }
 }
 

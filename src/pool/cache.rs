@@ -43,7 +43,7 @@ impl EnginePool {
         let model = model.as_deref();
         let mut freed = 0;
         for engine in engines.iter().filter(|_| tiers.pools) {
-            freed += engine.cache(CacheCommand::Clear)? as u64 * engine.metrics().block_bytes as u64;
+            freed += engine.cache(CacheCommand::Clear)? as u64;
         }
         if tiers.hot {
             freed += self.tiers.hot.clear(model);

@@ -207,7 +207,7 @@ impl State {
             let loading = engine.loaded().is_none();
             let metrics = engine.metrics();
             let rests = slot.shrunk.is_some_and(|shrunk| now.saturating_duration_since(shrunk) < SHRUNK);
-            let spare = (metrics.blocks_cached + metrics.blocks_free) as u64 * metrics.block_bytes as u64;
+            let spare = (metrics.cached_bytes + metrics.free_bytes) as u64;
             Some(policy::Resident {
                 id: id.clone(),
                 last_used,

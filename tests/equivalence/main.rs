@@ -259,11 +259,12 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
     let (mut preemptions, mut partial_steps, mut cut) = (0, 0, 0);
-    let models = ["qwen3-4bit", "llama-f32", "mistral-sliding-window", "qwen2-8bit"];
+    // The last one has a layer of each kind.
+    let models = ["qwen3-4bit", "llama-f32", "mistral-sliding-window", "qwen2-8bit", "gemma3_text-f32"];
     for _ in 0..schedules(12).div_ceil(4) {
         for name in models {
             let pool = open(&fixture(name), exact());
-            let bodies = bodies(&mut random, 80, 100, 24);
+            let bodies = bodies(&mut random, 48, 100, 24);
             let expected = alone(&pool, &bodies);
             let company = open(&fixture(name), settings(&mut random, &metrics(&pool), 100));
             cut += play(&company, &bodies, &expected, &mut random);
@@ -324,6 +325,51 @@ fn a_shared_prompt_is_held_and_computed_once() {
     assert_eq!((now.running_sequences, now.prompt_tokens), (16, 2000 + 16 * 3));
     states.iter().for_each(|state| state.cancel());
     states.iter().for_each(|state| assert!(answers(state, 1).is_none()));
+}
+
+/// Layers that see a window hold that and one block of each sequence, however long it becomes; the others hold all.
+#[test]
+fn windows_hold_their_window_and_one_block() {
+    const SEQUENCES: usize = 4;
+    // Layers that keep everything, of two of the same size.
+    for (name, keep) in [("gemma3_text-f32", 1), ("mistral-sliding-window", 0)] {
+        let options = PoolOptions { block_tokens: Some(8), max_sequences: Some(SEQUENCES), ..exact() };
+        let pool = open(&fixture(name), PoolOptions { prefill_chunk: Some(16), ..options });
+        let (prompt, answer) = (200, 250);
+        let states: Vec<_> = (0..SEQUENCES)
+            .map(|own| {
+                let prompt: Vec<usize> = (0..prompt).map(|at| (7 * at + own) % 48).collect();
+                pool.generate(request(&json!({ "prompt": prompt, "max_tokens": answer, "ignore_eos": true }))).unwrap()
+            })
+            .collect();
+        // A step behind the last piece of the prompt, what that held is given back.
+        for state in &states {
+            let mut tokens = 0;
+            while tokens < 2 {
+                if let Event::Delta(delta) = state.next(PATIENCE).expect("an event") {
+                    tokens += delta.tokens.len();
+                }
+            }
+        }
+        let (mut seen, mut most) = (0, 0);
+        loop {
+            let now = metrics(&pool);
+            if now.running_sequences < SEQUENCES {
+                break;
+            }
+            let layer = now.block_bytes / 2;
+            let tokens = (now.prompt_tokens + now.completion_tokens) as usize;
+            // A token of each is on its way, and none of the blocks but the last ones is part full.
+            let kept = keep * (tokens.div_ceil(8) + 2 * SEQUENCES);
+            let windows = (2 - keep) * SEQUENCES * 2;
+            assert!(now.used_bytes <= (kept + windows) * layer, "{now:?}");
+            assert!(now.used_bytes >= keep * (tokens / 8 - SEQUENCES) * layer, "{now:?}");
+            (seen, most) = (seen + 1, most.max(tokens));
+        }
+        assert!(seen > 20 && most > SEQUENCES * (prompt + answer / 2), "only {seen} looks, up to {most} tokens");
+        states.iter().for_each(|state| assert!(answers(state, 1).is_some()));
+        assert_eq!(metrics_at_rest(&pool).used_bytes, 0);
+    }
 }
 
 #[test]

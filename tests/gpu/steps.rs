@@ -90,7 +90,7 @@ impl Loaded {
         let context = models::context_length(&config, None)?;
         let model = models::load(&config, context, weights.computed_by(backend.clone()))?.model;
         let mut pages = Pages::new(backend, model.kv_layout(), BLOCK_TOKENS)?;
-        pages.resize(blocks);
+        pages.resize(&vec![blocks; pages.capacities().len()]);
         pages.resize_all()?;
         Ok(Self { model, pages, vocab: models::vocab_size(&config)?, in_buckets: way != Way::Plain })
     }
@@ -98,15 +98,18 @@ impl Loaded {
     /// The step's graph: hidden states of all rows `[T, hidden]`, the first row of each run, and what else must be
     /// evaluated.
     pub fn step(&mut self, plan: &StepPlan) -> Result<(Array, Vec<usize>, Vec<Array>)> {
-        let packed = Packed::new(&plan.runs, &plan.copies, BLOCK_TOKENS, self.in_buckets);
+        let groups = self.pages.capacities().len();
+        let of = |run: &Run| Run { tables: run.tables.iter().cycle().take(groups).cloned().collect(), ..run.clone() };
+        let runs: Vec<Run> = plan.runs.iter().map(of).collect();
+        let packed = Packed::new(&runs, &plan.copies, BLOCK_TOKENS, self.in_buckets);
         let mut ids = vec![0u32; packed.shape.rows];
         for (run, &first) in plan.runs.iter().zip(&packed.shape.first) {
             let StepInput::Known(tokens) = &run.input else { return Err(Error::internal("an unread token")) };
             ids[first..first + tokens.len()].copy_from_slice(tokens);
         }
         let (ids, positions) = (Array::from_slice(&ids, &[ids.len() as i32]), packed.positions()?);
-        let Packed { shape, placement } = packed;
-        let mut step = Step::new(&positions, &mut self.pages, placement);
+        let Packed { shape, placements } = packed;
+        let mut step = Step::new(&positions, &mut self.pages, &placements);
         let hidden = self.model.hidden(&ids, &mut step)?;
         Ok((hidden, shape.first, step.unread))
     }

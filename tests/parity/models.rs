@@ -102,7 +102,7 @@ impl Run {
         let weights = Weights::open(folder, &config, Some(Dtype::Float32))?.computed_by(backend.clone());
         let model = models::load(&config, context, weights)?.model;
         let mut pages = Pages::new(backend.clone(), model.kv_layout(), BLOCK_TOKENS)?;
-        pages.resize(BLOCKS);
+        pages.resize(&vec![BLOCKS; pages.capacities().len()]);
         pages.resize_all()?;
         Ok(Self { model, pages, len: 0 })
     }
@@ -119,7 +119,8 @@ impl Run {
         let slots = (start..end).map(slot).collect();
         let segments = vec![Segment { rows: 0..tokens.len(), start, table: 0 }];
         let placement = Arc::new(Placement { tables, slots, segments, ..Placement::default() });
-        let mut step = Step::new(&positions, &mut self.pages, placement);
+        let placements = vec![placement; self.pages.capacities().len()];
+        let mut step = Step::new(&positions, &mut self.pages, &placements);
         step.trace = trace;
         let hidden = self.model.hidden(&ids, &mut step).unwrap();
         self.len = end;

@@ -38,11 +38,10 @@ fn resizing_keeps_one_layer_twice() {
 
 fn resizing_with(backend: &Backend) {
     let outcome = mlx::on_device(Device::Cpu, || {
-        let layers = vec![(1, 4096); LAYERS];
-        let layout = KvLayout { groups: vec![GroupKind::Full], layers, dtype: Dtype::Float32 };
+        let layout = KvLayout::new(&[(GroupKind::Full, (1, 4096), (1, 4096)); LAYERS], Dtype::Float32);
         let mut pages = Pages::new(backend.clone(), &layout, 16)?;
         let resize = |pages: &mut Pages, blocks: usize| {
-            pages.resize(blocks);
+            pages.resize(&[blocks]);
             pages.resize_all()?;
             Ok(())
         };

@@ -6,6 +6,7 @@
 mod evictions;
 mod folders;
 mod hosts;
+mod windows;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -138,6 +139,7 @@ fn a_restart_changes_no_answer() {
     let rounds = std::env::var("OMLX_RESTARTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let models = [
         (fixture("llama-f32"), 80, 120),
+        (fixture("gemma3_text-f32"), 48, 120),
         (fixture("mistral-sliding-window"), 80, 120),
         (fixture("qwen3-4bit"), 80, 200),
         (root().join("models/tiny-chat"), 4096, 700),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::super::restore::{Restored, Then, Wait};
-use super::super::tiers::{CROWDED, InPools, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, Whereabouts};
+use super::super::tiers::{CROWDED, InPools, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, TierGroup, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
@@ -46,7 +46,9 @@ impl Worker<'_> {
         // Whoever asked may have gone.
         match command {
             CacheCommand::Clear(answer) => {
-                let _ = answer.send(blocks.clear());
+                let freed =
+                    blocks.clear().into_iter().zip(&self.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
+                let _ = answer.send(freed);
             }
             CacheCommand::Pin(tokens, answer) => {
                 let _ = answer.send(blocks.pin(&tokens));
@@ -89,11 +91,12 @@ impl Worker<'_> {
     pub(super) fn identified(&mut self, identified: Result<([u8; 32], ModelIdentity)>) {
         self.unidentified = false;
         let pages = self.runner.pages();
-        let layouts: Option<Vec<_>> = (0..pages.layout().groups.len()).map(|group| pages.row_layout(group)).collect();
+        let group = |(group, &kind)| Some(TierGroup { kind, layout: pages.row_layout(group)? });
+        let groups: Option<Vec<_>> = pages.layout().groups.iter().enumerate().map(group).collect();
         let known = identified.and_then(|(fingerprint, identity)| {
             identity.check()?;
-            let layouts = layouts.ok_or_else(|| Error::unsupported("rows of this number format stay in the pools"))?;
-            self.options.tiers.model(&self.options.id, fingerprint, pages.block_tokens(), layouts)
+            let groups = groups.ok_or_else(|| Error::unsupported("rows of this number format stay in the pools"))?;
+            self.options.tiers.model(&self.options.id, fingerprint, pages.block_tokens(), groups)
         });
         match known {
             Ok(tiers) => {
@@ -154,8 +157,10 @@ impl Worker<'_> {
             let Some(tiers) = &self.tiers else { return Ok(()) };
             self.restores.ask(tiers, &mut self.scheduler, self.myself);
             let waits = self.restores.waits_for(&mut self.scheduler);
-            self.scheduler.reserve_blocks(if let Wait::Blocks(blocks) = waits { blocks } else { 0 });
-            if waits != Wait::Nothing || !self.settle()? {
+            let goes_on = waits == Wait::Nothing;
+            let none = vec![0; self.block_bytes.len()];
+            self.scheduler.reserve_blocks(if let Wait::Blocks(blocks) = waits { blocks } else { none });
+            if !goes_on || !self.settle()? {
                 return Ok(());
             }
             self.restores.make_room(&mut self.scheduler);

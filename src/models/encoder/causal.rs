@@ -19,7 +19,7 @@ pub(super) fn batch_plan(config: &ModelConfig, max_tokens: usize) -> Result<Batc
     let plan = models::plan(config)?;
     let spec = declare(config, max_tokens)?;
     // Hidden states before and behind a layer, and the pools that all layers share.
-    let kept = 3 * spec.hidden + plan.cached_numbers / spec.layers.len().max(1);
+    let kept = 3 * spec.hidden + plan.token_numbers() / spec.layers.len().max(1);
     let fixed = (64 << 20) + 4 * PASS_ROWS.min(max_tokens) * plan.row_numbers;
     let inner = spec.layers.iter().map(|layer| layer.feed_forward.inner()).max().unwrap_or(0);
     Ok(BatchPlan { fixed, per_token: 8 * kept, widest: 8 * inner, max_tokens })
