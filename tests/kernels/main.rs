@@ -15,6 +15,7 @@ mod guard;
 mod lanes;
 mod matmul;
 mod numbers;
+mod recurrent;
 mod reference;
 mod routing;
 mod sample;

@@ -10,6 +10,7 @@ pub mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod convolution;
 mod dot;
 pub mod elementwise;
 pub mod experts;
@@ -25,6 +26,7 @@ mod quantize;
 pub mod routing;
 pub mod sample;
 pub mod scalar;
+pub mod scan;
 pub mod simd;
 pub mod texts;
 pub mod threads;
