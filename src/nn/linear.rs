@@ -40,6 +40,26 @@ impl Linear {
         Ok(Self { matrix, bias, backend: self.backend.clone() })
     }
 
+    /// With outputs in another order: `order[i]` becomes output `i`. Evaluated, so that the old ones can go.
+    pub(super) fn reordered(self, order: &[i32]) -> Result<Self> {
+        let order = mlx::indices(order)?;
+        let take = |rows: &Array| -> Result<Array> {
+            let taken = rows.take_axis(&order, 0)?;
+            taken.eval()?;
+            Ok(taken)
+        };
+        let matrix = match &self.matrix {
+            Matrix::Dense(weight) => Matrix::Dense(take(weight)?),
+            Matrix::Quantized(matrix) => Matrix::Quantized(QuantizedMatrix {
+                weight: take(&matrix.weight)?,
+                scales: take(&matrix.scales)?,
+                biases: matrix.biases.as_ref().map(take).transpose()?,
+                format: matrix.format,
+            }),
+        };
+        Ok(Self { matrix, bias: self.bias.as_ref().map(take).transpose()?, backend: self.backend })
+    }
+
     pub(super) fn operand(&self) -> Operand<'_> {
         Operand { matrix: &self.matrix, bias: self.bias.as_ref() }
     }

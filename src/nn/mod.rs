@@ -18,6 +18,7 @@ mod mlp;
 mod norm;
 mod packed;
 mod paged;
+mod recurrent;
 mod rope;
 mod router;
 mod whole;
@@ -36,6 +37,10 @@ pub use mlp::{GatedMlp, GatedSpec, Mlp, MlpSpec};
 pub use norm::{LayerNorm, Norm, NormKind, RmsNorm};
 pub use packed::{PackedTexts, Run};
 pub use paged::PagedIndex;
+pub use recurrent::{
+    DeltaNet, DeltaNetSpec, DeltaProjections, Mamba2, Mamba2Spec, ShortConv, ShortConvSpec, StateIndex, StateLayout,
+    StatePools,
+};
 pub use rope::{Rope, RopeSpec};
 pub use router::RouterSpec;
 pub use whole::WholeTexts;
