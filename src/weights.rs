@@ -182,6 +182,11 @@ impl Weights {
         self.matrix_of(path, path, &[], rows, columns)
     }
 
+    /// `count` matrices of the same shape in one tensor, `[count, rows, columns]`.
+    pub fn stack(&mut self, path: &str, count: usize, rows: usize, columns: usize) -> Result<Matrix> {
+        self.matrix_of(path, path, &[count], rows, columns)
+    }
+
     /// The same for as many matrices as `stacked` has axes for, `[stacked.., rows, columns]`, whose format is declared for the
     /// layer at `declared`.
     fn matrix_of(

@@ -110,6 +110,8 @@ pub struct BlockManager {
     save_tokens: Option<usize>,
     /// What was evicted and has to be saved before a step runs.
     evicted: Vec<Save>,
+    /// Whether what one sequence has computed serves another one.
+    reuses: bool,
 }
 
 impl BlockManager {
@@ -124,7 +126,13 @@ impl BlockManager {
             pins: HashMap::new(),
             save_tokens: None,
             evicted: Vec::new(),
+            reuses: true,
         }
+    }
+
+    /// The same for sequences that have more than rows: nothing is found, nor kept for later ones.
+    pub fn without_reuse(self) -> Self {
+        Self { reuses: false, ..self }
     }
 
     /// Tokens of a block.
@@ -258,7 +266,7 @@ impl BlockManager {
     /// Adds to `table`, which holds the whole blocks of `tokens[..computed]`, what the index has of the tokens behind
     /// them, but none from `limit` on. Without effect unless `computed` is the end of the table's last indexed block.
     pub fn find(&mut self, table: &mut Table, tokens: &[u32], computed: usize, limit: usize) -> Found {
-        if computed != table.indexed || limit <= computed {
+        if !self.reuses || computed != table.indexed || limit <= computed {
             return Found { tokens: computed, more_soon: false };
         }
         let path = self.path(table, &tokens[..limit]);
@@ -457,7 +465,7 @@ impl BlockManager {
     /// Puts whole blocks of a sequence into the index: `tokens` are known, and the rows of the first `computed` of them
     /// are written by the step that is being planned or before. Blocks that are there already are shared instead.
     pub fn index(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
-        let computed = computed.min(tokens.len());
+        let computed = if self.reuses { computed.min(tokens.len()) } else { 0 };
         while table.indexed + self.block_tokens <= computed {
             let block = &tokens[table.indexed..table.indexed + self.block_tokens];
             let node = self.index.child(table.node, block);
@@ -473,6 +481,9 @@ impl BlockManager {
 
     /// Puts the last, incomplete block of a sequence into the index.
     pub fn index_tail(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
+        if !self.reuses {
+            return;
+        }
         self.index(table, tokens, computed);
         let tail = &tokens[table.indexed..computed.min(tokens.len())];
         let place = table.indexed / self.block_tokens;

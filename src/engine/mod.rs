@@ -22,6 +22,7 @@ mod runner;
 mod scheduler;
 mod sequence;
 mod shape;
+mod states;
 mod threads;
 mod tiers;
 mod turns;

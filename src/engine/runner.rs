@@ -12,10 +12,11 @@ use super::pace::Work;
 use super::scheduler::{Run, StepInput, StepPlan};
 use super::sequence::{SampledToken, SequenceId};
 use super::shape::Shape;
+use super::states::States;
 use crate::cache::{BlockCopy, Pages, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Backend, Placement, Segment};
+use crate::kernels::{self, Backend, Placement, Segment, StatePlacement};
 use crate::mlx;
 use crate::models::Model;
 use crate::nn::Step;
@@ -30,6 +31,7 @@ pub struct Runner {
     vocab: usize,
     backend: Backend,
     pages: Pages,
+    states: States,
     samplers: HashMap<SequenceId, Sampler>,
     /// What the last step sampled, `[rows]`, and whose rows they are: input of a step planned before it is read.
     newest: Option<(Array, Vec<SequenceId>)>,
@@ -82,9 +84,21 @@ enum StepResult {
 }
 
 impl Runner {
-    /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, and its pools.
-    pub fn new(id: String, model: Box<dyn Model>, vocab: usize, backend: Backend, pages: Pages) -> Self {
-        Self { id, model, vocab, backend, pages, samplers: HashMap::new(), newest: None, piece: None }
+    /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, its pools and its states.
+    pub fn new(
+        id: String,
+        model: Box<dyn Model>,
+        vocab: usize,
+        backend: Backend,
+        pages: Pages,
+        states: States,
+    ) -> Self {
+        Self { id, model, vocab, backend, pages, states, samplers: HashMap::new(), newest: None, piece: None }
+    }
+
+    /// Whether sequences have more than rows in blocks.
+    pub fn has_states(&self) -> bool {
+        !self.states.is_empty()
     }
 
     /// The model's id.
@@ -114,6 +128,7 @@ impl Runner {
     /// Forgets a sequence; a step of it that is still running keeps what it needs.
     pub fn remove(&mut self, id: SequenceId) {
         self.samplers.remove(&id);
+        self.states.remove(id);
     }
 
     /// Builds the step's graph and starts its evaluation; returns without waiting for it. `masks` tells which tokens a
@@ -179,10 +194,11 @@ impl Runner {
         let depth = self.model.depth();
         let layers = if plan.layers.len() == self.stops() { 0..depth } else { plan.layers.clone() };
         // By themselves, and together: the copies are made in every layer, by whoever is there.
-        let alone = (layers != (0..depth) && answers > 0).then(|| self.pack(&plan.runs[..answers], &plan.copies));
-        let together = self.pack(&plan.runs, &plan.copies);
+        let by_itself = layers != (0..depth) && answers > 0;
+        let alone = by_itself.then(|| self.pack(&plan.runs[..answers], &plan.copies)).transpose()?;
+        let together = self.pack(&plan.runs, &plan.copies)?;
         let mut x = if layers.start == 0 {
-            self.model.embed(&self.tokens(&plan.runs, &together.shape)?)?
+            self.model.embed(&self.tokens(&plan.runs, &together.packed.shape)?)?
         } else {
             let piece = self
                 .piece
@@ -191,21 +207,21 @@ impl Runner {
                 .rows_of(&plan.runs[answers..])?;
             match &alone {
                 Some(alone) => {
-                    let x = self.model.embed(&self.tokens(&plan.runs[..answers], &alone.shape)?)?;
+                    let x = self.model.embed(&self.tokens(&plan.runs[..answers], &alone.packed.shape)?)?;
                     concatenate(&[self.pass(x, 0..layers.start, alone, pass)?, piece], 0)?
                 }
                 None => piece,
             }
         };
         x = self.pass(x, layers.clone(), &together, pass)?;
-        let Some(alone) = alone.filter(|_| layers.end < depth) else { return Ok((x, together.shape)) };
+        let Some(alone) = alone.filter(|_| layers.end < depth) else { return Ok((x, together.packed.shape)) };
         let runs = plan.runs[answers..].iter().map(|run| (run.sequence, run.tokens())).collect();
-        self.piece = Some(Held { rows: mlx::rows(&x, alone.shape.rows, together.shape.rows)?, runs });
-        x = self.pass(mlx::rows(&x, 0, alone.shape.rows)?, layers.end..depth, &alone, pass)?;
-        Ok((x, alone.shape))
+        self.piece = Some(Held { rows: mlx::rows(&x, alone.packed.shape.rows, together.packed.shape.rows)?, runs });
+        x = self.pass(mlx::rows(&x, 0, alone.packed.shape.rows)?, layers.end..depth, &alone, pass)?;
+        Ok((x, alone.packed.shape))
     }
 
-    fn pack(&self, runs: &[Run], copies: &[BlockCopy]) -> Packed {
+    fn pack(&mut self, runs: &[Run], copies: &[BlockCopy]) -> Result<Placed> {
         let mut packed = Packed::new(runs, copies, self.pages.block_tokens(), self.backend.gpu().is_some());
         if fault::happens("runner.table", &self.id) {
             packed.placements.iter_mut().for_each(|placement| Arc::make_mut(placement).tables.reverse());
@@ -213,13 +229,15 @@ impl Runner {
         if fault::happens("runner.window", &self.id) {
             packed.placements.iter_mut().skip(1).for_each(|placement| Arc::make_mut(placement).tables.rotate_right(1));
         }
-        packed
+        let states = self.states.place(runs, &packed.shape)?;
+        Ok(Placed { packed, states })
     }
 
-    /// Runs `layers` over hidden states of the rows `packed`.
-    fn pass(&mut self, x: Array, layers: Range<usize>, packed: &Packed, pass: &mut Pass) -> Result<Array> {
-        let positions = packed.positions()?;
-        let mut step = Step::new(&positions, &mut self.pages, &packed.placements);
+    /// Runs `layers` over hidden states of the rows `placed`.
+    fn pass(&mut self, x: Array, layers: Range<usize>, placed: &Placed, pass: &mut Pass) -> Result<Array> {
+        let positions = placed.packed.positions()?;
+        let step = Step::new(&positions, &mut self.pages, &placed.packed.placements);
+        let mut step = step.with_states(self.states.pools(), &placed.states);
         let x = self.model.pass(x, layers, &mut step)?;
         pass.written = step.written.take();
         pass.outputs.append(&mut step.unread);
@@ -317,6 +335,12 @@ fn evaluate<'a>(started: Instant, arrays: impl Iterator<Item = &'a Array>) -> Re
 fn sampling_rows(runs: &[Run], shape: &Shape) -> Vec<(SequenceId, i32)> {
     let samples = runs.iter().zip(&shape.first).filter(|(run, _)| run.samples);
     samples.map(|(run, first)| (run.sequence, (first + run.tokens() - 1) as i32)).collect()
+}
+
+/// Rows, and where all that belongs to them is.
+struct Placed {
+    packed: Packed,
+    states: Arc<StatePlacement>,
 }
 
 /// A plan's rows, and where they belong in the arrays.

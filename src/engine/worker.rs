@@ -15,6 +15,7 @@ use super::restore::{Restores, Then, read_ahead};
 use super::runner::{Launched, Masks, Runner};
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{Prepared, Sequence, SequenceId};
+use super::states::States;
 use super::threads::end_before_exit;
 use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, SPAN_TOKENS, Whereabouts};
 use super::turns::{Seat, Turn};
@@ -133,7 +134,7 @@ fn serve(
     drop(loading);
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
-    let layers = runner.stops();
+    let (layers, has_states) = (runner.stops(), runner.has_states());
     let pages = runner.pages();
     let block_bytes: Vec<usize> = (0..pages.layout().groups.len()).map(|group| pages.block_bytes(group)).collect();
     let groups: Vec<_> = pages.layout().groups.iter().copied().zip(block_bytes.iter().copied()).collect();
@@ -149,6 +150,8 @@ fn serve(
     let most_blocks = limits.blocks.clone();
     // The fingerprint of the model takes the place of this key when blocks leave the process.
     let blocks = BlockManager::new(pages.block_tokens(), &pages.layout().groups, [0; 32]);
+    // States are kept at a sequence's end alone: what is in blocks does not suffice to go on from the middle.
+    let blocks = if has_states { blocks.without_reuse() } else { blocks };
     let metrics = EngineMetrics {
         block_tokens: pages.block_tokens(),
         block_bytes: block_bytes.iter().sum(),
@@ -232,8 +235,9 @@ fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> R
     crate::mlx::return_free_memory();
     memory.loaded(loaded.weight_bytes as u64);
     let pages = Pages::new(options.backend.clone(), loaded.model.kv_layout(), options.block_tokens)?;
-    let runner =
-        Runner::new(options.id.clone(), loaded.model, models::vocab_size(&config)?, options.backend.clone(), pages);
+    let states = States::new(&options.backend, &loaded.model.state_layouts(), options.max_sequences)?;
+    let vocab = models::vocab_size(&config)?;
+    let runner = Runner::new(options.id.clone(), loaded.model, vocab, options.backend.clone(), pages, states);
     Ok(Loaded { runner, weight_bytes: loaded.weight_bytes, memory, read_ahead })
 }
 
@@ -260,7 +264,8 @@ fn begin<'a>(
     let read_ahead = read_ahead(span, counts.then(|| options.ledger.status().limit));
     // With the span that is being saved.
     let on_their_way = if counts && options.tiers.exist() { read_ahead + span } else { 0 };
-    let workspace = steps as u64 + on_their_way;
+    let states = (plan.state_bytes * options.max_sequences) as u64;
+    let workspace = steps as u64 + states + on_their_way;
     let uses = Uses { weights: weights.bytes as u64, workspace, cache: cache as u64, ..Uses::default() };
     let memory = EngineMemory::begin(account, uses, interrupted)?;
     // What others gave back in the ledger is to be free in the system, too.

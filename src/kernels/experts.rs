@@ -7,7 +7,7 @@ use super::cpu::floats::FloatsMut;
 use super::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use super::cpu::routing::{Chosen, Routing};
 use super::node::{CpuKernel, Input, Output, node};
-use super::ops::{Cpu, MatrixLayout, NormLayout, NormOf, Operand};
+use super::ops::{Cpu, MatrixLayout, NormLayout, NormOf, Operand, last};
 use crate::error::{Error, Result};
 
 /// What is between the matrices of an expert.
@@ -139,6 +139,34 @@ impl Cpu {
             shared,
         };
         node(kernel, &inputs, &shape, Dtype::Float32)
+    }
+}
+
+impl Cpu {
+    /// Rows `x [rows, columns]`, each times one of the `stacked` matrices of a stack `[stacked, width, columns]`: `which [rows]`, in
+    /// which rows of the same matrix should be neighbours. `[rows, width]` f32.
+    pub fn stacked_linear(&self, x: &Array, which: Vec<u32>, stacked: usize, operand: &Operand<'_>) -> Result<Array> {
+        let mut inputs = vec![x];
+        let layout = MatrixLayout::new(operand, &mut inputs)?;
+        let shape = [x.dim(0), layout.rows as i32];
+        node(Stacked { cpu: self.clone(), layout, which, stacked }, &inputs, &shape, Dtype::Float32)
+    }
+}
+
+struct Stacked {
+    cpu: Cpu,
+    layout: MatrixLayout,
+    which: Vec<u32>,
+    stacked: usize,
+}
+
+impl CpuKernel for Stacked {
+    fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
+        let (x, projections) = (inputs[0].to_f32()?, [self.layout.read(inputs)?]);
+        let (experts, stacked, precision) = (Some(&self.which[..]), self.stacked, self.cpu.precision);
+        let product = MatMul { x: &x, projections: &projections, experts, stacked, finish: Finish::Concat, precision };
+        product.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);
+        Ok(())
     }
 }
 

@@ -13,16 +13,18 @@ use crate::nn::{DecoderSpec, NormKind, NormPlacement};
 #[derive(Debug, Deserialize)]
 struct CohereConfig {
     logit_scale: f32,
-    #[serde(alias = "_sliding_window_pattern")]
     sliding_window_pattern: Option<usize>,
+    /// How transformers writes it.
+    _sliding_window_pattern: Option<usize>,
     use_qk_norm: Option<bool>,
 }
 
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
-    let defaults = json!({ "layer_norm_eps": 1e-5, "sliding_window": 4096, "tie_word_embeddings": true });
+    let eps = config.field("layer_norm_eps").cloned().unwrap_or(json!(1e-5));
+    let defaults = json!({ "rms_norm_eps": eps, "sliding_window": 4096, "tie_word_embeddings": true });
     let dense: DenseConfig = config.parse_over(defaults)?;
     let own: CohereConfig = config.parse_over(json!({ "logit_scale": 0.0625 }))?;
-    let pattern = own.sliding_window_pattern.unwrap_or(4);
+    let pattern = own.sliding_window_pattern.or(own._sliding_window_pattern).unwrap_or(4);
     if own.use_qk_norm == Some(true) {
         return Err(Error::unsupported("norms of queries and keys are not supported for this architecture"));
     }
@@ -34,8 +36,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     spec.norm = NormKind::Layer;
     spec.norms = NormPlacement::Parallel;
     spec.logit_scale = own.logit_scale;
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         let rope = (dense.rope.clone().traditional(), attention.head_dim);
         attention.rope = attention.window.map(|_| rope);
     }

@@ -5,8 +5,8 @@ use serde::Deserialize;
 use super::Scope;
 use crate::error::{Error, Result};
 use crate::nn::{
-    Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, GatedSpec, LayerSpec, NormKind, NormPlacement, OutputHead,
-    RopeSpec,
+    Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, GatedSpec, LayerSpec, MixerSpec, NormKind, NormPlacement,
+    OutputHead, RopeSpec,
 };
 
 /// The shared fields of `config.json`.
@@ -18,7 +18,6 @@ pub(super) struct DenseConfig {
     pub num_attention_heads: usize,
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
-    #[serde(alias = "layer_norm_eps")]
     pub rms_norm_eps: f32,
     pub vocab_size: usize,
     pub tie_word_embeddings: Option<bool>,
@@ -108,6 +107,8 @@ impl DenseConfig {
             qkv_bias: self.attention_bias.unwrap_or(false),
             output_bias: self.attention_bias.unwrap_or(false),
             fused: false,
+            gated: false,
+            output_name: "o_proj",
             qk_norm: None,
             position_scale: None,
             rope: Some((self.rope.clone(), self.head_dim())),
@@ -120,12 +121,14 @@ impl DenseConfig {
             bias: self.mlp_bias.unwrap_or(false),
             activation: self.activation()?,
             fused: false,
+            names: GatedSpec::NAMES,
         });
         let layers = (0..self.num_hidden_layers)
             .map(|layer| {
                 let window = self.window(layer, default_window(layer))?;
                 Ok(LayerSpec {
-                    attention: AttentionSpec { window, ..attention.clone() },
+                    mixer: MixerSpec::Attention(AttentionSpec { window, ..attention.clone() }),
+                    mixer_path: "self_attn",
                     feed_forward: feed_forward.clone(),
                     feed_forward_path: "mlp",
                 })
@@ -136,7 +139,9 @@ impl DenseConfig {
             vocab: self.vocab_size,
             norm: NormKind::Rms,
             norm_eps: self.rms_norm_eps,
-            norms: NormPlacement::Before,
+            norms: NormPlacement::BEFORE,
+            final_norm: "norm",
+            is_centred: None,
             embedding_scale: 1.0,
             residual_scale: 1.0,
             head: match (scope.head, self.tie_word_embeddings) {

@@ -10,10 +10,11 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let dense: DenseConfig = config.parse()?;
     let bias = config.field("use_bias").and_then(serde_json::Value::as_bool).unwrap_or(false);
     let mut spec = dense.decoder(scope, |_| None)?;
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         (attention.qkv_bias, attention.output_bias) = (bias, bias);
         attention.rope = Some((dense.rope.clone().traditional(), attention.head_dim));
+    }
+    for layer in &mut spec.layers {
         if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
             mlp.bias = bias;
         }

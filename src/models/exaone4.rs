@@ -18,8 +18,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let is_local = |layer: usize| !pattern.is_empty() && pattern[layer % pattern.len()] == b'L';
     let mut spec = dense.decoder(scope, |layer| dense.sliding_window.filter(|_| is_local(layer)))?;
     spec.norms = NormPlacement::After;
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.qk_norm = Some(QkNorm::rms(dense.rms_norm_eps, NormOver::Head));
         if !pattern.is_empty() && attention.window.is_none() {
             attention.rope = None;

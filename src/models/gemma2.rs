@@ -31,9 +31,9 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     spec.norms = NormPlacement::Around;
     spec.embedding_scale = (spec.hidden as f32).sqrt();
     spec.logit_cap = own.final_logit_softcapping;
-    for layer in &mut spec.layers {
-        layer.attention.scale = own.query_pre_attn_scalar.powf(-0.5);
-        layer.attention.soft_cap = own.attn_logit_softcapping;
+    for attention in spec.attentions() {
+        attention.scale = own.query_pre_attn_scalar.powf(-0.5);
+        attention.soft_cap = own.attn_logit_softcapping;
     }
     Ok(spec)
 }

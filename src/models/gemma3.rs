@@ -14,27 +14,26 @@ use crate::nn::{DecoderSpec, NormKind, NormOver, NormPlacement, QkNorm, RopeSpec
 struct Gemma3Config {
     query_pre_attn_scalar: f32,
     rope_local_base_freq: f32,
-    #[serde(alias = "_sliding_window_pattern")]
-    sliding_window_pattern: usize,
+    sliding_window_pattern: Option<usize>,
+    /// How transformers writes it.
+    _sliding_window_pattern: Option<usize>,
     attn_logit_softcapping: Option<f32>,
     final_logit_softcapping: Option<f32>,
 }
 
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
-    let mut defaults = json!({
+    let defaults = json!({
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "rms_norm_eps": 1e-6,
         "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e6, "rope_local_base_freq": 1e4,
         "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 131_072,
     });
-    if config.field("_sliding_window_pattern").is_none() {
-        defaults["sliding_window_pattern"] = json!(6);
-    }
     let dense: DenseConfig = config.parse_over(defaults.clone())?;
     let own: Gemma3Config = config.parse_over(defaults)?;
-    if own.sliding_window_pattern == 0 {
+    let pattern = own.sliding_window_pattern.or(own._sliding_window_pattern).unwrap_or(6);
+    if pattern == 0 {
         return Err(Error::invalid_model("config.json: \"sliding_window_pattern\" is 0"));
     }
-    let is_full = |layer: usize| (layer + 1).is_multiple_of(own.sliding_window_pattern);
+    let is_full = |layer: usize| (layer + 1).is_multiple_of(pattern);
     let mut spec = dense.decoder(scope, |layer| dense.sliding_window.filter(|_| !is_full(layer)))?;
     spec.norm = NormKind::RmsCentred;
     spec.norms = NormPlacement::Around;
@@ -48,8 +47,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
         }
         _ => [RopeSpec::plain(own.rope_local_base_freq), dense.rope.clone()],
     };
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.scale = own.query_pre_attn_scalar.powf(-0.5);
         attention.soft_cap = own.attn_logit_softcapping;
         let kind = NormKind::RmsCentred;

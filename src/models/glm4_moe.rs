@@ -34,7 +34,8 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     }
     let mut spec = dense.decoder(scope, |_| None)?;
     spec.predicts_ahead = true;
-    let normalize = own.norm_topk_prob.then_some(0.0);
+    // A single weight is not divided by itself.
+    let normalize = (own.norm_topk_prob && own.num_experts_per_tok > 1).then_some(0.0);
     let router = RouterSpec::corrected_sigmoid(own.n_group, own.topk_group, normalize, own.routed_scaling_factor);
     let shared = own.n_shared_experts.filter(|&count| count > 0).map(|count| SharedSpec {
         path: "shared_experts",
@@ -45,11 +46,12 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let experts = ExpertsSpec::new(own.n_routed_experts, own.num_experts_per_tok, own.moe_intermediate_size, router);
     let experts = ExpertsSpec { shared, ..experts };
     let dims = dense.rope.dims(dense.head_dim(), dense.partial_rotary_factor);
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.output_bias = false;
         attention.rope = Some((dense.rope.clone(), dims));
         attention.qk_norm = own.use_qk_norm.unwrap_or(false).then_some(QkNorm::rms(dense.rms_norm_eps, NormOver::Head));
+    }
+    for (index, layer) in spec.layers.iter_mut().enumerate() {
         if index >= own.first_k_dense_replace {
             layer.feed_forward = FeedForwardSpec::Experts(experts.clone());
         }

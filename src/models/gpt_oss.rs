@@ -31,9 +31,10 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     if scope.head {
         spec.head = OutputHead::Own;
     }
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         (attention.qkv_bias, attention.output_bias, attention.sinks) = (true, true, true);
+    }
+    for layer in &mut spec.layers {
         layer.feed_forward = FeedForwardSpec::Experts(experts.clone());
     }
     Ok(spec)

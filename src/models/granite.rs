@@ -27,6 +27,6 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     spec.embedding_scale = own.embedding_multiplier;
     spec.residual_scale = own.residual_multiplier;
     spec.logit_scale = 1.0 / own.logits_scaling;
-    spec.layers.iter_mut().for_each(|layer| layer.attention.scale = own.attention_multiplier);
+    spec.attentions().for_each(|attention| attention.scale = own.attention_multiplier);
     Ok(spec)
 }

@@ -26,8 +26,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let width = dense.head_dim() as f32;
     let alpha = own.rope_scaling.and_then(|scaling| scaling.alpha).unwrap_or(1.0);
     let rope = RopeSpec::plain(dense.rope.theta() * alpha.powf(width / (width - 2.0)));
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.rope = Some((rope.clone(), attention.head_dim));
         let norm = QkNorm::rms(dense.rms_norm_eps, NormOver::TurnedHead);
         let normed = own.use_qk_norm.unwrap_or(true);

@@ -37,7 +37,7 @@ impl ModelKind {
         // First of all: what gives vectors of pictures is nothing that this build can load either. Of a model that also sees, the
         // language model is loaded if it is known.
         let sees = config.raw().get("vision_config").is_some_and(Value::is_object);
-        let text = config.is_wrapped() && super::supported_types().any(|known| known == config.model_type());
+        let text = config.is_wrapped() && super::is_known(config);
         if sees && !text {
             Self::Vision
         } else if encoder::is_classifier(config) || is_cross_encoder(folder) {

@@ -34,11 +34,12 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
         ..RouterSpec::corrected_sigmoid(1, 1, Some(1e-20), 1.0)
     };
     let experts = ExpertsSpec::new(own.num_local_experts, own.num_experts_per_tok, dense.intermediate_size, router);
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.rope = Some((dense.rope.clone(), own.rotary_dim));
         let normed = own.use_qk_norm.unwrap_or(true);
         attention.qk_norm = normed.then_some(QkNorm::rms(dense.rms_norm_eps, NormOver::Token));
+    }
+    for layer in &mut spec.layers {
         layer.feed_forward = FeedForwardSpec::Experts(experts.clone());
         layer.feed_forward_path = "block_sparse_moe";
     }

@@ -26,7 +26,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let mut spec = dense.decoder(scope, |_| None)?;
     if let (Some(beta), Some(original @ 1..)) = (growth.llama_4_scaling_beta, growth.original_max_position_embeddings) {
         let scale = PositionScale { beta, original, offset: 0 };
-        spec.layers.iter_mut().for_each(|layer| layer.attention.position_scale = Some(scale));
+        spec.attentions().for_each(|attention| attention.position_scale = Some(scale));
     }
     Ok(spec)
 }

@@ -1,6 +1,7 @@
 //! Model architectures: one file each, one line each in [`ARCHITECTURES`].
 
 mod cohere2;
+mod deepseek_v3;
 mod dense;
 pub mod encoder;
 mod ernie;
@@ -8,10 +9,12 @@ mod exaone4;
 mod gemma2;
 mod gemma3;
 mod glm4_moe;
+mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
 mod hunyuan;
 mod kind;
+mod lfm2;
 mod llama;
 mod minimax;
 mod ministral3;
@@ -23,7 +26,9 @@ mod phi3;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
+mod qwen3_5;
 mod qwen3_moe;
+mod qwen3_next;
 mod seed_oss;
 mod smollm3;
 
@@ -36,7 +41,7 @@ pub use kind::ModelKind;
 use crate::cache::{GroupKind, KvLayout};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
-use crate::nn::{Decoder, DecoderSpec, LayerSpec, Step};
+use crate::nn::{Decoder, DecoderSpec, LayerSpec, StateLayout, Step};
 use crate::weights::Weights;
 
 /// A loaded language model. Owned by one thread, as all MLX arrays are.
@@ -48,6 +53,11 @@ pub trait Model {
 
     /// Keys and values that a token of a sequence stores.
     fn kv_layout(&self) -> &KvLayout;
+
+    /// What a sequence keeps in each layer with a state, in their order.
+    fn state_layouts(&self) -> Vec<StateLayout> {
+        Vec::new()
+    }
 
     /// Its layers.
     fn depth(&self) -> usize {
@@ -76,6 +86,14 @@ pub trait Model {
 impl Model for Decoder {
     fn kv_layout(&self) -> &KvLayout {
         Decoder::kv_layout(self)
+    }
+
+    fn state_layouts(&self) -> Vec<StateLayout> {
+        Decoder::state_layouts(self)
+    }
+
+    fn depth(&self) -> usize {
+        Decoder::depth(self)
     }
 
     fn embed(&self, tokens: &Array) -> Result<Array> {
@@ -123,6 +141,11 @@ struct Architecture {
 
 const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "cohere2", models: "Command R7B, Command A", declare: cohere2::declare },
+    Architecture {
+        model_type: "deepseek_v3",
+        models: "DeepSeek V3, R1, Kimi K2 (`kimi_k2`)",
+        declare: deepseek_v3::declare,
+    },
     Architecture { model_type: "ernie4_5", models: "ERNIE 4.5, dense", declare: ernie::declare },
     Architecture { model_type: "exaone4", models: "EXAONE 4", declare: exaone4::declare },
     Architecture { model_type: "gemma2", models: "Gemma 2", declare: gemma2::declare },
@@ -132,6 +155,7 @@ const ARCHITECTURES: &[Architecture] = &[
         declare: gemma3::declare,
     },
     Architecture { model_type: "glm4_moe", models: "GLM-4.5, GLM-4.6", declare: glm4_moe::declare },
+    Architecture { model_type: "glm4_moe_lite", models: "GLM-4.7-Flash", declare: glm4_moe_lite::declare },
     Architecture {
         model_type: "gpt_oss",
         models: "gpt-oss 20B and 120B, as published or in MLX format",
@@ -139,12 +163,14 @@ const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { model_type: "granite", models: "Granite 3 and 4, dense", declare: granite::declare },
     Architecture { model_type: "hunyuan_v1_dense", models: "Hunyuan, dense", declare: hunyuan::declare },
+    Architecture { model_type: "lfm2", models: "LFM2", declare: lfm2::declare },
+    Architecture { model_type: "lfm2_moe", models: "LFM2, mixtures", declare: lfm2::declare_moe },
     Architecture {
         model_type: "llama",
         models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`",
         declare: llama::declare,
     },
-    Architecture { model_type: "minimax", models: "MiniMax-M2", declare: minimax::declare },
+    Architecture { model_type: "minimax", models: "MiniMax-M2 (also `minimax_m2`)", declare: minimax::declare },
     Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
     Architecture {
         model_type: "mistral",
@@ -157,14 +183,36 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "qwen2", models: "Qwen2, Qwen2.5", declare: qwen2::declare },
     Architecture { model_type: "qwen2_moe", models: "Qwen1.5-MoE, Qwen2-57B-A14B", declare: qwen2_moe::declare },
     Architecture { model_type: "qwen3", models: "Qwen3, dense", declare: qwen3::declare },
+    Architecture { model_type: "qwen3_5", models: "Qwen3.5, dense; the text part", declare: qwen3_5::declare },
+    Architecture { model_type: "qwen3_5_moe", models: "Qwen3.5, mixtures; the text part", declare: qwen3_5::declare },
     Architecture {
         model_type: "qwen3_moe",
         models: "Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder",
         declare: qwen3_moe::declare,
     },
+    Architecture { model_type: "qwen3_next", models: "Qwen3-Next", declare: qwen3_next::declare },
     Architecture { model_type: "seed_oss", models: "Seed-OSS", declare: seed_oss::declare },
     Architecture { model_type: "smollm3", models: "SmolLM3", declare: smollm3::declare },
 ];
+
+/// Other names of some types.
+const ALIASES: &[(&str, &str)] = &[
+    ("kimi_k2", "deepseek_v3"),
+    ("minimax_m2", "minimax"),
+    ("qwen3_5_moe_text", "qwen3_5_moe"),
+    ("qwen3_5_text", "qwen3_5"),
+];
+
+/// The registered type that `config` means.
+fn type_of(config: &ModelConfig) -> &str {
+    let own = config.model_type();
+    ALIASES.iter().find(|(alias, _)| *alias == own).map_or(own, |(_, registered)| registered)
+}
+
+/// Whether `config` names a known architecture.
+fn is_known(config: &ModelConfig) -> bool {
+    supported_types().any(|known| known == type_of(config))
+}
 
 /// The supported values of `model_type`.
 pub fn supported_types() -> impl Iterator<Item = &'static str> {
@@ -178,7 +226,7 @@ pub fn supported_models() -> impl Iterator<Item = (&'static str, &'static str)> 
 
 /// What `config` describes.
 fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
-    let wanted = config.model_type();
+    let wanted = type_of(config);
     let found = ARCHITECTURES.iter().find(|a| a.model_type == wanted).ok_or_else(|| {
         let known: Vec<_> = supported_types().collect();
         Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
@@ -223,6 +271,8 @@ pub fn vocab_size(config: &ModelConfig) -> Result<usize> {
 pub struct Plan {
     /// Of keys and values of each cache group, for each token.
     pub cached_numbers: Vec<(GroupKind, usize)>,
+    /// Bytes of states, for each sequence.
+    pub state_bytes: usize,
     /// Of activations, for each row of a step.
     pub row_numbers: usize,
     /// Logits of a row that is sampled.
@@ -231,15 +281,12 @@ pub struct Plan {
 
 impl Plan {
     fn of(spec: &DecoderSpec) -> Self {
-        let keys = |layer: &LayerSpec| layer.attention.kv_heads * layer.attention.head_dim;
-        let widest = |layer: &LayerSpec| {
-            let queries = layer.attention.heads * layer.attention.head_dim;
-            2 * queries + 2 * keys(layer) + layer.feed_forward.row_numbers(spec.hidden)
-        };
+        let widest = |layer: &LayerSpec| layer.mixer.row_numbers() + layer.feed_forward.row_numbers(spec.hidden);
         let layout = spec.kv_layout(Dtype::Float32);
         let numbers = (0..layout.groups.len()).map(|group| layout.group_token_numbers(group));
         Self {
             cached_numbers: layout.groups.iter().copied().zip(numbers).collect(),
+            state_bytes: spec.state_bytes(),
             // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
             // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
             row_numbers: 2 * (4 * spec.hidden + spec.layers.iter().map(widest).max().unwrap_or(0)),

@@ -11,8 +11,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let is_full = |layer: usize| (layer + 1).is_multiple_of(4);
     let mut spec = dense.decoder(scope, |layer| dense.sliding_window.filter(|_| !is_full(layer)))?;
     spec.norms = NormPlacement::After;
-    for layer in &mut spec.layers {
-        let attention = &mut layer.attention;
+    for attention in spec.attentions() {
         attention.qk_norm = Some(QkNorm::rms(dense.rms_norm_eps, NormOver::Token));
         if attention.window.is_some() {
             // Long contexts are for the other layers.

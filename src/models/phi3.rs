@@ -10,9 +10,11 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let dense: DenseConfig = config.parse()?;
     let mut spec = dense.decoder(scope, |_| dense.sliding_window)?;
     let dims = dense.rope.dims(dense.head_dim(), dense.partial_rotary_factor);
+    for attention in spec.attentions() {
+        attention.fused = true;
+        attention.rope = Some((dense.rope.clone(), dims));
+    }
     for layer in &mut spec.layers {
-        layer.attention.fused = true;
-        layer.attention.rope = Some((dense.rope.clone(), dims));
         if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
             mlp.fused = true;
         }

@@ -9,9 +9,8 @@ use crate::nn::DecoderSpec;
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     let config: DenseConfig = config.parse()?;
     let mut spec = config.decoder(scope, |layer| config.qwen_window(layer))?;
-    for layer in &mut spec.layers {
-        layer.attention.qkv_bias = true;
-        layer.attention.output_bias = false;
+    for attention in spec.attentions() {
+        (attention.qkv_bias, attention.output_bias) = (true, false);
     }
     Ok(spec)
 }

@@ -6,7 +6,7 @@ use super::Scope;
 use super::dense::DenseConfig;
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::nn::{DecoderSpec, ExpertsSpec, FeedForwardSpec, RouterSpec, SharedSpec};
+use crate::nn::{DecoderSpec, ExpertsSpec, FeedForwardSpec, RouterSpec, SharedSpec, Ties};
 
 #[derive(Debug, Deserialize)]
 struct MixtureConfig {
@@ -20,12 +20,14 @@ struct MixtureConfig {
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     let (dense, own): (DenseConfig, MixtureConfig) = (config.parse()?, config.parse()?);
     let mut spec = dense.decoder(scope, |layer| dense.qwen_window(layer))?;
-    let router = RouterSpec::softmax(own.norm_topk_prob.unwrap_or(false));
+    let router = RouterSpec { ties: Ties::First, ..RouterSpec::softmax(own.norm_topk_prob.unwrap_or(false)) };
     let inner = own.shared_expert_intermediate_size;
     let shared = SharedSpec { path: "shared_expert", inner, bias: false, gate: Some("shared_expert_gate") };
     let experts = ExpertsSpec::new(own.num_experts, own.num_experts_per_tok, own.moe_intermediate_size, router);
+    for attention in spec.attentions() {
+        (attention.qkv_bias, attention.output_bias) = (true, false);
+    }
     for layer in &mut spec.layers {
-        (layer.attention.qkv_bias, layer.attention.output_bias) = (true, false);
         layer.feed_forward = FeedForwardSpec::Experts(ExpertsSpec { shared: Some(shared.clone()), ..experts.clone() });
     }
     Ok(spec)

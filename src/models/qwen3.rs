@@ -9,8 +9,8 @@ use crate::nn::{DecoderSpec, NormOver, QkNorm};
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     let config: DenseConfig = config.parse()?;
     let mut spec = config.decoder(scope, |layer| config.qwen_window(layer))?;
-    for layer in &mut spec.layers {
-        layer.attention.qk_norm = Some(QkNorm::rms(config.rms_norm_eps, NormOver::Head));
+    for attention in spec.attentions() {
+        attention.qk_norm = Some(QkNorm::rms(config.rms_norm_eps, NormOver::Head));
     }
     Ok(spec)
 }

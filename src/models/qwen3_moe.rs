@@ -25,8 +25,10 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let router = RouterSpec::softmax(own.norm_topk_prob.unwrap_or(false));
     let experts = ExpertsSpec::new(own.num_experts, own.num_experts_per_tok, own.moe_intermediate_size, router);
     let step = own.decoder_sparse_step.unwrap_or(1).max(1);
+    for attention in spec.attentions() {
+        attention.qk_norm = Some(QkNorm::rms(dense.rms_norm_eps, NormOver::Head));
+    }
     for (index, layer) in spec.layers.iter_mut().enumerate() {
-        layer.attention.qk_norm = Some(QkNorm::rms(dense.rms_norm_eps, NormOver::Head));
         let dense = own.mlp_only_layers.as_ref().is_some_and(|layers| layers.contains(&index));
         if !dense && own.num_experts > 0 && (index + 1).is_multiple_of(step) {
             layer.feed_forward = FeedForwardSpec::Experts(experts.clone());

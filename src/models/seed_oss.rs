@@ -12,6 +12,6 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let dense: DenseConfig = config.parse_over(json!({ "tie_word_embeddings": true }))?;
     let bias = config.field("attention_out_bias").and_then(Value::as_bool).unwrap_or(false);
     let mut spec = dense.decoder(scope, |_| None)?;
-    spec.layers.iter_mut().for_each(|layer| layer.attention.output_bias = bias);
+    spec.attentions().for_each(|attention| attention.output_bias = bias);
     Ok(spec)
 }

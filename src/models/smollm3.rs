@@ -26,12 +26,12 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
             "config.json: \"no_rope_layers\" has not as many entries as there are layers",
         ));
     }
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
+    for (index, attention) in spec.attentions().enumerate() {
         let turns = match &own.no_rope_layers {
             Some(layers) => layers[index] != 0,
             None => own.no_rope_layer_interval == 0 || !(index + 1).is_multiple_of(own.no_rope_layer_interval),
         };
-        layer.attention.rope = layer.attention.rope.take().filter(|_| turns);
+        attention.rope = attention.rope.take().filter(|_| turns);
     }
     Ok(spec)
 }

@@ -1,16 +1,15 @@
 //! Multi-head attention with grouped key and value heads over the blocks of sequences.
 
-use std::sync::Arc;
+mod core;
 
 use mlx_rs::{Array, Dtype};
 
-use super::gather::Scores;
-use super::heads::Heads;
+pub(super) use core::{AttentionCore, CoreSpec};
+
 use super::linear::Joined;
-use super::{Linear, Norm, NormKind, RmsNorm, Rope, RopeSpec, Step, check_paged};
+use super::{Linear, Norm, NormKind, RmsNorm, Rope, RopeSpec, Step};
 use crate::error::{Error, Result};
-use crate::kernels::gpu::{PagedAttention, PagedSpec};
-use crate::kernels::{self, AttentionKind, Backend, Cpu};
+use crate::kernels::Backend;
 use crate::mlx;
 use crate::weights::Weights;
 
@@ -29,8 +28,12 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// Bias on the output projection.
     pub output_bias: bool,
+    /// What checkpoints call that one.
+    pub output_name: &'static str,
     /// Whether queries, keys and values are one matrix, `qkv_proj`.
     pub fused: bool,
+    /// Whether `q_proj` also gives, behind each head's queries, gates whose sigmoid multiplies what the head gives (Qwen3-Next).
+    pub gated: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<QkNorm>,
     /// Where queries depend on their position.
@@ -105,17 +108,9 @@ pub struct Attention {
     /// Queries, keys and values.
     input: Joined,
     output: Linear,
-    /// Of queries and keys.
-    norms: Option<[RmsNorm; 2]>,
-    /// The three parts of what `input` gives.
-    heads: Heads,
-    rope: Rope,
-    /// `[heads]`, f32 for the CPU kernels.
-    sinks: Option<Array>,
-    layer: usize,
-    backend: Backend,
-    /// The GPU's kernels, if they work for this layer.
-    paged: Option<PagedAttention>,
+    /// Of all heads of queries and of keys.
+    token_norms: Option<[RmsNorm; 2]>,
+    core: AttentionCore,
 }
 
 impl Attention {
@@ -129,8 +124,7 @@ impl Attention {
         spec: &AttentionSpec,
         context: usize,
     ) -> Result<Self> {
-        let queries = spec.heads * spec.head_dim;
-        let keys = spec.kv_heads * spec.head_dim;
+        let (queries, keys) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let norms = match spec.qk_norm {
             Some(norm) => {
                 let width = |all: usize| if norm.over == NormOver::Token { all } else { spec.head_dim };
@@ -149,41 +143,35 @@ impl Attention {
         let mut project = |name, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, spec.qkv_bias);
         let input = if spec.fused {
             vec![project("qkv_proj", queries + 2 * keys)?]
+        } else if spec.gated {
+            let both = project("q_proj", 2 * queries)?;
+            let apart = |gate: usize| (0..spec.heads).flat_map(move |head| span(2 * head + gate, spec.head_dim));
+            let [query, gate] =
+                [both.reordered(&apart(0).collect::<Vec<_>>())?, both.reordered(&apart(1).collect::<Vec<_>>())?];
+            vec![query, project("k_proj", keys)?, project("v_proj", keys)?, gate]
         } else {
             vec![project("q_proj", queries)?, project("k_proj", keys)?, project("v_proj", keys)?]
         };
-        let output = Linear::load(weights, &format!("{path}.o_proj"), queries, hidden, spec.output_bias)?;
-        let backend = weights.backend().clone();
+        let output = Linear::load(weights, &format!("{path}.{}", spec.output_name), queries, hidden, spec.output_bias)?;
         let sinks = spec.sinks.then(|| load_sinks(weights, path, spec.heads)).transpose()?;
         let rope = match &spec.rope {
             Some((rope, dims)) => rope.build(*dims, context)?,
             None => Rope::none(),
         };
-        let plain = spec.soft_cap.is_none() && sinks.is_none();
-        let paged = backend.gpu().filter(|_| plain).and_then(|gpu| {
-            check_paged(&PagedSpec {
-                heads: spec.heads,
-                kv_heads: spec.kv_heads,
-                head_dim: spec.head_dim,
-                block_tokens: gpu.block_tokens,
-                scale: spec.scale,
-                window: spec.window,
-                dtype: weights.float_type(),
-            })
-        });
-        let heads = Heads::new(spec, norms.as_ref(), &rope, &backend, weights.float_type())?;
-        Ok(Self {
-            spec: spec.clone(),
-            input: Joined::new(input)?,
-            output,
-            norms,
-            heads,
-            rope,
-            sinks,
-            layer,
-            backend,
-            paged,
-        })
+        let over = spec.qk_norm.map_or(NormOver::Head, |norm| norm.over);
+        let (token_norms, head_norms) = if over == NormOver::Token { (norms, None) } else { (None, norms) };
+        let core = CoreSpec {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            key_width: spec.head_dim,
+            value_width: spec.head_dim,
+            scale: spec.scale,
+            window: spec.window,
+            soft_cap: spec.soft_cap,
+            turned_first: over == NormOver::TurnedHead,
+        };
+        let core = AttentionCore::new(weights, layer, core, head_norms, rope, sinks)?;
+        Ok(Self { spec: spec.clone(), input: Joined::new(input)?, output, token_norms, core })
     }
 
     /// `attention(x)`, or `attention(norm(x))`, added to `residual` if there is one; all `[T, hidden]`. Appends the step's keys and
@@ -196,7 +184,7 @@ impl Attention {
         step: &mut Step<'_>,
     ) -> Result<Array> {
         let mut joined = self.input.forward(x, norm)?;
-        if let (Some(norms), NormOver::Token) = (&self.norms, self.norm_over()) {
+        if let Some(norms) = &self.token_norms {
             joined = self.normalise_tokens(&joined, norms)?;
         }
         if let Some(scale) = &self.spec.position_scale {
@@ -206,16 +194,13 @@ impl Attention {
             let others = mlx::columns(&joined, queries, joined.dim(1) as usize)?;
             joined = mlx_rs::ops::concatenate(&[&scaled, &others], 1)?;
         }
-        let attended = match &self.backend {
-            Backend::Mlx | Backend::Gpu(_) => self.attend(&joined, step)?,
-            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, &joined, step)?,
-        };
-        step.written = Some(attended.clone());
-        self.output.forward_to(&attended, residual)
-    }
-
-    fn norm_over(&self) -> NormOver {
-        self.spec.qk_norm.map_or(NormOver::Head, |norm| norm.over)
+        if !self.spec.gated {
+            return self.output.forward_to(&self.core.forward(&joined, step)?, residual);
+        }
+        let heads = (self.spec.heads + 2 * self.spec.kv_heads) * self.spec.head_dim;
+        let gates = mlx_rs::ops::sigmoid(mlx::columns(&joined, heads, joined.dim(1) as usize)?)?;
+        let attended = self.core.forward(&mlx::columns(&joined, 0, heads)?, step)?;
+        self.output.forward_to(&attended.multiply(gates)?, residual)
     }
 
     /// Queries and keys of `joined [T, columns]`, all heads of a token together; values as they are.
@@ -227,52 +212,11 @@ impl Attention {
         let values = part(keys, joined.dim(1) as usize)?;
         Ok(mlx_rs::ops::concatenate(&[&parts[0], &parts[1], &values], 1)?)
     }
+}
 
-    /// With MLX's operations: `joined [T, columns]` to `[T, heads * head_dim]`.
-    fn attend(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
-        let AttentionSpec { heads, head_dim, scale, window, soft_cap, .. } = self.spec;
-        let (tokens, group) = (joined.dim(0), step.pages.group(self.layer));
-        let [queries, keys, values] = self.heads.split(joined, &self.rope, step.positions)?;
-        let attended = match &self.paged {
-            Some(kernels) => {
-                let dtype = kernels.spec().dtype;
-                let (queries, keys) = (queries.as_dtype(dtype)?, keys.as_dtype(dtype)?);
-                let values = values.as_dtype(dtype)?;
-                let mut pool = step.pages.pool(self.layer)?;
-                let (attended, unread) =
-                    step.groups[group].paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
-                step.unread.extend(unread);
-                attended
-            }
-            None => {
-                let gathers = &mut step.groups[group].gathers;
-                let pools = step.pages.append(self.layer, gathers.writes(), &keys, &values)?;
-                let scores = Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() };
-                gathers.attend(&queries, pools, &scores)?
-            }
-        };
-        Ok(attended.reshape(&[tokens, (heads * head_dim) as i32])?)
-    }
-
-    /// With the CPU kernels, over blocks: `joined [T, columns]` to `[T, heads * head_dim]`.
-    fn attend_in_blocks(&self, cpu: &Cpu, joined: &Array, step: &Step<'_>) -> Result<Array> {
-        let AttentionSpec { heads, kv_heads, scale, window, soft_cap, .. } = self.spec;
-        let placement = Arc::clone(&step.groups[step.pages.group(self.layer)].placement);
-        let (key_pool, value_pool) = step.pages.layer(self.layer)?;
-        let kind = AttentionKind { kv_heads, heads, scale, window, soft_cap };
-        let norms = self.norms.as_ref().filter(|_| self.norm_over() != NormOver::Token);
-        let heads = kernels::Heads {
-            joined,
-            query_norm: norms.map(|[query, _]| query.parts()),
-            key_norm: norms.map(|[_, key]| key.parts()),
-            turned_first: self.norm_over() == NormOver::TurnedHead,
-            rotation: self.rope.rotation(),
-            sinks: self.sinks.as_ref(),
-            key_pool,
-            value_pool,
-        };
-        cpu.attention(heads, &kind, placement)
-    }
+/// The `index`th run of `width` outputs.
+fn span(index: usize, width: usize) -> impl Iterator<Item = i32> {
+    (index * width..(index + 1) * width).map(|output| output as i32)
 }
 
 /// `{path}.sinks [heads]`.

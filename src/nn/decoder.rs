@@ -6,12 +6,13 @@ use std::sync::Arc;
 use mlx_rs::{Array, Dtype};
 
 use super::{
-    Attention, AttentionSpec, Embedding, Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, Linear, Norm, NormKind,
-    PagedIndex, RmsNorm,
+    Attention, AttentionSpec, Embedding, Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, LatentAttention,
+    LatentSpec, Linear, Norm, NormKind, PagedIndex, RecurrentLayer, RecurrentSpec, RmsNorm, StateIndex, StateLayout,
+    StatePools,
 };
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::{Error, Result};
-use crate::kernels::Placement;
+use crate::kernels::{Placement, StatePlacement};
 use crate::weights::Weights;
 
 /// Which tokens of which sequences pass layers together, and the pools that they extend.
@@ -22,7 +23,9 @@ pub struct Step<'a> {
     pub pages: &'a mut Pages,
     /// Where the rows belong in each cache group.
     pub groups: Vec<StepGroup>,
-    /// Computed after the newest writes to the pools that attention has read.
+    /// The states of layers that have some, and where the rows' sequences have theirs.
+    pub states: Option<(&'a mut [StatePools], StateIndex)>,
+    /// Computed after the newest writes to pools and states.
     pub written: Option<Array>,
     /// To be evaluated with the step: the writes that nothing in it reads.
     pub unread: Vec<Array>,
@@ -49,7 +52,20 @@ impl<'a> Step<'a> {
             paged: PagedIndex::new(placement, pages.block_tokens()),
         };
         let groups = placements.iter().map(group).collect();
-        Self { positions, pages, groups, written: None, unread: Vec::new(), trace: None }
+        Self { positions, pages, groups, states: None, written: None, unread: Vec::new(), trace: None }
+    }
+
+    /// The same for a model with states, in `pools`, at the slots of `placement`.
+    pub fn with_states(mut self, pools: &'a mut [StatePools], placement: &Arc<StatePlacement>) -> Self {
+        self.states = Some((pools, StateIndex::new(placement)));
+        self
+    }
+
+    /// The states of the layer that is number `place` of those that have some.
+    fn states_of(&mut self, place: usize) -> Result<(&mut StatePools, &mut StateIndex)> {
+        let (pools, index) = self.states.as_mut().ok_or_else(|| Error::internal("a step without states"))?;
+        let pools = pools.get_mut(place).ok_or_else(|| Error::internal("a layer without states"))?;
+        Ok((pools, index))
     }
 }
 
@@ -66,6 +82,11 @@ pub struct DecoderSpec {
     pub norm_eps: f32,
     /// Where the norms of a layer stand.
     pub norms: NormPlacement,
+    /// What the norm behind the last layer is called.
+    pub final_norm: &'static str,
+    /// Whether a checkpoint's RMS norms store how far they are from one although [`norm`](Self::norm) says otherwise: MLX's tools
+    /// add one for some families, their authors do not.
+    pub is_centred: Option<fn(&Weights) -> bool>,
     /// Multiplies embeddings before the first layer.
     pub embedding_scale: f32,
     /// Multiplies what attention and feed-forward layers give, before it is added.
@@ -91,11 +112,41 @@ pub struct DecoderSpec {
 impl DecoderSpec {
     /// What a token stores, as numbers of type `dtype`: layers with the same window are a cache group.
     pub fn kv_layout(&self, dtype: Dtype) -> KvLayout {
-        let layer = |layer: &LayerSpec| {
-            let AttentionSpec { kv_heads, head_dim, window, .. } = layer.attention;
-            (window.map_or(GroupKind::Full, GroupKind::Window), (kv_heads, head_dim), (kv_heads, head_dim))
+        let layer = |layer: &LayerSpec| match &layer.mixer {
+            MixerSpec::Attention(AttentionSpec { kv_heads, head_dim, window, .. }) => {
+                let rows = (*kv_heads, *head_dim);
+                Some((window.map_or(GroupKind::Full, GroupKind::Window), rows, rows))
+            }
+            MixerSpec::Latent(spec) => Some((GroupKind::Full, (1, spec.key_width()), (1, spec.value_width()))),
+            MixerSpec::Recurrent(_) => None,
         };
-        KvLayout::new(&self.layers.iter().map(layer).collect::<Vec<_>>(), dtype)
+        KvLayout::new(&self.layers.iter().filter_map(layer).collect::<Vec<_>>(), dtype)
+    }
+
+    /// The same with the kind of norms that `weights` have.
+    fn centred(&self, weights: &Weights) -> Self {
+        let mut spec = self.clone();
+        if self.is_centred.is_some_and(|is_centred| is_centred(weights)) {
+            spec.norm = NormKind::RmsCentred;
+            let norms = spec.attentions().filter_map(|attention| attention.qk_norm.as_mut());
+            norms.for_each(|norm| norm.kind = NormKind::RmsCentred);
+        }
+        spec
+    }
+
+    /// Bytes of the states that a sequence has in all layers, at most.
+    pub fn state_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.mixer.state_bytes()).sum()
+    }
+}
+
+impl DecoderSpec {
+    /// The layers' attention of the usual kind, for what an architecture changes in it.
+    pub fn attentions(&mut self) -> impl Iterator<Item = &mut AttentionSpec> {
+        self.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
+            MixerSpec::Attention(spec) => Some(spec),
+            MixerSpec::Latent(_) | MixerSpec::Recurrent(_) => None,
+        })
     }
 }
 
@@ -126,8 +177,8 @@ impl OutputHead {
 /// Where the norms of a layer stand, and what checkpoints call them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormPlacement {
-    /// Before attention (`input_layernorm`) and before the feed-forward layer (`post_attention_layernorm`).
-    Before,
+    /// Before the mixer and before the feed-forward layer, with these names.
+    Before([&'static str; 2]),
     /// Before and after both (Gemma 2): `input_layernorm`, `post_attention_layernorm`, `pre_feedforward_layernorm` and
     /// `post_feedforward_layernorm`.
     Around,
@@ -137,18 +188,100 @@ pub enum NormPlacement {
     Parallel,
 }
 
+impl NormPlacement {
+    /// Before both parts, with Llama's names.
+    pub const BEFORE: Self = Self::Before(["input_layernorm", "post_attention_layernorm"]);
+}
+
 /// One decoder layer.
 #[derive(Debug, Clone)]
 pub struct LayerSpec {
-    /// Its attention.
-    pub attention: AttentionSpec,
+    /// Its first part.
+    pub mixer: MixerSpec,
+    /// Where that one's tensors are, under the layer's path.
+    pub mixer_path: &'static str,
     /// Its feed-forward layer.
     pub feed_forward: FeedForwardSpec,
     /// Where that one's tensors are, under the layer's path.
     pub feed_forward_path: &'static str,
 }
 
-/// What follows attention in a layer.
+/// How the tokens of a sequence learn of each other.
+#[derive(Debug, Clone)]
+pub enum MixerSpec {
+    /// Attention with keys and values of their own.
+    Attention(AttentionSpec),
+    /// Attention whose keys and values are projections of a narrow row.
+    Latent(LatentSpec),
+    /// A state instead of keys and values.
+    Recurrent(RecurrentSpec),
+}
+
+impl MixerSpec {
+    /// Numbers of a row that are alive in the layer at the same time.
+    pub fn row_numbers(&self) -> usize {
+        match self {
+            Self::Attention(spec) => 2 * (spec.heads + spec.kv_heads) * spec.head_dim,
+            Self::Latent(spec) => spec.row_numbers(),
+            Self::Recurrent(spec) => spec.row_numbers(),
+        }
+    }
+
+    /// Bytes of the state that it keeps of a sequence, at most.
+    pub fn state_bytes(&self) -> usize {
+        match self {
+            Self::Attention(_) | Self::Latent(_) => 0,
+            Self::Recurrent(spec) => spec.state_bytes(),
+        }
+    }
+
+    /// `place` is that of the layer among those with keys and values, or among those with states.
+    fn load(&self, weights: &mut Weights, path: &str, place: usize, decoder: &DecoderSpec) -> Result<Mixer> {
+        let DecoderSpec { hidden, context, .. } = *decoder;
+        Ok(match self {
+            Self::Attention(spec) => {
+                Mixer::Attention(Box::new(Attention::load(weights, path, hidden, place, spec, context)?))
+            }
+            Self::Latent(spec) => {
+                Mixer::Latent(Box::new(LatentAttention::load(weights, path, hidden, place, spec, context)?))
+            }
+            Self::Recurrent(spec) => Mixer::Recurrent(Box::new(spec.load(weights, path)?), place),
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Mixer {
+    Attention(Box<Attention>),
+    Latent(Box<LatentAttention>),
+    /// And the place of its states.
+    Recurrent(Box<RecurrentLayer>, usize),
+}
+
+impl Mixer {
+    /// `[T, hidden]`: of `x`, normalised before if there is a norm, and added to `residual` if there is one.
+    fn forward(
+        &self,
+        x: &Array,
+        norm: Option<&RmsNorm>,
+        residual: Option<&Array>,
+        step: &mut Step<'_>,
+    ) -> Result<Array> {
+        match self {
+            Self::Attention(attention) => attention.forward(x, norm, residual, step),
+            Self::Latent(attention) => attention.forward(x, norm, residual, step),
+            Self::Recurrent(layer, place) => {
+                let states = step.states_of(*place)?;
+                let y = layer.forward(x, norm, residual, states)?;
+                // Also of a prompt's piece, of which nothing else is wanted, the states are.
+                step.written = Some(y.clone());
+                Ok(y)
+            }
+        }
+    }
+}
+
+/// What follows the mixer in a layer.
 #[derive(Debug, Clone)]
 pub enum FeedForwardSpec {
     /// One gated network for all tokens.
@@ -177,7 +310,7 @@ impl FeedForwardSpec {
     fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<FeedForward> {
         Ok(match self {
             Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
-            Self::Experts(spec) => FeedForward::Experts(Experts::load(weights, path, hidden, spec)?),
+            Self::Experts(spec) => FeedForward::Experts(Box::new(Experts::load(weights, path, hidden, spec)?)),
         })
     }
 }
@@ -185,7 +318,7 @@ impl FeedForwardSpec {
 #[derive(Debug)]
 enum FeedForward {
     Gated(GatedMlp),
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 impl FeedForward {
@@ -248,21 +381,23 @@ enum LayerNorms {
 #[derive(Debug)]
 struct Layer {
     norms: LayerNorms,
-    attention: Attention,
+    mixer: Mixer,
     feed_forward: FeedForward,
 }
 
 impl Layer {
     fn load(weights: &mut Weights, path: &str, index: usize, spec: &DecoderSpec) -> Result<Self> {
         let layer = &spec.layers[index];
+        let is_recurrent = |layer: &LayerSpec| matches!(layer.mixer, MixerSpec::Recurrent(_));
+        let before = spec.layers[..index].iter();
+        let place = before.filter(|other| is_recurrent(other) == is_recurrent(layer)).count();
         let mut norm =
             |name: &str| Norm::load(weights, &format!("{path}.{name}"), spec.hidden, spec.norm, spec.norm_eps);
         let around = |before, after| Around { before, after, scale: spec.residual_scale };
         let norms = match spec.norms {
-            NormPlacement::Before => LayerNorms::Chain([
-                around(Some(norm("input_layernorm")?), None),
-                around(Some(norm("post_attention_layernorm")?), None),
-            ]),
+            NormPlacement::Before([mixer, feed_forward]) => {
+                LayerNorms::Chain([around(Some(norm(mixer)?), None), around(Some(norm(feed_forward)?), None)])
+            }
             NormPlacement::Around => LayerNorms::Chain([
                 around(Some(norm("input_layernorm")?), Some(norm("post_attention_layernorm")?)),
                 around(Some(norm("pre_feedforward_layernorm")?), Some(norm("post_feedforward_layernorm")?)),
@@ -273,23 +408,22 @@ impl Layer {
             ]),
             NormPlacement::Parallel => LayerNorms::Parallel(norm("input_layernorm")?),
         };
-        let path_of = |part: &str| format!("{path}.{part}");
-        let attention = &layer.attention;
-        let attention = Attention::load(weights, &path_of("self_attn"), spec.hidden, index, attention, spec.context)?;
-        let feed_forward = layer.feed_forward.load(weights, &path_of(layer.feed_forward_path), spec.hidden)?;
-        Ok(Self { norms, attention, feed_forward })
+        let mixer = layer.mixer.load(weights, &format!("{path}.{}", layer.mixer_path), place, spec)?;
+        let feed_forward_path = format!("{path}.{}", layer.feed_forward_path);
+        let feed_forward = layer.feed_forward.load(weights, &feed_forward_path, spec.hidden)?;
+        Ok(Self { norms, mixer, feed_forward })
     }
 
     /// `x [T, hidden]`, same shape out.
     fn forward(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
         match &self.norms {
             LayerNorms::Chain([first, second]) => {
-                let x = first.forward(x, |x, norm, residual| self.attention.forward(x, norm, residual, step))?;
+                let x = first.forward(x, |x, norm, residual| self.mixer.forward(x, norm, residual, step))?;
                 second.forward(&x, |x, norm, residual| self.feed_forward.forward(x, norm, residual))
             }
             LayerNorms::Parallel(norm) => {
                 let normed = norm.forward(x)?;
-                let x = self.attention.forward(&normed, None, Some(x), step)?;
+                let x = self.mixer.forward(&normed, None, Some(x), step)?;
                 self.feed_forward.forward(&normed, None, Some(&x))
             }
         }
@@ -325,6 +459,7 @@ fn prefixes(weights: &Weights) -> (&'static str, &'static str) {
 impl Decoder {
     /// Takes all weights that `spec` describes.
     pub fn load(weights: &mut Weights, spec: &DecoderSpec) -> Result<Self> {
+        let spec = &spec.centred(weights);
         let (hidden, head) = (spec.hidden, spec.head.decided(weights));
         let (prefix, head_prefix) = prefixes(weights);
         if spec.wrapped {
@@ -344,7 +479,7 @@ impl Decoder {
         let layers = (0..spec.layers.len())
             .map(|index| Layer::load(weights, &format!("{prefix}layers.{index}"), index, spec))
             .collect::<Result<_>>()?;
-        let norm = Norm::load(weights, &format!("{prefix}norm"), hidden, spec.norm, spec.norm_eps)?;
+        let norm = Norm::load(weights, &format!("{prefix}{}", spec.final_norm), hidden, spec.norm, spec.norm_eps)?;
         let head_path = format!("{head_prefix}lm_head");
         let own_head = (head == OutputHead::Own).then(|| Linear::load(weights, &head_path, hidden, spec.vocab, false));
         let layout = spec.kv_layout(weights.float_type());
@@ -356,6 +491,20 @@ impl Decoder {
     /// What a token keeps.
     pub fn kv_layout(&self) -> &KvLayout {
         &self.layout
+    }
+
+    /// What a sequence keeps in each layer with a state, in their order.
+    pub fn state_layouts(&self) -> Vec<StateLayout> {
+        let layout = |layer: &Layer| match &layer.mixer {
+            Mixer::Recurrent(recurrent, _) => Some(recurrent.state_layout().clone()),
+            Mixer::Attention(_) | Mixer::Latent(_) => None,
+        };
+        self.layers.iter().filter_map(layout).collect()
+    }
+
+    /// Its layers.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
     }
 
     /// What the first layer takes of `tokens [T]` (u32): `[T, hidden]`.

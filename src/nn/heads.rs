@@ -4,9 +4,10 @@ use std::cell::RefCell;
 
 use mlx_rs::{Array, Dtype};
 
+use super::attention::CoreSpec;
 use super::check::close;
-use super::{AttentionSpec, NormOver, RmsNorm, Rope};
-use crate::error::Result;
+use super::{RmsNorm, Rope};
+use crate::error::{Error, Result};
 use crate::kernels::Backend;
 use crate::kernels::gpu::{HeadsKernel, HeadsSpec};
 use crate::mlx;
@@ -14,9 +15,7 @@ use crate::mlx;
 /// What a layer does with its heads.
 #[derive(Debug)]
 pub struct Heads {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    spec: CoreSpec,
     norms: Option<Norms>,
     /// Angle per position of each pair, `[dims / 2]` f32.
     frequencies: Array,
@@ -27,8 +26,6 @@ pub struct Heads {
 #[derive(Debug)]
 struct Norms {
     eps: f32,
-    /// Whether heads turn before.
-    last: bool,
     /// Weights `[width]` of queries and keys, in the type of the activations.
     each: [Array; 2],
     /// The same for all heads, with ones for values: `[heads + 2 kv_heads, width]`.
@@ -36,8 +33,8 @@ struct Norms {
 }
 
 impl Norms {
-    fn new(spec: &AttentionSpec, norms: &[RmsNorm; 2], dtype: Dtype) -> Result<Self> {
-        let width = spec.head_dim as i32;
+    fn new(spec: &CoreSpec, norms: &[RmsNorm; 2], dtype: Dtype) -> Result<Self> {
+        let width = spec.key_width as i32;
         let weight = |norm: &RmsNorm| norm.parts().0.as_dtype(dtype);
         let each = [weight(&norms[0])?, weight(&norms[1])?];
         let of = |norm: &Array, heads: usize| mlx_rs::ops::broadcast_to(norm, &[heads as i32, width]);
@@ -45,8 +42,7 @@ impl Norms {
         let all = [of(&each[0], spec.heads)?, of(&each[1], spec.kv_heads)?, ones];
         let all = mlx_rs::ops::concatenate(&all, 0)?;
         mlx_rs::transforms::eval(each.iter().chain([&all]))?;
-        let last = spec.qk_norm.is_some_and(|norm| norm.over == NormOver::TurnedHead);
-        Ok(Self { eps: norms[0].parts().1, last, each, all })
+        Ok(Self { eps: norms[0].parts().1, each, all })
     }
 
     /// Of `heads [T, heads + 2 kv_heads, width]`: the same shape.
@@ -58,28 +54,28 @@ impl Norms {
 impl Heads {
     /// For a layer whose activations are of type `dtype`; `norms` are those of queries and keys.
     pub fn new(
-        spec: &AttentionSpec,
+        spec: &CoreSpec,
         norms: Option<&[RmsNorm; 2]>,
         rope: &Rope,
         backend: &Backend,
         dtype: Dtype,
     ) -> Result<Self> {
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = *spec;
-        let of_heads = spec.qk_norm.is_some_and(|norm| norm.over != NormOver::Token);
+        let CoreSpec { heads, kv_heads, key_width, value_width, turned_first, .. } = *spec;
         let norms = match norms {
-            Some(norms) if of_heads && !matches!(backend, Backend::Cpu(_)) => Some(Norms::new(spec, norms, dtype)?),
+            Some(norms) if !matches!(backend, Backend::Cpu(_)) => Some(Norms::new(spec, norms, dtype)?),
             _ => None,
         };
         let rotation = rope.rotation();
         let frequencies = Array::from_slice(&rotation.frequencies, &[rotation.frequencies.len() as i32]);
-        let mut layer = Self { heads, kv_heads, head_dim, norms, frequencies, kernel: None };
-        let in_kernel = rotation.dims > 0 && layer.norms.as_ref().is_none_or(|norms| !norms.last);
+        let mut layer = Self { spec: *spec, norms, frequencies, kernel: None };
+        let normed_last = turned_first && layer.norms.is_some();
+        let in_kernel = rotation.dims > 0 && !normed_last && key_width == value_width;
         if backend.gpu().is_some() && in_kernel {
             layer.kernel = layer.checked_kernel(
                 &HeadsSpec {
                     heads,
                     kv_heads,
-                    head_dim,
+                    head_dim: key_width,
                     dims: rotation.dims,
                     traditional: rotation.traditional,
                     magnitude: rotation.magnitude,
@@ -108,10 +104,13 @@ impl Heads {
     /// With MLX's operations. Values are normalised and turned too, in vain: a few operations on one run of memory cost
     /// less than many on parts.
     fn composed(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
-        let Self { heads, kv_heads, .. } = *self;
-        let joined = joined.reshape(&[joined.dim(0), (heads + 2 * kv_heads) as i32, self.head_dim as i32])?;
+        let CoreSpec { heads, kv_heads, key_width, value_width, turned_first, .. } = self.spec;
+        if key_width != value_width {
+            return self.apart(joined, rope, positions);
+        }
+        let joined = joined.reshape(&[joined.dim(0), (heads + 2 * kv_heads) as i32, key_width as i32])?;
         let turned = match &self.norms {
-            Some(norms) if norms.last => norms.apply(&rope.forward(&joined, positions)?)?,
+            Some(norms) if turned_first => norms.apply(&rope.forward(&joined, positions)?)?,
             Some(norms) => rope.forward(&norms.apply(&joined)?, positions)?,
             None => rope.forward(&joined, positions)?,
         };
@@ -120,6 +119,21 @@ impl Heads {
             mlx::heads(&turned, heads, heads + kv_heads)?,
             mlx::heads(&joined, heads + kv_heads, heads + 2 * kv_heads)?,
         ])
+    }
+
+    /// The same for values of another width, which have no norms.
+    fn apart(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
+        let CoreSpec { heads, kv_heads, key_width, value_width, .. } = self.spec;
+        if self.norms.is_some() {
+            return Err(Error::internal("norms of heads whose values have another width"));
+        }
+        let turning = (heads + kv_heads) * key_width;
+        let turned = mlx::columns(joined, 0, turning)?;
+        let turned = turned.reshape(&[joined.dim(0), (heads + kv_heads) as i32, key_width as i32])?;
+        let turned = rope.forward(&turned, positions)?;
+        let values = mlx::columns(joined, turning, turning + kv_heads * value_width)?;
+        let values = values.reshape(&[joined.dim(0), kv_heads as i32, value_width as i32])?;
+        Ok([mlx::heads(&turned, 0, heads)?, mlx::heads(&turned, heads, heads + kv_heads)?, values])
     }
 
     /// The kernel for `spec`, if it works here; otherwise a warning. Checked once for each thread and kind of layer.

@@ -26,38 +26,32 @@ impl Linear {
 
     /// The layer that gives outputs `from..to` of this one's.
     pub fn outputs(&self, from: usize, to: usize) -> Result<Self> {
-        let rows = |array: &Array| mlx::rows(array, from, to);
-        let matrix = match &self.matrix {
-            Matrix::Dense(weight) => Matrix::Dense(rows(weight)?),
-            Matrix::Quantized(matrix) => Matrix::Quantized(QuantizedMatrix {
-                weight: rows(&matrix.weight)?,
-                scales: rows(&matrix.scales)?,
-                biases: matrix.biases.as_ref().map(rows).transpose()?,
-                format: matrix.format,
-            }),
-        };
-        let bias = self.bias.as_ref().map(rows).transpose()?;
-        Ok(Self { matrix, bias, backend: self.backend.clone() })
+        self.rearranged(|rows| mlx::rows(rows, from, to))
     }
 
     /// With outputs in another order: `order[i]` becomes output `i`. Evaluated, so that the old ones can go.
-    pub(super) fn reordered(self, order: &[i32]) -> Result<Self> {
+    pub(super) fn reordered(&self, order: &[i32]) -> Result<Self> {
         let order = mlx::indices(order)?;
-        let take = |rows: &Array| -> Result<Array> {
+        self.rearranged(|rows| {
             let taken = rows.take_axis(&order, 0)?;
             taken.eval()?;
             Ok(taken)
-        };
+        })
+    }
+
+    /// With other outputs, whose rows `change` makes of those of each array.
+    fn rearranged(&self, change: impl Fn(&Array) -> Result<Array>) -> Result<Self> {
         let matrix = match &self.matrix {
-            Matrix::Dense(weight) => Matrix::Dense(take(weight)?),
+            Matrix::Dense(weight) => Matrix::Dense(change(weight)?),
             Matrix::Quantized(matrix) => Matrix::Quantized(QuantizedMatrix {
-                weight: take(&matrix.weight)?,
-                scales: take(&matrix.scales)?,
-                biases: matrix.biases.as_ref().map(take).transpose()?,
+                weight: change(&matrix.weight)?,
+                scales: change(&matrix.scales)?,
+                biases: matrix.biases.as_ref().map(&change).transpose()?,
                 format: matrix.format,
             }),
         };
-        Ok(Self { matrix, bias: self.bias.as_ref().map(take).transpose()?, backend: self.backend })
+        let bias = self.bias.as_ref().map(&change).transpose()?;
+        Ok(Self { matrix, bias, backend: self.backend.clone() })
     }
 
     pub(super) fn operand(&self) -> Operand<'_> {

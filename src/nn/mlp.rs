@@ -19,6 +19,13 @@ pub struct GatedSpec {
     pub activation: Activation,
     /// Whether gate and up are one matrix, `gate_up_proj`.
     pub fused: bool,
+    /// What checkpoints call gate, up and down.
+    pub names: [&'static str; 3],
+}
+
+impl GatedSpec {
+    /// The usual names.
+    pub const NAMES: [&'static str; 3] = ["gate_proj", "up_proj", "down_proj"];
 }
 
 /// `down(activation(gate(x)) * up(x))` (Shazeer 2020, "GLU Variants Improve Transformer").
@@ -30,19 +37,19 @@ pub struct GatedMlp {
 }
 
 impl GatedMlp {
-    /// Takes `gate_proj` and `up_proj`, or `gate_up_proj`, and `down_proj` under `path`.
+    /// Takes gate and up, or `gate_up_proj`, and down under `path`.
     pub fn load(weights: &mut Weights, path: &str, hidden: usize, spec: &GatedSpec) -> Result<Self> {
-        let GatedSpec { inner, bias, activation, fused } = *spec;
+        let GatedSpec { inner, bias, activation, fused, names: [gate, up, down] } = *spec;
         let mut project = |name: &str, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, bias);
         let gate_up = if fused {
             let both = project("gate_up_proj", 2 * inner)?;
             vec![both.outputs(0, inner)?, both.outputs(inner, 2 * inner)?]
         } else {
-            vec![project("gate_proj", inner)?, project("up_proj", inner)?]
+            vec![project(gate, inner)?, project(up, inner)?]
         };
         Ok(Self {
             gate_up: Joined::new(gate_up)?,
-            down: Linear::load(weights, &format!("{path}.down_proj"), inner, hidden, bias)?,
+            down: Linear::load(weights, &format!("{path}.{down}"), inner, hidden, bias)?,
             activation,
         })
     }

@@ -13,6 +13,7 @@ mod encoder;
 mod experts;
 mod gather;
 mod heads;
+mod latent;
 mod linear;
 mod mlp;
 mod norm;
@@ -27,19 +28,22 @@ pub use activation::Activation;
 pub use attention::{Attention, AttentionSpec, NormOver, PositionScale, QkNorm};
 pub use bidirectional::{ATTENTION_BYTES, Bidirectional, BidirectionalSpec, InputPaths};
 pub use check::{check_paged, compare_paged};
-pub use decoder::{Decoder, DecoderSpec, FeedForwardSpec, LayerSpec, NormPlacement, OutputHead, Step, StepGroup};
+pub use decoder::{
+    Decoder, DecoderSpec, FeedForwardSpec, LayerSpec, MixerSpec, NormPlacement, OutputHead, Step, StepGroup,
+};
 pub use embedding::Embedding;
 pub use encoder::{EncoderLayer, EncoderPaths, EncoderSpec, EncoderStack, NormPlace};
 pub use experts::{Experts, ExpertsSpec, SharedSpec};
 pub use gather::Gathers;
+pub use latent::{LatentAttention, LatentSpec};
 pub use linear::Linear;
 pub use mlp::{GatedMlp, GatedSpec, Mlp, MlpSpec};
 pub use norm::{LayerNorm, Norm, NormKind, RmsNorm};
 pub use packed::{PackedTexts, Run};
 pub use paged::PagedIndex;
 pub use recurrent::{
-    DeltaNet, DeltaNetSpec, DeltaProjections, Mamba2, Mamba2Spec, ShortConv, ShortConvSpec, StateIndex, StateLayout,
-    StatePools,
+    DeltaNet, DeltaNetSpec, DeltaProjections, Mamba2, Mamba2Spec, RecurrentLayer, RecurrentSpec, ShortConv,
+    ShortConvSpec, StateIndex, StateLayout, StatePools,
 };
 pub use rope::{Rope, RopeSpec};
 pub use router::RouterSpec;

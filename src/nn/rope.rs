@@ -106,7 +106,8 @@ impl RopeSpec {
         let (mut stretched, mut scale, mut magnitude) = (None, 1.0, 1.0);
         let kind = scaling.rope_type.as_deref().or(scaling.r#type.as_deref()).unwrap_or("default");
         match kind {
-            "default" => {}
+            // Of text, all positions of "multimodal" embeddings are the same.
+            "default" | "mrope" => {}
             "linear" => scale = 1.0 / scaling.need_factor(kind)?,
             "llama3" => stretched = Some(llama3(dims, theta, &scaling)?),
             "yarn" => {

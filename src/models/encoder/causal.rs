@@ -47,6 +47,9 @@ impl CausalEncoder {
         let context = models::context_length(config, None)?;
         let whole = WholeTexts::new(weights, PASS_ROWS);
         let spec = declare(config, context)?;
+        if spec.state_bytes() > 0 {
+            return Err(Error::unsupported("decoders with states are not supported as encoders"));
+        }
         let model = Decoder::load(weights, &spec)?;
         let shape = EncoderShape { hidden: spec.hidden, vocab: spec.vocab, token_types: 0, max_tokens: context };
         Ok(Self { model, whole, shape })

@@ -24,7 +24,92 @@ use compose::{ChunksFrom, ConvolutionForm};
 
 use crate::error::Result;
 use crate::kernels::{Backend, Recurrence, RecurrentKind, RecurrentWeights, Taps};
+use crate::nn::RmsNorm;
 use crate::weights::Weights;
+
+/// What an architecture declares about a layer with a state.
+#[derive(Debug, Clone)]
+pub enum RecurrentSpec {
+    /// See [`DeltaNet`].
+    DeltaNet(DeltaNetSpec),
+    /// See [`Mamba2`].
+    Mamba2(Mamba2Spec),
+    /// See [`ShortConv`].
+    ShortConv(ShortConvSpec),
+}
+
+impl RecurrentSpec {
+    /// Bytes that it keeps of a sequence, at most.
+    pub fn state_bytes(&self) -> usize {
+        let (taps, channels, state) = match self {
+            Self::DeltaNet(spec) => {
+                let columns = spec.value_heads * spec.value_width;
+                (spec.taps, 2 * spec.key_heads * spec.key_width + columns, columns * spec.key_width)
+            }
+            Self::Mamba2(spec) => {
+                let columns = spec.heads * spec.head_width;
+                (spec.taps, 2 * spec.groups * spec.state_width + columns, columns * spec.state_width)
+            }
+            Self::ShortConv(spec) => (spec.taps, spec.hidden, 0),
+        };
+        size_of::<f32>() * (taps.saturating_sub(1) * channels + state)
+    }
+
+    /// Numbers of a row that are alive in the layer at the same time.
+    pub fn row_numbers(&self) -> usize {
+        match self {
+            Self::DeltaNet(spec) => 4 * (spec.key_heads * spec.key_width + spec.value_heads * spec.value_width),
+            Self::Mamba2(spec) => 4 * (spec.groups * spec.state_width + spec.heads * spec.head_width),
+            Self::ShortConv(spec) => 5 * spec.hidden,
+        }
+    }
+
+    /// Takes the layer's tensors under `path`.
+    pub fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
+        Ok(match self {
+            Self::DeltaNet(spec) => RecurrentLayer::DeltaNet(DeltaNet::load(weights, path, spec)?),
+            Self::Mamba2(spec) => RecurrentLayer::Mamba2(Mamba2::load(weights, path, spec)?),
+            Self::ShortConv(spec) => RecurrentLayer::ShortConv(ShortConv::load(weights, path, spec)?),
+        })
+    }
+}
+
+/// A loaded layer with a state.
+#[derive(Debug)]
+pub enum RecurrentLayer {
+    /// By the gated delta rule.
+    DeltaNet(DeltaNet),
+    /// A state space.
+    Mamba2(Mamba2),
+    /// The last rows alone.
+    ShortConv(ShortConv),
+}
+
+impl RecurrentLayer {
+    /// What it keeps of a sequence.
+    pub fn state_layout(&self) -> &StateLayout {
+        match self {
+            Self::DeltaNet(layer) => layer.state_layout(),
+            Self::Mamba2(layer) => layer.state_layout(),
+            Self::ShortConv(layer) => layer.state_layout(),
+        }
+    }
+
+    /// `layer(x)`, or `layer(norm(x))`, added to `residual` if there is one; all `[T, hidden]`. Advances the states.
+    pub fn forward(
+        &self,
+        x: &Array,
+        norm: Option<&RmsNorm>,
+        residual: Option<&Array>,
+        states: (&mut StatePools, &mut StateIndex),
+    ) -> Result<Array> {
+        match self {
+            Self::DeltaNet(layer) => layer.forward(x, norm, residual, states),
+            Self::Mamba2(layer) => layer.forward(x, norm, residual, states),
+            Self::ShortConv(layer) => layer.forward(x, norm, residual, states),
+        }
+    }
+}
 
 /// A depthwise convolution along sequences.
 #[derive(Debug)]

@@ -1,0 +1,129 @@
+//! Attention between projections: norms and rotations of heads, the cache, scores and weights.
+
+use std::sync::Arc;
+
+use mlx_rs::Array;
+
+use crate::error::Result;
+use crate::kernels::gpu::{PagedAttention, PagedSpec};
+use crate::kernels::{self, AttentionKind, Backend, Cpu};
+use crate::nn::gather::Scores;
+use crate::nn::heads::Heads;
+use crate::nn::{RmsNorm, Rope, Step, check_paged};
+use crate::weights::Weights;
+
+/// What heads are like.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(in crate::nn) struct CoreSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head of queries and keys.
+    pub key_width: usize,
+    /// Width of a head of values.
+    pub value_width: usize,
+    /// Factor on the products of queries and keys.
+    pub scale: f32,
+    /// Tokens a query sees, itself included; `None` is all.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// Whether heads are normalised after they have turned.
+    pub turned_first: bool,
+}
+
+/// A layer's attention without its projections.
+#[derive(Debug)]
+pub(in crate::nn) struct AttentionCore {
+    spec: CoreSpec,
+    /// Of each head of queries and of keys.
+    norms: Option<[RmsNorm; 2]>,
+    /// The three parts of what the projections give.
+    heads: Heads,
+    rope: Rope,
+    /// `[heads]`, f32 for the CPU kernels.
+    sinks: Option<Array>,
+    layer: usize,
+    backend: Backend,
+    /// The GPU's kernels, if they work for this layer.
+    paged: Option<PagedAttention>,
+}
+
+impl AttentionCore {
+    /// For the place `layer` in the cache, computed by whoever computes with `weights`.
+    pub fn new(
+        weights: &Weights,
+        layer: usize,
+        spec: CoreSpec,
+        norms: Option<[RmsNorm; 2]>,
+        rope: Rope,
+        sinks: Option<Array>,
+    ) -> Result<Self> {
+        let (backend, dtype) = (weights.backend().clone(), weights.float_type());
+        let CoreSpec { heads, kv_heads, key_width, value_width, scale, window, soft_cap, .. } = spec;
+        let plain = soft_cap.is_none() && sinks.is_none() && key_width == value_width;
+        let paged = backend.gpu().filter(|_| plain).and_then(|gpu| {
+            let block_tokens = gpu.block_tokens;
+            check_paged(&PagedSpec { heads, kv_heads, head_dim: key_width, block_tokens, scale, window, dtype })
+        });
+        let heads = Heads::new(&spec, norms.as_ref(), &rope, &backend, dtype)?;
+        Ok(Self { spec, norms, heads, rope, sinks, layer, backend, paged })
+    }
+
+    /// Of queries, keys and values side by side, `joined [T, columns]`: `[T, heads * value_width]`. Appends the step's keys and
+    /// values to the cache.
+    pub fn forward(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let attended = match &self.backend {
+            Backend::Mlx | Backend::Gpu(_) => self.attend(joined, step)?,
+            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, joined, step)?,
+        };
+        step.written = Some(attended.clone());
+        Ok(attended)
+    }
+
+    /// With MLX's operations.
+    fn attend(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let CoreSpec { heads, value_width, scale, window, soft_cap, .. } = self.spec;
+        let (tokens, group) = (joined.dim(0), step.pages.group(self.layer));
+        let [queries, keys, values] = self.heads.split(joined, &self.rope, step.positions)?;
+        let attended = match &self.paged {
+            Some(kernels) => {
+                let dtype = kernels.spec().dtype;
+                let (queries, keys) = (queries.as_dtype(dtype)?, keys.as_dtype(dtype)?);
+                let values = values.as_dtype(dtype)?;
+                let mut pool = step.pages.pool(self.layer)?;
+                let (attended, unread) =
+                    step.groups[group].paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
+                step.unread.extend(unread);
+                attended
+            }
+            None => {
+                let gathers = &mut step.groups[group].gathers;
+                let pools = step.pages.append(self.layer, gathers.writes(), &keys, &values)?;
+                let scores = Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() };
+                gathers.attend(&queries, pools, &scores)?
+            }
+        };
+        Ok(attended.reshape(&[tokens, (heads * value_width) as i32])?)
+    }
+
+    /// With the CPU kernels, over blocks.
+    fn attend_in_blocks(&self, cpu: &Cpu, joined: &Array, step: &Step<'_>) -> Result<Array> {
+        let CoreSpec { heads, kv_heads, scale, window, soft_cap, turned_first, .. } = self.spec;
+        let placement = Arc::clone(&step.groups[step.pages.group(self.layer)].placement);
+        let (key_pool, value_pool) = step.pages.layer(self.layer)?;
+        let kind = AttentionKind { kv_heads, heads, scale, window, soft_cap };
+        let heads = kernels::Heads {
+            joined,
+            query_norm: self.norms.as_ref().map(|[query, _]| query.parts()),
+            key_norm: self.norms.as_ref().map(|[_, key]| key.parts()),
+            turned_first,
+            rotation: self.rope.rotation(),
+            sinks: self.sinks.as_ref(),
+            key_pool,
+            value_pool,
+        };
+        cpu.attention(heads, &kind, placement)
+    }
+}
