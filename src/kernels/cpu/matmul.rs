@@ -596,7 +596,8 @@ impl Units<'_> {
                     let y = if matches!(self.product.finish, Finish::Gelu) {
                         math::gelu(simd, x)
                     } else {
-                        let positive = simd.max(x, simd.splat(0.0));
+                        // In this order what is not a number stays.
+                        let positive = simd.max(simd.splat(0.0), x);
                         simd.mul(positive, positive)
                     };
                     // SAFETY: as above.
