@@ -91,7 +91,9 @@ impl Simd for Avx2 {
     const DIRECT_ROWS: usize = 1;
     const DOT_ROWS: usize = 2;
     const DOT_COLUMNS: usize = 2;
-    const GEMM_ROWS: usize = 2;
+    // Twelve of the sixteen registers are sums, two are columns: eight loads for twelve multiplications.
+    const GEMM_ROWS: usize = 6;
+    const GEMM_VECTORS: usize = 1;
     type F = F;
     type I = I;
 

@@ -11,11 +11,30 @@ use super::simd::{LANES, Simd, WORDS, Work};
 /// Vectors of a panel.
 const VECTORS: usize = 2;
 
-/// Columns of a panel.
+/// Columns of a panel: one strip of `[depth, WIDTH]` numbers, or two strips of `[depth, LANES]` numbers where tiles have one
+/// vector of columns. So a tile reads whole runs of memory: every other line would use half of the first cache's sets.
 pub const WIDTH: usize = VECTORS * LANES;
 
-/// Depth that is computed at once: a panel of it and a tile's rows stay in the caches.
+/// Depth that is computed at once: a strip of it and a tile's rows stay in the caches.
 const DEPTH: usize = 512;
+
+/// Columns of a strip.
+#[inline(always)]
+const fn strip<S: Simd>() -> usize {
+    S::GEMM_VECTORS * LANES
+}
+
+/// Where the sixteen columns from `lane` on begin in a panel of `depth` rows. Their rows are [`row_step`] numbers apart.
+#[inline(always)]
+pub fn lanes_at<S: Simd>(lane: usize, depth: usize) -> usize {
+    lane / strip::<S>() * strip::<S>() * depth + lane % strip::<S>()
+}
+
+/// Numbers from a row of a strip to the next one.
+#[inline(always)]
+pub fn row_step<S: Simd>() -> usize {
+    strip::<S>()
+}
 
 /// Two neighbouring bf16 of a row, as [`Simd::dot_bf16`] multiplies them. They travel as the f32 of the same bits.
 #[derive(Debug, Clone, Copy, Default)]
@@ -83,7 +102,7 @@ impl Work for RoundPairs<'_> {
     }
 }
 
-/// Lays out up to sixteen rows of a matrix as lanes of a panel: element `k` of row `i` goes to `panel[k * WIDTH + i]`.
+/// Lays out up to sixteen rows of a matrix as lanes of a panel: element `k` of row `i` goes to `panel[k * row_step + i]`.
 /// Rows begin `stride` elements apart, and have `depth` of them.
 pub struct PackLanes<'a, T> {
     pub rows: &'a [T],
@@ -100,14 +119,15 @@ impl<T: Element> Work for PackLanes<'_, T> {
     fn run<S: Simd>(self, simd: S) {
         let Self { rows, stride, count, depth, panel } = self;
         assert!(count <= LANES && (count == 0 || rows.len() >= (count - 1) * stride + depth));
-        assert!(depth == 0 || panel.len() >= (depth - 1) * WIDTH + LANES);
+        let step = row_step::<S>();
+        assert!(depth == 0 || panel.len() >= (depth - 1) * step + LANES);
         let mut square = [[0f32; LANES]; LANES];
         let mut k = 0;
         while k < depth {
             let columns = LANES.min(depth - k);
             if size_of::<T>() == size_of::<f32>() && count == LANES && columns == LANES {
                 // SAFETY: sixteen rows with sixteen elements of 32 bits from `k` on, as was asserted.
-                unsafe { turn(simd, rows.as_ptr().add(k).cast(), stride, columns, &mut panel[k * WIDTH..]) };
+                unsafe { turn(simd, rows.as_ptr().add(k).cast(), stride, columns, &mut panel[k * step..]) };
             } else {
                 for i in 0..count {
                     let row = &rows[i * stride + k..i * stride + k + columns];
@@ -121,7 +141,7 @@ impl<T: Element> Work for PackLanes<'_, T> {
                     unsafe { simd.store(square[i].as_mut_ptr(), numbers) };
                 }
                 // SAFETY: sixteen rows of sixteen numbers.
-                unsafe { turn(simd, square.as_ptr().cast(), LANES, columns, &mut panel[k * WIDTH..]) };
+                unsafe { turn(simd, square.as_ptr().cast(), LANES, columns, &mut panel[k * step..]) };
             }
             k += columns;
         }
@@ -134,7 +154,8 @@ impl<T: Element> Work for PackLanes<'_, T> {
 /// Sixteen readable numbers in each row.
 #[inline(always)]
 unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize, panel: &mut [f32]) {
-    assert!(columns <= LANES && panel.len() >= (columns - 1) * WIDTH + LANES);
+    let step = row_step::<S>();
+    assert!(columns <= LANES && panel.len() >= (columns - 1) * step + LANES);
     let mut first = 0;
     while first < columns {
         // SAFETY: eight of the sixteen numbers of each row; the panel has room for the lanes of every column.
@@ -142,7 +163,7 @@ unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize
             let words = simd.load_words(rows.add(first).cast(), stride * size_of::<f32>());
             for w in 0..WORDS {
                 if first + w < columns {
-                    simd.store(panel.as_mut_ptr().add((first + w) * WIDTH), simd.float_of_bits(words[w]));
+                    simd.store(panel.as_mut_ptr().add((first + w) * step), simd.float_of_bits(words[w]));
                 }
             }
         }
@@ -150,7 +171,7 @@ unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize
     }
 }
 
-/// Rows of `a` times a panel, added to rows of [`WIDTH`] numbers.
+/// Rows of `a` times rows of a panel, added to rows of [`WIDTH`] numbers.
 pub struct TimesPanel<'a> {
     /// Whether `a` and the panel are pairs of bf16, two columns each.
     pub pairs: bool,
@@ -159,8 +180,10 @@ pub struct TimesPanel<'a> {
     pub a_stride: usize,
     pub rows: usize,
     pub depth: usize,
-    /// `[depth, WIDTH]`.
+    /// A whole panel.
     pub panel: &'a [f32],
+    /// Its row that is multiplied with the first number of the rows of `a`.
+    pub begin: usize,
     /// Row `m` begins at `m * acc_stride`.
     pub acc: &'a mut [f32],
     pub acc_stride: usize,
@@ -178,63 +201,90 @@ impl Work for TimesPanel<'_> {
 impl TimesPanel<'_> {
     #[inline(always)]
     fn by<S: Simd, const PAIRS: bool>(self, simd: S) {
-        let Self { a, a_stride, rows, depth, panel, acc, acc_stride, .. } = self;
+        let Self { a, a_stride, rows, depth, panel, begin, acc, acc_stride, .. } = self;
+        let (columns, height) = (strip::<S>(), panel.len() / WIDTH);
         assert!(rows == 0 || a.len() >= (rows - 1) * a_stride + depth);
-        assert!(panel.len() >= depth * WIDTH && (rows == 0 || acc.len() >= (rows - 1) * acc_stride + WIDTH));
+        assert!(begin + depth <= height && (rows == 0 || acc.len() >= (rows - 1) * acc_stride + WIDTH));
         let mut first = 0;
         while first < depth {
             let depth = DEPTH.min(depth - first);
-            let panel = &panel[first * WIDTH..(first + depth) * WIDTH];
-            let mut row = 0;
-            while row < rows {
-                let a = &a[row * a_stride + first..];
-                let acc = &mut acc[row * acc_stride..];
-                row += match rows - row {
-                    12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12, PAIRS> { a, a_stride, panel, acc, acc_stride }),
-                    8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8, PAIRS> { a, a_stride, panel, acc, acc_stride }),
-                    4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, PAIRS> { a, a_stride, panel, acc, acc_stride }),
-                    2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, PAIRS> { a, a_stride, panel, acc, acc_stride }),
-                    _ => simd.call(Tile::<1, PAIRS> { a, a_stride, panel, acc, acc_stride }),
-                };
+            let mut column = 0;
+            while column < WIDTH {
+                let strip = &panel[column * height + (begin + first) * columns..][..depth * columns];
+                let mut row = 0;
+                while row < rows {
+                    let (a, acc) = (&a[row * a_stride + first..], &mut acc[row * acc_stride + column..]);
+                    row += tile::<S, PAIRS>(simd, rows - row, a, a_stride, strip, acc, acc_stride);
+                }
+                column += columns;
             }
             first += depth;
         }
     }
 }
 
-/// `M` rows with a panel; returns `M`.
-struct Tile<'a, const M: usize, const PAIRS: bool> {
+/// As many of `rows` rows with a strip as make a register tile; returns how many.
+#[inline(always)]
+fn tile<S: Simd, const PAIRS: bool>(
+    simd: S,
+    rows: usize,
+    a: &[f32],
+    a_stride: usize,
+    strip: &[f32],
+    acc: &mut [f32],
+    acc_stride: usize,
+) -> usize {
+    if S::GEMM_VECTORS == 1 {
+        return match rows {
+            6.. if S::GEMM_ROWS >= 6 => simd.call(Tile::<6, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+            4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+            2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+            _ => simd.call(Tile::<1, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        };
+    }
+    match rows {
+        12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        _ => simd.call(Tile::<1, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+    }
+}
+
+/// `M` rows with a strip of `V` vectors; returns `M`.
+struct Tile<'a, const M: usize, const V: usize, const PAIRS: bool> {
     a: &'a [f32],
     a_stride: usize,
-    panel: &'a [f32],
+    strip: &'a [f32],
     acc: &'a mut [f32],
     acc_stride: usize,
 }
 
-impl<const M: usize, const PAIRS: bool> Work for Tile<'_, M, PAIRS> {
+impl<const M: usize, const V: usize, const PAIRS: bool> Work for Tile<'_, M, V, PAIRS> {
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let Self { a, a_stride, panel, acc, acc_stride } = self;
-        let depth = panel.len() / WIDTH;
-        assert!(a.len() >= (M - 1) * a_stride + depth && acc.len() >= (M - 1) * acc_stride + WIDTH);
-        let mut sums = [[simd.splat(0.0); VECTORS]; M];
-        // SAFETY: rows of `a`, of `acc` and of the panel are in bounds, as was asserted.
+        let Self { a, a_stride, strip, acc, acc_stride } = self;
+        let columns = V * LANES;
+        let depth = strip.len() / columns;
+        assert!(a.len() >= (M - 1) * a_stride + depth && acc.len() >= (M - 1) * acc_stride + columns);
+        let mut sums = [[simd.splat(0.0); V]; M];
+        // SAFETY: rows of `a`, of `acc` and of the strip are in bounds, as was asserted.
         unsafe {
             for m in 0..M {
-                for v in 0..VECTORS {
+                for v in 0..V {
                     sums[m][v] = simd.load(acc.as_ptr().add(m * acc_stride + v * LANES));
                 }
             }
             for k in 0..depth {
-                let mut b = [simd.splat(0.0); VECTORS];
-                for v in 0..VECTORS {
-                    b[v] = simd.load(panel.as_ptr().add(k * WIDTH + v * LANES));
+                let mut b = [simd.splat(0.0); V];
+                for v in 0..V {
+                    b[v] = simd.load(strip.as_ptr().add(k * columns + v * LANES));
                 }
                 for m in 0..M {
                     let x = simd.splat(*a.as_ptr().add(m * a_stride + k));
-                    for v in 0..VECTORS {
+                    for v in 0..V {
                         sums[m][v] = if PAIRS {
                             simd.dot_bf16(sums[m][v], simd.bits(x), simd.bits(b[v]))
                         } else {
@@ -244,7 +294,7 @@ impl<const M: usize, const PAIRS: bool> Work for Tile<'_, M, PAIRS> {
                 }
             }
             for m in 0..M {
-                for v in 0..VECTORS {
+                for v in 0..V {
                     simd.store(acc.as_mut_ptr().add(m * acc_stride + v * LANES), sums[m][v]);
                 }
             }

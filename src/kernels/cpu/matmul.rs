@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
-use super::gemm::{PackLanes, RoundPairs, TimesPanel, WIDTH, as_pairs};
+use super::gemm::{PackLanes, RoundPairs, TimesPanel, WIDTH, as_pairs, lanes_at};
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
 use super::quantize::{Order, Quantize, QuantizedRows, RowParts};
@@ -382,7 +382,7 @@ impl Work for LayOut<'_> {
         let columns = product.columns();
         let depth = if pairs { columns / 2 } else { columns };
         for (at, part) in unit.panels.iter().enumerate() {
-            let panel = &mut panel[at * PANEL..];
+            let panel = &mut panel[lanes_at::<S>(at * PANEL, depth)..];
             let (count, numbers) = match part {
                 Some(part) => match &product.projections[part.projection].matrix.storage {
                     Storage::Dense(numbers) => (part.rows, numbers.slice(part.first * columns, part.rows * columns)),
@@ -537,11 +537,12 @@ impl Units<'_> {
         let a = &x[self.rows.start * depth..self.rows.end * depth];
         {
             let acc = &mut acc[..];
-            TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, acc, acc_stride: WIDTH }.run(simd);
+            TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, begin: 0, acc, acc_stride: WIDTH }.run(simd);
         }
+        let (width, places) = (self.product.width(), self.places(unit));
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
             self.activate(simd, acc);
-            self.write(simd, row, unit, acc);
+            self.write(simd, row * width, &places, acc);
         }
     }
 
@@ -549,6 +550,7 @@ impl Units<'_> {
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, unit: &Unit, acc: &mut [f32]) {
         let projections = self.product.projections;
+        let (width, places) = (self.product.width(), self.places(unit));
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(PAIR * PANEL)) {
             for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
                 let projection = &projections[panel.projection];
@@ -562,13 +564,13 @@ impl Units<'_> {
             self.activate(simd, acc);
             if let Finish::Add(residual) = self.product.finish {
                 for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
-                    let at = row * self.product.width() + panel.first;
+                    let at = row * width + panel.first;
                     for (acc, residual) in acc.iter_mut().zip(&residual[at..at + panel.rows]) {
                         *acc += residual;
                     }
                 }
             }
-            self.write(simd, row, unit, acc);
+            self.write(simd, row * width, &places, acc);
         }
     }
 
@@ -607,23 +609,34 @@ impl Units<'_> {
         }
     }
 
-    /// Writes a row of a unit.
+    /// Where the panels of a unit that are written begin in a row of the output, and how many numbers they have there.
     #[inline(always)]
-    fn write<S: Simd>(&self, simd: S, row: usize, unit: &Unit, acc: &[f32]) {
+    fn places(&self, unit: &Unit) -> [(usize, usize); PAIR] {
         let projections = self.product.projections;
-        let written = if self.product.finish.is_gated() { 1 } else { PAIR };
-        for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact(PANEL)).take(written) {
+        let mut places = [(0, 0); PAIR];
+        for (place, panel) in places.iter_mut().zip(unit.panels.iter().flatten()) {
             let before: usize = match self.product.finish {
                 Finish::Concat => projections[..panel.projection].iter().map(|p| p.matrix.rows).sum(),
                 _ => 0,
             };
-            let at = row * self.product.width() + before + panel.first;
+            *place = (before + panel.first, panel.rows);
+        }
+        if self.product.finish.is_gated() {
+            places[1].1 = 0;
+        }
+        places
+    }
+
+    /// Writes the panels of a unit into the row of the output that begins at `row`.
+    #[inline(always)]
+    fn write<S: Simd>(&self, simd: S, row: usize, places: &[(usize, usize); PAIR], acc: &[f32]) {
+        for (&(at, count), acc) in places.iter().zip(acc.chunks_exact(PANEL)) {
             // SAFETY: every column of every row belongs to one unit, and `run` waits for all of them; a panel has 16 numbers.
             unsafe {
-                if panel.rows == PANEL {
-                    self.out.write_lanes(simd, at, simd.load(acc.as_ptr()));
+                if count == PANEL {
+                    self.out.write_lanes(simd, row + at, simd.load(acc.as_ptr()));
                 } else {
-                    self.out.write(at, &acc[..panel.rows]);
+                    self.out.write(row + at, &acc[..count]);
                 }
             }
         }

@@ -32,8 +32,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const DOT_ROWS: usize;
     /// Rows of weights in such a tile.
     const DOT_COLUMNS: usize;
-    /// Rows of activations in a register tile of the product with panels; it has two vectors of columns.
+    /// Rows of activations in a register tile of the product with panels.
     const GEMM_ROWS: usize;
+    /// Vectors of columns in it, one or two.
+    const GEMM_VECTORS: usize = 2;
     /// Sixteen f32.
     type F: Copy;
     /// Sixteen i32, or 64 bytes in groups of four.

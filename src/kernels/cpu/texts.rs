@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::floats::{FloatsMut, Rows, SharedMut};
-use super::gemm::{PackLanes, TimesPanel, WIDTH};
+use super::gemm::{PackLanes, TimesPanel, WIDTH, lanes_at, row_step};
 use super::math;
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
@@ -118,7 +118,7 @@ impl AttendText<'_> {
         while at < panels * WIDTH {
             let lanes = count.saturating_sub(at).min(LANES);
             let row = self.task.rows.start + first + at.min(count - 1);
-            let panel = &mut scratch.keys[at / WIDTH * width * WIDTH + at % WIDTH..];
+            let panel = &mut scratch.keys[at / WIDTH * width * WIDTH + lanes_at::<S>(at % WIDTH, width)..];
             let rows = &keys.numbers[row * keys.stride + head * width..];
             simd.call(PackLanes { rows, stride: keys.stride, count: lanes, depth: width, panel });
             at += LANES;
@@ -127,11 +127,23 @@ impl AttendText<'_> {
         grow(&mut scratch.values, panels * count * WIDTH);
         for panel in 0..panels {
             let (from, used) = (panel * WIDTH, WIDTH.min(width - panel * WIDTH));
-            for key in 0..count {
-                let row = &values.numbers[(self.task.rows.start + first + key) * values.stride + head * width + from..];
-                let to = &mut scratch.values[(panel * count + key) * WIDTH..(panel * count + key + 1) * WIDTH];
-                to[..used].copy_from_slice(&row[..used]);
-                to[used..].fill(0.0);
+            let panel = &mut scratch.values[panel * count * WIDTH..(panel + 1) * count * WIDTH];
+            let mut lane = 0;
+            while lane < WIDTH {
+                let at = lanes_at::<S>(lane, count);
+                let used = used.saturating_sub(lane).min(LANES);
+                for key in 0..count {
+                    let row =
+                        &values.numbers[(self.task.rows.start + first + key) * values.stride + head * width + from..];
+                    let to = &mut panel[at + key * row_step::<S>()..][..LANES];
+                    if used == LANES {
+                        to.copy_from_slice(&row[lane..lane + LANES]);
+                    } else {
+                        to[..used].copy_from_slice(&row[lane.min(row.len())..][..used]);
+                        to[used..].fill(0.0);
+                    }
+                }
+                lane += LANES;
             }
         }
     }
@@ -158,6 +170,7 @@ impl Work for AttendText<'_> {
         let count = end - begin;
         grow(&mut scratch.acc, QUERIES * WIDTH);
         grow(&mut scratch.scores, QUERIES * count.next_multiple_of(WIDTH));
+        let Scratch { keys, values, scores, acc } = &mut scratch;
         let mut first = task.queries.start;
         while first < task.queries.end {
             let rows = QUERIES.min(task.queries.end - first);
@@ -167,13 +180,23 @@ impl Work for AttendText<'_> {
             // Whole panels of keys.
             let (low, high) = ((low - begin) / WIDTH, (high - begin).div_ceil(WIDTH));
             let stride = (high - low) * WIDTH;
-            let Scratch { keys, values, scores, acc } = &mut scratch;
             scores[..rows * stride].fill(0.0);
             for panel in low..high {
                 let acc = &mut scores[(panel - low) * WIDTH..];
                 let panel = &keys[panel * width * WIDTH..(panel + 1) * width * WIDTH];
                 let a_stride = queries.stride;
-                simd.call(TimesPanel { pairs: false, a, a_stride, rows, depth: width, panel, acc, acc_stride: stride });
+                let acc_stride = stride;
+                simd.call(TimesPanel {
+                    pairs: false,
+                    a,
+                    a_stride,
+                    rows,
+                    depth: width,
+                    panel,
+                    begin: 0,
+                    acc,
+                    acc_stride,
+                });
             }
             let mut sums = [0f32; QUERIES];
             for row in 0..rows {
@@ -191,7 +214,7 @@ impl Work for AttendText<'_> {
                 acc[..rows * WIDTH].fill(0.0);
                 let used = WIDTH.min(width - panel * WIDTH);
                 {
-                    let panel = &values[(panel * count + low * WIDTH) * WIDTH..(panel + 1) * count * WIDTH];
+                    let panel = &values[panel * count * WIDTH..(panel + 1) * count * WIDTH];
                     let (a, acc) = (&scores[..], &mut acc[..]);
                     simd.call(TimesPanel {
                         pairs: false,
@@ -200,6 +223,7 @@ impl Work for AttendText<'_> {
                         rows,
                         depth,
                         panel,
+                        begin: low * WIDTH,
                         acc,
                         acc_stride: WIDTH,
                     });

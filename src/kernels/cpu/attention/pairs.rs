@@ -2,7 +2,7 @@
 //! Queries and weights are rounded to bf16; scores, sums and everything else stay f32.
 
 use super::super::floats::{Bf16, Element, Floats, as_bf16};
-use super::super::gemm::{Pair, RoundPairs, TimesPanel, WIDTH};
+use super::super::gemm::{Pair, RoundPairs, TimesPanel, WIDTH, lanes_at, row_step};
 use super::super::matmul::Precision;
 use super::super::simd::{Isa, LANES, Simd, WORDS, Work};
 use super::chunk::{Chunk, HeadRows, Pooled};
@@ -97,6 +97,7 @@ impl Work for AttendPairs<'_> {
                 rows,
                 depth,
                 panel: &panels.keys,
+                begin: 0,
                 acc: &mut scores[..],
                 acc_stride: CHUNK,
             });
@@ -111,6 +112,7 @@ impl Work for AttendPairs<'_> {
                     rows,
                     depth: halves,
                     panel,
+                    begin: 0,
                     acc: &mut sums.values[at * WIDTH..],
                     acc_stride: value_width,
                 });
@@ -168,10 +170,9 @@ impl Work for LayOutKeys<'_> {
                     unsafe { simd.load_words(square.as_ptr().cast(), size_of_val(&square[0])) }
                 };
                 for (word, &keys) in words.iter().enumerate() {
+                    let place = lanes_at::<S>(first, depth) + (pair + word) * row_step::<S>();
                     // SAFETY: the panel has as many rows as there are pairs, each with room for all keys.
-                    unsafe {
-                        simd.store(panel.as_mut_ptr().add((pair + word) * WIDTH + first), simd.float_of_bits(keys))
-                    };
+                    unsafe { simd.store(panel.as_mut_ptr().add(place), simd.float_of_bits(keys)) };
                 }
             }
             for key in first..first + LANES {
@@ -210,7 +211,8 @@ impl Work for LayOutValues<'_> {
                     if is_seen(2 * pair + 1) {
                         high = simd.bits(Bf16::load(simd, second.as_ptr().add(at)));
                     }
-                    let place = at / WIDTH * WIDTH * CHUNK / 2 + pair * WIDTH + at % WIDTH;
+                    let place =
+                        at / WIDTH * WIDTH * CHUNK / 2 + lanes_at::<S>(at % WIDTH, CHUNK / 2) + pair * row_step::<S>();
                     simd.store(panels.as_mut_ptr().add(place), simd.float_of_bits(simd.add_i(low, high)));
                 }
                 at += LANES;
