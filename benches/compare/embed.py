@@ -1,9 +1,10 @@
 """Embeddings on this machine's CPU: examples/embed_bench against sentence-transformers (PyTorch), in turns.
 
-    embed.py MODEL_FOLDER [--bench target/release/examples/embed_bench] [--threads 2] [--turns 3] [--texts 256]
+    embed.py MODEL_FOLDER [--bench target/release/examples/embed_bench] [--threads 2] [--turns 5] [--texts 256]
 
 Two sets of made-up texts: lengths evenly spread from 16 to 256 tokens, and all of 128 tokens. Each turn times one pass of
-either program over all texts after one to warm up, tokenising included; the table has the best turn of each.
+either program over all texts after one to warm up, tokenising included; the table has medians, and the median and the range of
+the ratios of each turn. `--bench` may be given several times, to compare builds.
 sentence-transformers sorts by length and pads batches of 32, as it does by default, and of 8, which suits a few cores.
 """
 
@@ -11,9 +12,14 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import tempfile
 import time
+
+
+# Texts that sentence-transformers pads together.
+BATCHES = (32, 8)
 
 
 def made_up(tokenizer, lengths, seed):
@@ -41,9 +47,9 @@ def theirs(model, texts, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--bench", default="target/release/examples/embed_bench")
+    parser.add_argument("--bench", action="append")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--texts", type=int, default=256)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -57,6 +63,7 @@ def main():
     print(f"torch {torch.__version__}, sentence-transformers {sentence_transformers.__version__}, "
           f"{arguments.threads} threads, {arguments.texts} texts")
     rng, n = random.Random(1), arguments.texts
+    benches = arguments.bench or ["target/release/examples/embed_bench"]
     sets = {"mixed 16-256": [rng.randint(16, 256) for _ in range(n)], "equal 128": [128] * n}
     for name, lengths in sets.items():
         texts = made_up(model.tokenizer, lengths, 2)
@@ -64,22 +71,24 @@ def main():
             path, out = os.path.join(folder, "texts"), os.path.join(folder, "vectors")
             with open(path, "w") as file:
                 file.write("\n".join(texts) + "\n")
-            times = {"omlx": [], 32: [], 8: []}
+            times = {key: [] for key in [*benches, *BATCHES]}
             for _ in range(arguments.turns):
-                times["omlx"].append(ours(arguments.bench, arguments.folder, path, arguments.threads, out))
-                for size in (32, 8):
+                for bench in benches:
+                    times[bench].append(ours(bench, arguments.folder, path, arguments.threads, out))
+                for size in BATCHES:
                     times[size].append(theirs(model, texts, size))
             vectors = np.fromfile(out, np.float32).reshape(n, -1)
         reference = model.encode(texts, show_progress_bar=False)
         cosine = (vectors * reference).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(reference, axis=1)
-        best = {key: min(value) for key, value in times.items()}
         tokens = sum(lengths)
         print(f"{name}: {tokens} tokens, least cosine {cosine.min():.7f}")
-        print(f"  omlx                         {best['omlx']:.3f} s  {tokens / best['omlx']:8.0f} tokens/s")
-        for size in (32, 8):
-            ratio = best[size] / best["omlx"]
-            print(f"  sentence-transformers, {size:2}    {best[size]:.3f} s  {tokens / best[size]:8.0f} tokens/s  "
-                  f"omlx is {ratio:.2f}x as fast")
+        for size in BATCHES:
+            print(f"  sentence-transformers, {size:2}  {tokens / statistics.median(times[size]):8.0f} tokens/s")
+        for bench in benches:
+            print(f"  {bench}  {tokens / statistics.median(times[bench]):8.0f} tokens/s")
+            for size in BATCHES:
+                ratios = [b / a for a, b in zip(times[bench], times[size])]
+                print(f"    {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) as fast as with {size:2}")
 
 
 if __name__ == "__main__":
