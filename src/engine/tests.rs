@@ -148,6 +148,7 @@ fn survives(point: &'static str, id: &str) {
     let bystander = format!("{id}-bystander");
     pool.add_model(&fixture("llama-f32"), Some(&bystander)).unwrap();
     let healthy = finish(&generate(&pool, id, 8)).0;
+    let alone = finish(&generate(&pool, &bystander, 30)).0;
     crate::fault::arm(point, id, 3);
     let (hit, beside) = (generate(&pool, id, 400), generate(&pool, &bystander, 30));
     let (tokens, done) = finish(&hit);
@@ -155,7 +156,8 @@ fn survives(point: &'static str, id: &str) {
     assert_eq!((done.reason, error.status()), (FinishReason::Error, Status::Internal), "{error}");
     assert!(error.message().contains(&format!("injected at {point}")), "{error}");
     assert!(tokens.len() < 10, "the fault came late: {} tokens", tokens.len());
-    assert_eq!(finish(&beside).1.reason, FinishReason::Length, "the other engine was hit");
+    let (tokens, done) = finish(&beside);
+    assert_eq!((tokens, done.reason), (alone, FinishReason::Length), "the other engine was hit");
     assert_eq!(finish(&generate(&pool, id, 8)).0, healthy, "the model does not come back");
 }
 
@@ -182,13 +184,15 @@ fn a_panic_in_a_batch_of_texts_ends_its_requests_only() {
     };
     let (healthy, _) = embed("a text");
     assert!(matches!(healthy, Some(Event::Embeddings(_))));
+    let alone = finish(&generate(&pool, "panic-batch-bystander", 30)).0;
     crate::fault::arm("encoder.batch", "panic-batch", 0);
     let beside = generate(&pool, "panic-batch-bystander", 30);
     let (nothing, done) = embed("a text");
     let error = done.error.expect("the request failed");
     assert_eq!((nothing, error.status()), (None, Status::Internal), "{error}");
     assert!(error.message().contains("injected at encoder.batch"), "{error}");
-    assert_eq!(finish(&beside).1.reason, FinishReason::Length, "the other engine was hit");
+    let (tokens, done) = finish(&beside);
+    assert_eq!((tokens, done.reason), (alone, FinishReason::Length), "the other engine was hit");
     assert_eq!(embed("a text").0, healthy, "the model does not come back");
 }
 
