@@ -611,7 +611,7 @@ typedef struct omlx_request omlx_request;
 ///   what to answer   "messages", with what the chat template takes: "chat_template" (the name of one of the
 ///                    model's), "chat_template_kwargs", "add_generation_prompt"; or "prompt", a text or token ids
 ///   what to call     "tools", "tool_choice" ("auto"; "none": the model is not told of them; "required" or {"type":"function",
-///                    "function":{"name":N}}: the answer is calls, for models that write arguments as JSON),
+///                    "function":{"name":N}}: the answer is calls, whose arguments the tool's schema accepts),
 ///                    "parallel_tool_calls" (false: the answer ends with its first call)
 ///   by which model   "model": an id of `omlx_pool_models`
 ///   how to sample    "temperature" (0 is greedy), "top_p", "top_k", "min_p", "seed", "repetition_penalty",
@@ -619,7 +619,7 @@ typedef struct omlx_request omlx_request;
 ///   in which form    "response_format": {"type":T}, where T is "text", "json_object", "json_schema" (with "json_schema":
 ///                    {"schema":S}), "regex" ("regex":R), "choice" ("choices":[..]) or "grammar" ("grammar":G, in the Lark
 ///                    dialect of llguidance); the answer has it unless it ends with `OMLX_FINISH_REASON_LENGTH` or at a stop
-///                    string. Thinking may come before it
+///                    string, or calls tools, if there are any. Thinking may come before it
 ///   how to think     "thinking_budget": tokens of thinking at most; then it is ended
 ///   when to stop     "max_tokens" or "max_completion_tokens", "stop", "stop_token_ids", "ignore_eos"
 ///   what to report   "logprobs", "top_logprobs"

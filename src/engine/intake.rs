@@ -9,11 +9,12 @@ use crossbeam_channel::{Receiver, Sender};
 use serde_json::Value;
 
 use super::answer::AnswerPlan;
+use super::answer_form;
 use super::encode::EncodeRequest;
 use super::encode::text::EncoderText;
 use super::events::EventSink;
 use super::queue::QueueTicket;
-use super::request::{ChatInput, Input, Request, ToolChoice};
+use super::request::{ChatInput, Input, Request};
 use super::sequence::{Prepared, cancelled};
 use super::worker::Command;
 use super::{EngineOptions, ModelSource, Shared};
@@ -24,10 +25,8 @@ use crate::models::{self, ModelKind, encoder};
 use crate::panics;
 use crate::sampling::SamplingParams;
 use crate::sync::lock;
-use crate::text::answer::{Arguments, ReasoningSyntax, ToolFormat};
-use crate::text::grammar::{
-    CallLayout, Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart, ToolCalls,
-};
+use crate::text::answer::ReasoningSyntax;
+use crate::text::grammar::{Constraint, GrammarVocabulary, Guide, ThinkingMarkers, ThinkingStart};
 use crate::text::{AnswerSettings, StopMatcher, TextLimits, TextModel, Tokenizer};
 
 /// What hosts and the pool ask of the intake thread.
@@ -212,37 +211,34 @@ impl EngineText {
         self.grammar.get_or_init(build).clone()
     }
 
-    /// What the answer has to look like behind its thinking.
-    fn constraint(&self, request: &Request) -> Result<Option<Constraint>> {
-        let format = self.text_model()?.answer_format().tools;
-        let constraint = match &request.input {
-            Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto => Some(tool_calls(format, chat)?),
-            _ => request.constraint.clone(),
-        };
-        match constraint {
-            // What follows its thinking is a channel, which a grammar of the text does not know.
-            Some(_) if format == Some(ToolFormat::Harmony) => {
-                Err(Error::unsupported("answers in the format Harmony cannot be held to a form"))
-            }
-            constraint => Ok(constraint),
-        }
-    }
-
     fn eos(&self) -> impl Iterator<Item = u32> {
         self.defaults.eos.iter().copied().chain(self.model.as_ref().and_then(|model| model.eos_token_id()))
     }
 
-    /// What holds the answer to the request's constraint and budget of thinking; `None` if it has neither.
-    fn guide(&self, request: &Request, prompt: &[u32]) -> Result<Option<Guide>> {
-        let calls = matches!(&request.input, Input::Chat(chat) if chat.tool_choice != ToolChoice::Auto);
-        if request.constraint.is_none() && !calls && request.thinking_budget.is_none() {
+    /// What holds the answer to the request's constraint and budget of thinking; `None` if it has neither. `text` is that of
+    /// a chat.
+    fn guide(&self, request: &Request, prompt: &[u32], text: Option<&str>) -> Result<Option<Guide>> {
+        let format = match &self.model {
+            Some(model) => model.answer_format().tools,
+            None => None,
+        };
+        let constraint = answer_form::constraint(format, request, text)?;
+        if constraint.is_none() && request.thinking_budget.is_none() {
             return Ok(None);
         }
-        let constraint = self.constraint(request)?;
         let grammar = self.grammar()?;
-        let matcher = constraint.map(|constraint| grammar.compile(&constraint)).transpose()?;
+        let matcher = constraint.as_ref().map(|constraint| grammar.compile(constraint)).transpose()?;
+        // In channels the thinking is a part of the form.
+        if matches!(constraint, Some(Constraint::Channels(..))) {
+            return Ok(Guide::new(grammar, matcher, ThinkingStart::Never, None));
+        }
         let start = self.thinking_start(request, prompt)?;
-        Ok(Guide::new(grammar, matcher, start, request.thinking_budget))
+        let guide = Guide::new(grammar, matcher, start, request.thinking_budget);
+        let calls_end = match &constraint {
+            Some(Constraint::ToolCalls(calls) | Constraint::Either(calls, _)) => calls.syntax.ends_reasoning,
+            _ => false,
+        };
+        Ok(guide.map(|guide| if calls_end { guide.ended_by_calls() } else { guide }))
     }
 
     /// Whether the answer begins with thinking. The whole answer to a plain prompt is what was asked for, unless the prompt
@@ -270,10 +266,9 @@ impl EngineText {
     /// How answers to a chat are read; other answers are text.
     fn answer(&self, request: &Request, prompt: Option<&str>) -> Option<AnswerPlan> {
         let (Input::Chat(chat), Some(prompt), Some(model)) = (&request.input, prompt, &self.model) else { return None };
-        // Held to JSON, an answer cannot call: what looks like a call is what was asked for.
-        let is_json = matches!(request.constraint, Some(Constraint::JsonSchema(_) | Constraint::JsonObject));
-        let tools = chat.tools.as_ref().filter(|_| !is_json || chat.tool_choice != ToolChoice::Auto);
-        let settings = AnswerSettings::new(model.answer_format(), tools, prompt);
+        let format = model.answer_format();
+        let shape = answer_form::shape(format.tools, request);
+        let settings = AnswerSettings::new(format, chat.tools.as_ref(), prompt).shaped(shape);
         AnswerPlan::new(model, settings, chat.parallel_tool_calls, fresh_seed())
     }
 
@@ -292,7 +287,7 @@ impl EngineText {
             Ok(prompt) => prompt,
             Err(error) => return Err((error, sink)),
         };
-        let guide = match self.guide(&request, &prompt) {
+        let guide = match self.guide(&request, &prompt, text.as_deref()) {
             Ok(guide) => guide,
             Err(error) => return Err((error, sink)),
         };
@@ -337,31 +332,6 @@ impl EngineText {
             sink,
         })
     }
-}
-
-/// Nothing but calls of the tools that the request wants.
-fn tool_calls(format: Option<ToolFormat>, chat: &ChatInput) -> Result<Constraint> {
-    let unsupported =
-        |what: String| Error::unsupported(format!("\"tool_choice\" other than \"auto\" and \"none\": {what}"));
-    let format = format.ok_or_else(|| unsupported("how this model calls tools is not known".to_owned()))?;
-    let syntax = format.syntax();
-    if syntax.arguments != Arguments::Json || syntax.index_before_arguments.is_some() {
-        return Err(unsupported(format!("the format {format:?} of this model has no grammar")));
-    }
-    let layout = CallLayout {
-        open: syntax.open,
-        before_name: syntax.before_name,
-        after_name: syntax.after_name,
-        after_arguments: syntax.after_arguments,
-        between: syntax.between,
-        close: syntax.close,
-    };
-    let only = match &chat.tool_choice {
-        ToolChoice::Named(name) => Some(name.as_str()),
-        ToolChoice::Auto | ToolChoice::Required => None,
-    };
-    let tools = chat.tools.as_ref().and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    ToolCalls::new(layout, tools, only, chat.parallel_tool_calls).map(Constraint::ToolCalls)
 }
 
 /// A seed nobody chose: std's hasher keys come from the system's random numbers.

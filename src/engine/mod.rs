@@ -8,6 +8,7 @@
 
 mod activity;
 mod answer;
+mod answer_form;
 mod encode;
 mod events;
 mod intake;

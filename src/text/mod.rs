@@ -30,7 +30,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
-pub use answer::{AnswerFormat, AnswerParser, AnswerPart, AnswerSettings, ToolFormat};
+pub use answer::{AnswerFormat, AnswerParser, AnswerPart, AnswerSettings, AnswerShape, ToolFormat};
 pub use detokenizer::Detokenizer;
 pub use encoder_input::{TextInput, TextLimits, TextTokens};
 pub use pair_format::PairFormat;

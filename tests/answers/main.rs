@@ -121,6 +121,36 @@ fn nothing_is_parsed_that_was_not_asked_for() {
     pool.close();
 }
 
+/// As in OpenAI's API: where an answer has a form and there are tools, it is of that form or calls them.
+#[test]
+fn a_form_leaves_room_for_calls() {
+    let pool = open();
+    let schema = json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer",
+        "minimum": 0, "maximum": 199}}, "required": ["name", "age"], "additionalProperties": false});
+    let form = json!({"type": "json_schema", "json_schema": {"name": "person", "schema": schema}});
+    let in_form = |messages: Value| {
+        let mut json = chat(&messages);
+        json["response_format"] = form.clone();
+        json
+    };
+    let question = json!({"role": "user", "content": "Check the stock of beads."});
+    let called = ask(&pool, &in_form(json!([question])));
+    assert_eq!((called.calls.len(), called.content.as_str()), (1, ""), "{}", called.content);
+    assert_eq!((called.calls[0].0.name.as_str(), called.calls[0].1.as_str()), ("inventory", "{\"item\": \"beads\"}"));
+    assert_eq!(called.done.reason, FinishReason::ToolCalls);
+
+    let fact = json!({"role": "user", "content": "Extract name, age as JSON:\nName: Mia\nAge: 34"});
+    let answered = ask(&pool, &in_form(json!([fact])));
+    assert!(answered.calls.is_empty() && answered.done.reason == FinishReason::Stop);
+    assert_eq!(serde_json::from_str::<Value>(&answered.content).unwrap(), json!({"name": "Mia", "age": 34}));
+    // Told not to call, it answers in the form whatever it would do.
+    let mut json = in_form(json!([question]));
+    json["tool_choice"] = json!("none");
+    let told = ask(&pool, &json);
+    assert!(told.calls.is_empty() && serde_json::from_str::<Value>(&told.content).unwrap().get("age").is_some());
+    pool.close();
+}
+
 #[test]
 fn thinking_comes_apart_from_the_answer() {
     let pool = open();

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use super::AnswerShape;
 use super::ids::CallIds;
 use super::parts::Parts;
 use super::schema::ToolTypes;
@@ -39,6 +40,7 @@ pub(super) struct Calls {
     /// What was read since a call's piece came out: text again if the rest is malformed.
     pub raw: String,
     pub tools: Arc<ToolTypes>,
+    pub shape: AnswerShape,
     ids: CallIds,
     begun: usize,
     complete: usize,
@@ -48,7 +50,8 @@ pub(super) struct Calls {
 
 impl Calls {
     pub fn new(tools: Arc<ToolTypes>, ids: CallIds) -> Self {
-        Self { parts: Parts::default(), raw: String::new(), tools, ids, begun: 0, complete: 0, open: false }
+        let (parts, raw, shape) = Default::default();
+        Self { parts, raw, tools, shape, ids, begun: 0, complete: 0, open: false }
     }
 
     /// A call begins; `id` is what the model named it.

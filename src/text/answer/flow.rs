@@ -1,5 +1,6 @@
 //! Answers that are one text with marks in it: everything but Harmony.
 
+use super::AnswerShape;
 use super::calls::{CallReader, Calls, Finder, Step};
 use super::format::{AnswerFormat, BlockStart, CallSyntax, ReasoningSyntax, THINK, ToolFormat};
 
@@ -139,10 +140,18 @@ impl Flow {
             }
             None => {}
         }
-        if let Some((_, syntax)) = self.tools.filter(|(_, syntax)| !self.thinks || syntax.ends_reasoning) {
+        if let Some((_, syntax)) = self.tools.filter(|(_, syntax)| self.may_call(syntax)) {
             syntax.openings.iter().take(2).enumerate().for_each(|(i, text)| add(text, Mark::Opening(i)));
         }
         (texts, marks, count)
+    }
+
+    /// Whether an opening of a call means one.
+    fn may_call(&self, syntax: &CallSyntax) -> bool {
+        if self.thinks {
+            return syntax.ends_reasoning;
+        }
+        self.calls.shape != AnswerShape::CallsOrText || !self.content.said
     }
 
     pub fn step(&mut self, c: char) {
@@ -194,6 +203,7 @@ impl Flow {
             && !self.thinks
             && !self.content.said
             && !self.again
+            && self.calls.shape != AnswerShape::CallsOrText
             && syntax.starts.contains(&c)
         {
             self.begin(tools, BlockStart::First(c), "");

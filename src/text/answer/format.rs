@@ -1,6 +1,6 @@
 //! How a model marks reasoning and tool calls in its answers.
 
-use super::calls::CallReader;
+use super::calls::{CallReader, is_name};
 use super::ids::IdStyle;
 use super::{gemma, hermes, llama, mistral, pythonic, sections, tags};
 
@@ -74,8 +74,14 @@ pub enum Arguments {
         before_key: &'static str,
         /// Between a key and its value.
         after_key: &'static str,
+        /// The same where the value is no string, if that is written otherwise.
+        after_other_key: Option<&'static str>,
         /// After a value.
         after_value: &'static str,
+        /// What a string cannot have in it: it would end there.
+        ends: &'static [&'static str],
+        /// A line break on each side of a value is not of it.
+        lines: bool,
     },
     /// `key=value` with commas, values as Python literals.
     Python,
@@ -232,6 +238,14 @@ impl ToolFormat {
             Self::Gemma => &gemma::GEMMA_SYNTAX,
             Self::Harmony => &super::harmony::SYNTAX,
         }
+    }
+
+    /// Whether a call of a tool of this name is read as one.
+    pub fn may_call(self, name: &str) -> bool {
+        let letters = |c: char| c.is_alphanumeric() || "_.-".contains(c);
+        let python = self.syntax().arguments == Arguments::Python;
+        is_name(name)
+            && !(python && (name.starts_with(|c: char| !c.is_alphabetic() && c != '_') || !name.chars().all(letters)))
     }
 
     /// Reads the block that begins with the opening of this index, or with a first character.

@@ -38,12 +38,25 @@ use serde_json::Value;
 
 pub use format::{AnswerFormat, Arguments, CallSyntax, ReasoningSyntax, ToolFormat};
 pub use parts::AnswerPart;
+pub use schema::ArgumentType;
 
 use calls::Calls;
 use flow::Flow;
 use harmony::Harmony;
 use ids::{CallIds, IdStyle};
 use schema::ToolTypes;
+
+/// What a grammar has an answer be, as far as that tells calls from other text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AnswerShape {
+    /// There is none.
+    #[default]
+    Free,
+    /// Calls, whose values have their declared types.
+    Calls,
+    /// The same, behind an opening with which the answer begins; else all of it is text.
+    CallsOrText,
+}
 
 /// What parsers of the answers to one request share.
 #[derive(Debug, Clone)]
@@ -55,6 +68,7 @@ pub struct AnswerSettings {
     thinks: bool,
     /// The beginning of the message that the prompt ends with, where that matters.
     start: String,
+    shape: AnswerShape,
 }
 
 impl AnswerSettings {
@@ -73,7 +87,13 @@ impl AnswerSettings {
             tools: tools.map(|tools| Arc::new(ToolTypes::new(tools))),
             thinks: format.reasoning.is_some_and(|reasoning| opened(reasoning.open)),
             start,
+            shape: AnswerShape::Free,
         }
+    }
+
+    /// The same for answers that a grammar gives this shape.
+    pub fn shaped(self, shape: AnswerShape) -> Self {
+        Self { shape, ..self }
     }
 
     /// Texts of the special tokens that the parser has to see.
@@ -84,7 +104,8 @@ impl AnswerSettings {
     /// A parser for one answer; `seed` makes the ids of its calls.
     pub fn parser(&self, seed: u64) -> AnswerParser {
         let style = self.format.tools.map_or(IdStyle::Common, ToolFormat::id_style);
-        let calls = Calls::new(self.tools.clone().unwrap_or_default(), CallIds::new(style, seed));
+        let mut calls = Calls::new(self.tools.clone().unwrap_or_default(), CallIds::new(style, seed));
+        calls.shape = self.shape;
         let with_tools = self.tools.is_some();
         AnswerParser {
             inner: match self.format.tools {

@@ -9,7 +9,7 @@ use super::loose::{LooseScanner, PYTHON};
 
 /// How the text of an argument becomes JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ArgumentType {
+pub enum ArgumentType {
     /// A string, whatever it looks like.
     Text,
     /// A string, or null.
@@ -33,7 +33,7 @@ impl ToolTypes {
             let function = tool.get("function").unwrap_or(tool);
             let name = function.get("name")?.as_str()?.to_owned();
             let properties = function.get("parameters").and_then(|p| p.get("properties")).and_then(Value::as_object);
-            let types = properties.into_iter().flatten().map(|(key, schema)| (key.clone(), argument_type(schema)));
+            let types = properties.into_iter().flatten().map(|(key, schema)| (key.clone(), ArgumentType::of(schema)));
             Some((name, types.collect()))
         };
         Self { tools: tools.as_array().into_iter().flatten().filter_map(entry).collect() }
@@ -44,7 +44,7 @@ impl ToolTypes {
     }
 }
 
-fn argument_type(schema: &Value) -> ArgumentType {
+fn type_of(schema: &Value) -> ArgumentType {
     let mut names: Vec<&str> = Vec::new();
     let mut types = |value: &Value| match value {
         Value::String(name) => names.extend(["string", "null"].into_iter().find(|n| n == name).or(Some("other"))),
@@ -70,6 +70,11 @@ fn argument_type(schema: &Value) -> ArgumentType {
 }
 
 impl ArgumentType {
+    /// Of an argument with this JSON schema.
+    pub fn of(schema: &Value) -> Self {
+        type_of(schema)
+    }
+
     /// The JSON text of a whole value.
     pub fn json(self, text: &str) -> String {
         let trimmed = text.trim();

@@ -1,8 +1,9 @@
 //! Calls whose arguments stand between tags, without quotes: Qwen3-Coder and Qwen3.5, Seed, GLM, MiniMax, DeepSeek's DSML.
 
+use super::AnswerShape;
 use super::calls::{CallReader, Calls, Expect, Expected, Finder, MAX_NAME, Step, Until, is_name};
 use super::format::{Arguments, CallSyntax};
-use super::json::{escape_into, quoted};
+use super::json::{JsonScanner, Scan, ValueScanner, escape_into, quoted};
 use super::schema::ArgumentType;
 
 /// How the tags are written.
@@ -43,7 +44,14 @@ pub(super) static QWEN_SYNTAX: CallSyntax = CallSyntax {
     after_name: ">\n",
     after_arguments: "</function>\n</tool_call>",
     between: "\n",
-    arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">\n", after_value: "\n</parameter>\n" },
+    arguments: Arguments::Tagged {
+        before_key: "<parameter=",
+        after_key: ">\n",
+        after_other_key: None,
+        after_value: "\n</parameter>\n",
+        ends: QWEN.value_ends,
+        lines: QWEN.lines,
+    },
     ends_reasoning: true,
     ..CallSyntax::JSON
 };
@@ -56,7 +64,14 @@ pub(super) static SEED_SYNTAX: CallSyntax = CallSyntax {
     after_name: ">\n",
     after_arguments: "</function>\n</seed:tool_call>",
     between: "\n",
-    arguments: Arguments::Tagged { before_key: "<parameter=", after_key: ">", after_value: "</parameter>\n" },
+    arguments: Arguments::Tagged {
+        before_key: "<parameter=",
+        after_key: ">",
+        after_other_key: None,
+        after_value: "</parameter>\n",
+        ends: SEED.value_ends,
+        lines: SEED.lines,
+    },
     ends_reasoning: true,
     ..CallSyntax::JSON
 };
@@ -82,7 +97,10 @@ pub(super) static GLM_SYNTAX: CallSyntax = CallSyntax {
     arguments: Arguments::Tagged {
         before_key: "<arg_key>",
         after_key: "</arg_key>\n<arg_value>",
+        after_other_key: None,
         after_value: "</arg_value>\n",
+        ends: GLM.value_ends,
+        lines: GLM.lines,
     },
     ends_reasoning: true,
     ..CallSyntax::JSON
@@ -108,7 +126,14 @@ pub(super) static MINIMAX_SYNTAX: CallSyntax = CallSyntax {
     after_arguments: "</invoke>",
     between: "\n",
     close: "\n</minimax:tool_call>",
-    arguments: Arguments::Tagged { before_key: "<parameter name=\"", after_key: "\">", after_value: "</parameter>\n" },
+    arguments: Arguments::Tagged {
+        before_key: "<parameter name=\"",
+        after_key: "\">",
+        after_other_key: None,
+        after_value: "</parameter>\n",
+        ends: MINIMAX.value_ends,
+        lines: MINIMAX.lines,
+    },
     ends_reasoning: true,
     ..CallSyntax::JSON
 };
@@ -141,7 +166,10 @@ pub(super) static DSML_SYNTAX: CallSyntax = CallSyntax {
     arguments: Arguments::Tagged {
         before_key: "<｜DSML｜parameter name=\"",
         after_key: "\" string=\"true\">",
+        after_other_key: Some("\" string=\"false\">"),
         after_value: "</｜DSML｜parameter>\n",
+        ends: DSML.value_ends,
+        lines: DSML.lines,
     },
     ends_reasoning: true,
     ..CallSyntax::JSON
@@ -179,6 +207,8 @@ enum State {
     Value {
         ends: Finder,
         first: bool,
+        /// What begins with a bracket, where it is certainly JSON: its strings may have the end in them.
+        json: Option<JsonScanner>,
     },
 }
 
@@ -302,7 +332,7 @@ impl TagReader {
 
     fn begin_value(&mut self) -> Step {
         self.value.clear();
-        self.to(State::Value { ends: Finder::default(), first: true })
+        self.to(State::Value { ends: Finder::default(), first: true, json: None })
     }
 
     /// What stands before a value in the arguments.
@@ -311,7 +341,21 @@ impl TagReader {
     }
 
     fn value(&mut self, c: char, calls: &mut Calls) -> Step {
-        let State::Value { ends, first } = &mut self.state else { return Step::Bad };
+        let State::Value { ends, first, json } = &mut self.state else { return Step::Bad };
+        let in_json =
+            matches!(self.kind, ArgumentType::Value | ArgumentType::Unknown) && calls.shape != AnswerShape::Free;
+        if in_json && json.is_none() && matches!(c, '[' | '{') && self.value.trim().is_empty() {
+            *json = Some(JsonScanner::default());
+        }
+        if let Some(scanner) = json {
+            let in_text = scanner.in_text();
+            if scanner.step(c, &mut String::new()) == Scan::Bad {
+                *json = None;
+            } else if in_text {
+                self.value.push(c);
+                return Step::More;
+            }
+        }
         let mut piece = String::new();
         let end = ends.step(c, self.tags.value_ends, &mut piece);
         let mut piece = piece.as_str();

@@ -1,49 +1,35 @@
-//! Grammars of tool calls, for models that write their arguments as JSON.
-
-use std::fmt::Write;
+//! Grammars of tool calls, in any of the ways that models write them, alone or beside another form of answer.
 
 use serde_json::{Value, json};
 
-use super::constraint::json_schema;
+use super::arguments;
+use super::rules::{Rules, string};
 use crate::error::{Error, Result};
+use crate::text::answer::{Arguments, CallSyntax};
 
 /// Calls that an answer may have at most.
 const MAX_CALLS: usize = 16;
 /// Of a tool.
 const MAX_NAME_BYTES: usize = 256;
+/// The number of a call within its conversation.
+const CALL_NUMBER: &str = "/0|[1-9][0-9]{0,3}/";
 
-/// How a model writes calls: `open`, then for each call `before_name`, the name, `after_name`, the arguments as JSON,
-/// `after_arguments`, with `between` between them, then `close`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CallLayout {
-    /// Before the first call.
-    pub open: &'static str,
-    /// Before a name.
-    pub before_name: &'static str,
-    /// Between a name and the arguments.
-    pub after_name: &'static str,
-    /// After the arguments.
-    pub after_arguments: &'static str,
-    /// Between calls.
-    pub between: &'static str,
-    /// After the last call.
-    pub close: &'static str,
-}
-
-/// An answer of nothing but calls.
+/// Answers that call tools.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ToolCalls {
-    /// How they are written.
-    pub layout: CallLayout,
+    /// How calls are written.
+    pub syntax: CallSyntax,
     /// Name of each function that may be called, and the JSON schema of its arguments.
     pub functions: Vec<(String, Value)>,
     /// Whether there may be several.
     pub parallel: bool,
+    /// Whether the first must begin with an opening, since an answer may be something else.
+    pub marked: bool,
 }
 
 impl ToolCalls {
     /// Of OpenAI's tool definitions; of all of them, or of the function `only`.
-    pub fn new(layout: CallLayout, tools: &[Value], only: Option<&str>, parallel: bool) -> Result<Self> {
+    pub fn new(syntax: &CallSyntax, tools: &[Value], only: Option<&str>, parallel: bool) -> Result<Self> {
         let mut functions = Vec::new();
         for tool in tools {
             let function = tool.get("function").unwrap_or(tool);
@@ -52,42 +38,66 @@ impl ToolCalls {
                 return Err(Error::invalid_request(format!("the name of a tool has 1 to {MAX_NAME_BYTES} bytes")));
             }
             if only.is_none_or(|only| only == name) {
-                functions.push((name.to_owned(), arguments(function.get("parameters"))));
+                functions.push((name.to_owned(), schema_of(function.get("parameters"))));
             }
         }
         match (functions.is_empty(), only) {
-            (false, _) => Ok(Self { layout, functions, parallel }),
+            (false, _) => Ok(Self { syntax: *syntax, functions, parallel, marked: false }),
             (true, Some(only)) => Err(Error::invalid_request(format!("there is no tool {only:?} to be called"))),
             (true, None) => Err(Error::invalid_request("there are no tools to be called")),
         }
     }
 
-    /// In llguidance's Lark; `special` knows the ids of special tokens.
-    pub(super) fn lark(&self, special: impl Fn(&str) -> Option<u32>) -> Result<String> {
-        let CallLayout { open, before_name, after_name, after_arguments, between, close } = self.layout;
-        let text = |text: &str| literal(text, &special);
-        let more =
-            if self.parallel { format!("({} call){{0,{}}}", text(between), MAX_CALLS - 1) } else { String::new() };
-        let mut lark = format!("start: {} call {more} {}\ncall: ", text(open), text(close));
+    /// The same where an answer may also be something else: calls then begin with a mark that nothing else begins with.
+    pub fn marked(self) -> Self {
+        Self { marked: true, ..self }
+    }
+
+    /// What an answer of calls begins with, if it is marked.
+    pub fn opening(&self) -> &'static str {
+        self.syntax.openings.first().copied().unwrap_or_default()
+    }
+
+    /// Adds the rule `calls`, and those that it is made of.
+    pub(super) fn add(&self, rules: &mut Rules<'_>) -> Result<()> {
+        let CallSyntax { open, before_name, after_name, after_arguments, between, close, .. } = self.syntax;
+        let opening = self.opening();
+        let mark = if self.marked && !open.starts_with(opening) && !before_name.starts_with(opening) {
+            rules.literal(opening)
+        } else {
+            String::new()
+        };
+        // What may follow the same place is one literal each: the lexer takes the longest that fits, and a line break by itself
+        // would be the beginning of the end.
+        let first = rules.literal(&format!("{open}{before_name}"));
+        let more = match self.parallel {
+            true => format!("({} call){{0,{}}}", rules.literal(&format!("{between}{before_name}")), MAX_CALLS - 1),
+            false => String::new(),
+        };
+        rules.add("calls", &format!("{mark} {first} call {more} {}", rules.literal(close)));
         let names = (0..self.functions.len()).map(|at| format!("call_{at}")).collect::<Vec<_>>();
-        lark += &names.join(" | ");
-        for (name, (function, schema)) in names.iter().zip(&self.functions) {
+        rules.add("call", &names.join(" | "));
+        let number = self.syntax.index_before_arguments.map(|mark| format!("{} {CALL_NUMBER}", string(mark)));
+        for (rule, (function, schema)) in names.iter().zip(&self.functions) {
+            let arguments = arguments::add(rules, rule, schema, self.syntax.arguments)
+                .map_err(|error| error.context(format!("the tool {function:?}")))?;
             // A name may hold what JSON has to escape where it stands within quotes.
-            let quoted = Value::from(function.as_str()).to_string();
-            let inner = if before_name.ends_with('"') { &quoted[1..quoted.len() - 1] } else { function };
-            let head =
-                [&text(before_name), &Value::from(inner).to_string(), &text(after_name)].map(String::as_str).join(" ");
-            let tail = text(after_arguments);
-            let schema = json_schema(schema).map_err(|error| error.context(format!("the tool {function:?}")))?;
-            write!(lark, "\n{name}: {head} {name}_arguments {tail}\n{name}_arguments: %json {schema}")
-                .map_err(|_| Error::internal("no grammar of tool calls"))?;
+            let quoted = string(function);
+            let name = if before_name.ends_with('"') && self.syntax.arguments == Arguments::Json {
+                &quoted[1..quoted.len() - 1]
+            } else {
+                function.as_str()
+            };
+            let number = number.as_deref().unwrap_or_default();
+            let (after, tail) = (rules.literal(after_name), rules.literal(after_arguments));
+            rules.add(rule, &format!("{} {number} {after} {arguments} {tail}", string(name)));
         }
-        Ok(lark)
+        Ok(())
     }
 }
 
 /// The schema of a function's arguments: any object where it has none.
-fn arguments(parameters: Option<&Value>) -> Value {
+fn schema_of(parameters: Option<&Value>) -> Value {
     match parameters {
         None | Some(Value::Null) => json!({ "type": "object" }),
         Some(Value::Object(schema)) if !schema.contains_key("type") => {
@@ -97,32 +107,4 @@ fn arguments(parameters: Option<&Value>) -> Value {
         }
         Some(schema) => schema.clone(),
     }
-}
-
-/// `text` as it is in Lark: strings, and special tokens by their ids.
-fn literal(text: &str, special: impl Fn(&str) -> Option<u32>) -> String {
-    let mut parts = Vec::new();
-    let (mut plain, mut rest) = (String::new(), text);
-    let string = |plain: &mut String, parts: &mut Vec<String>| {
-        if !plain.is_empty() {
-            parts.push(Value::from(std::mem::take(plain)).to_string());
-        }
-    };
-    while let Some(first) = rest.chars().next() {
-        let ends = (1..=rest.len()).filter(|end| rest.is_char_boundary(*end));
-        let found = ends.rev().find_map(|end| Some((end, special(&rest[..end])?)));
-        match found {
-            Some((end, id)) => {
-                string(&mut plain, &mut parts);
-                parts.push(format!("<[{id}]>"));
-                rest = &rest[end..];
-            }
-            None => {
-                plain.push(first);
-                rest = &rest[first.len_utf8()..];
-            }
-        }
-    }
-    string(&mut plain, &mut parts);
-    parts.join(" ")
 }

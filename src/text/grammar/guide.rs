@@ -16,6 +16,8 @@ pub struct Guide {
     /// What has to follow the thinking, if that is constrained.
     matcher: Option<TokenMatcher>,
     budget: Option<usize>,
+    /// A special token with which the matcher begins ends the thinking.
+    ended_by_calls: bool,
     phase: Phase,
 }
 
@@ -47,13 +49,18 @@ impl Guide {
         if matcher.is_none() && (budget.is_none() || start == ThinkingStart::Never) {
             return None;
         }
-        let mut guide = Self { vocabulary, matcher, budget, phase: Phase::Answer };
+        let mut guide = Self { vocabulary, matcher, budget, ended_by_calls: false, phase: Phase::Answer };
         guide.phase = match start {
             ThinkingStart::Never => Phase::Answer,
             ThinkingStart::Free => Phase::Beginning(0),
             ThinkingStart::Opened => guide.in_thinking(0, 0),
         };
         Some(guide)
+    }
+
+    /// The same for a model whose calls end its thinking: what begins with a special token may begin there.
+    pub fn ended_by_calls(self) -> Self {
+        Self { ended_by_calls: true, ..self }
     }
 
     /// The tokens that may come next; `None` if all may.
@@ -95,6 +102,9 @@ impl Guide {
         let vocabulary = Arc::clone(&self.vocabulary);
         let bytes = vocabulary.token_bytes(token);
         let Some(thinking) = vocabulary.thinking() else { return self.accept_answer(token) };
+        if matches!(self.phase, Phase::Thinking { .. }) && self.is_call(token) {
+            return self.accept_answer(token);
+        }
         match self.phase {
             Phase::Beginning(matched) => self.begin(thinking, matched, token, bytes),
             Phase::Thinking { matched, tokens } => {
@@ -149,6 +159,13 @@ impl Guide {
             _ => return self.accept_answer(token),
         }
         Ok(())
+    }
+
+    /// Whether `token`, within the thinking, begins a call.
+    fn is_call(&mut self, token: u32) -> bool {
+        self.ended_by_calls
+            && self.vocabulary.is_special(token)
+            && self.matcher.as_mut().is_some_and(|matcher| matcher.accepts(token))
     }
 
     fn think(&mut self, thinking: &Thinking, matched: usize, tokens: usize, bytes: &[u8]) {

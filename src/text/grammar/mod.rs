@@ -10,16 +10,19 @@
 //! model think first where it does so, ends the thinking when its budget is spent, and holds what follows to the constraint.
 //! The grammars and their masks are those of the crate `llguidance`.
 
+mod arguments;
 mod calls;
 mod compiled;
 mod constraint;
 mod guide;
 mod mask;
 mod matcher;
+mod rules;
 mod thinking;
+mod values;
 mod vocabulary;
 
-pub use calls::{CallLayout, ToolCalls};
+pub use calls::ToolCalls;
 pub use constraint::Constraint;
 pub use guide::Guide;
 pub use mask::TokenMask;

@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::error::Status;
-use crate::text::TextModel;
+use crate::text::{TextModel, ToolFormat};
 
+mod calls;
 #[path = "../../../tests/structured/schemas.rs"]
 mod schemas;
 
@@ -377,21 +378,12 @@ fn a_model_without_an_end_stops_where_nothing_can_follow() {
     assert!(guide.is_complete());
 }
 
-const HERMES: CallLayout = CallLayout {
-    open: "",
-    before_name: "<tool_call>\n{\"name\": \"",
-    after_name: "\", \"arguments\": ",
-    after_arguments: "}\n</tool_call>",
-    between: "\n",
-    close: "",
-};
-
 #[test]
 fn tool_calls_follow_the_schemas_of_their_tools() {
     let tools = [("look \"up\"", random_schema(3)), ("add", random_schema(4)), ("none", Value::Null)].map(
         |(name, parameters)| json!({ "type": "function", "function": { "name": name, "parameters": parameters } }),
     );
-    let calls = |only, parallel| ToolCalls::new(HERMES, &tools, only, parallel);
+    let calls = |only, parallel| ToolCalls::new(ToolFormat::Hermes.syntax(), &tools, only, parallel);
     let mut most = 0;
     for seed in 0..60 {
         let (only, parallel) = ((seed % 3 == 0).then_some("add"), seed % 2 == 0);
@@ -413,7 +405,10 @@ fn tool_calls_follow_the_schemas_of_their_tools() {
     }
     assert!(most > 1, "calls are never parallel");
     assert_eq!(calls(Some("other"), true).unwrap_err().status(), Status::InvalidRequest);
-    assert_eq!(ToolCalls::new(HERMES, &[], None, true).unwrap_err().status(), Status::InvalidRequest);
+    assert_eq!(
+        ToolCalls::new(ToolFormat::Hermes.syntax(), &[], None, true).unwrap_err().status(),
+        Status::InvalidRequest
+    );
     // The marks are tokens of this model, and are used as such.
     let matcher = &mut tiny_chat().compile(&Constraint::ToolCalls(calls(None, true).unwrap())).unwrap();
     assert_eq!(matcher.mask().unwrap().tokens().collect::<Vec<_>>(), [5]);

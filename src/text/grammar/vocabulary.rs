@@ -126,6 +126,11 @@ impl GrammarVocabulary {
         self.thinking.as_ref()
     }
 
+    /// Whether a grammar has this token only where it names it.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        (id as usize) < self.vocab && self.trie.tok_trie().token(id).starts_with(&[TokTrie::SPECIAL_TOKEN_MARKER])
+    }
+
     /// The bytes of a token in a text, also of a special one; of none where it has none.
     pub(super) fn token_bytes(&self, id: u32) -> &[u8] {
         if id as usize >= self.vocab {

@@ -49,7 +49,7 @@ fn the_syntax_writes_what_the_parser_reads() {
         let syntax = format.syntax();
         let (text, number) = match syntax.arguments {
             Arguments::Json => ("{\"city\": \"Oslo\", \"days\": 2}".to_owned(), ""),
-            Arguments::Tagged { before_key, after_key, after_value } => {
+            Arguments::Tagged { before_key, after_key, after_value, .. } => {
                 let value = |key: &str, value: &str| format!("{before_key}{key}{after_key}{value}{after_value}");
                 (value("city", "Oslo") + &value("days", "2"), "")
             }

@@ -11,7 +11,7 @@ fn fragments(format: ToolFormat) -> BoxedStrategy<String> {
     let parts =
         [syntax.open, syntax.before_name, syntax.after_name, syntax.after_arguments, syntax.between, syntax.close];
     marks.extend(parts.iter().filter(|part| !part.is_empty()).map(|part| part.to_string()));
-    if let Arguments::Tagged { before_key, after_key, after_value } = syntax.arguments {
+    if let Arguments::Tagged { before_key, after_key, after_value, .. } = syntax.arguments {
         marks.extend([before_key, after_key, after_value].map(str::to_owned));
     }
     marks.push(example.to_owned());
