@@ -177,6 +177,8 @@ struct Queue {
     loaded: u64,
     /// A done event was queued.
     ended: bool,
+    /// The host has not been told of deltas that are there.
+    untold: bool,
     /// Threads that wait for an event: without any, telling them would cost a call of the system for each token.
     readers: usize,
 }
@@ -248,6 +250,7 @@ impl RequestState {
         let mut queue = lock(&self.queue);
         loop {
             if let Some(event) = queue.events.pop_front() {
+                queue.untold = false;
                 let was_paused = queue.unread_tokens >= PAUSE_TOKENS;
                 if let Event::Delta(delta) = &event {
                     queue.unread_tokens -= delta.tokens.len();
@@ -284,7 +287,11 @@ impl RequestState {
         let old = std::mem::replace(&mut *lock(&self.wake), wake.clone());
         // With the lock released: dropping it may run the host's destroy function.
         drop(old);
-        let waiting = !lock(&self.queue).events.is_empty();
+        let waiting = {
+            let mut queue = lock(&self.queue);
+            queue.untold &= wake.is_none();
+            !queue.events.is_empty()
+        };
         if let Some(wake) = wake.filter(|_| waiting) {
             wake();
         }
@@ -311,43 +318,54 @@ impl RequestState {
     }
 
     fn push(&self, event: Event) {
-        let (was_empty, readers) = {
-            let mut queue = lock(&self.queue);
-            let was_empty = queue.events.is_empty();
-            match event {
-                Event::Delta(delta) => {
-                    queue.unread_tokens += delta.tokens.len();
-                    // What waits last of the same answer grows, if it is of one kind; the order between answers means nothing.
-                    let same = |event: &&mut Event| matches!(event, Event::Delta(last) if last.choice == delta.choice);
-                    match queue.events.iter_mut().rev().find(same) {
-                        Some(Event::Delta(last)) if last.kind == delta.kind => {
-                            last.text.push_str(&delta.text);
-                            last.tokens.extend(delta.tokens);
-                            last.logprobs.extend(delta.logprobs);
-                        }
-                        _ => queue.events.push_back(Event::Delta(delta)),
+        self.enqueue(event);
+        self.tell();
+    }
+
+    /// Adds an event of which the host will be told later.
+    fn enqueue(&self, event: Event) {
+        let mut queue = lock(&self.queue);
+        queue.untold |= queue.events.is_empty();
+        match event {
+            Event::Delta(delta) => {
+                queue.unread_tokens += delta.tokens.len();
+                // What waits last of the same answer grows, if it is of one kind; the order between answers means nothing.
+                let same = |event: &&mut Event| matches!(event, Event::Delta(last) if last.choice == delta.choice);
+                match queue.events.iter_mut().rev().find(same) {
+                    Some(Event::Delta(last)) if last.kind == delta.kind => {
+                        last.text.push_str(&delta.text);
+                        last.tokens.extend(delta.tokens);
+                        last.logprobs.extend(delta.logprobs);
                     }
-                }
-                Event::Loading(there, _) if queue.ended || there < queue.loaded => {}
-                Event::Loading(there, _) => {
-                    queue.loaded = there;
-                    queue.events.retain(|event| !matches!(event, Event::Loading(..)));
-                    queue.events.push_back(event);
-                }
-                Event::Started(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {
-                    queue.events.push_back(event);
-                }
-                Event::Done(done) => {
-                    queue.ended = true;
-                    queue.events.push_back(Event::Done(done));
+                    _ => queue.events.push_back(Event::Delta(delta)),
                 }
             }
-            (was_empty, queue.readers)
+            Event::Loading(there, _) if queue.ended || there < queue.loaded => {}
+            Event::Loading(there, _) => {
+                queue.loaded = there;
+                queue.events.retain(|event| !matches!(event, Event::Loading(..)));
+                queue.events.push_back(event);
+            }
+            Event::Started(..) | Event::ChoiceDone(..) | Event::Embeddings(_) | Event::Scores(_) => {
+                queue.events.push_back(event);
+            }
+            Event::Done(done) => {
+                queue.ended = true;
+                queue.events.push_back(Event::Done(done));
+            }
+        }
+    }
+
+    /// Tells the host of events that came to an empty queue, if they are still there.
+    pub(super) fn tell(&self) {
+        let (untold, readers) = {
+            let mut queue = lock(&self.queue);
+            (std::mem::take(&mut queue.untold) && !queue.events.is_empty(), queue.readers)
         };
         if readers > 0 {
             self.available.notify_all();
         }
-        if was_empty {
+        if untold {
             // Called without the lock held: it may be replaced from within.
             let wake = lock(&self.wake).clone();
             if let Some(wake) = wake {
@@ -464,10 +482,10 @@ impl ChoiceSink {
         }
     }
 
-    /// Sends a piece of the answer.
+    /// Sends a piece of the answer, of which the host is told with the next [`tell`](RequestState::tell) or event of another kind.
     pub fn delta(&self, delta: Delta) {
         if let Some(sink) = &lock(&self.shared.open).sink {
-            sink.delta(Delta { choice: self.choice, ..delta });
+            sink.state.enqueue(Event::Delta(Delta { choice: self.choice, ..delta }));
         }
     }
 

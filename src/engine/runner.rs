@@ -65,6 +65,26 @@ pub struct Launched {
     sampled: Vec<(SequenceId, usize)>,
 }
 
+/// A step whose graph is described as far as what its tokens are drawn from.
+pub struct Described {
+    /// How long that took.
+    build: Duration,
+    decodes: bool,
+    work: Work,
+    outputs: Vec<Array>,
+    draws: Draws,
+}
+
+/// What a described step draws from.
+enum Draws {
+    /// `[rows, vocab]`, and whose rows they are.
+    Logits(Array, Vec<SequenceId>),
+    /// Nothing; an array that is computed when its prompt chunks are.
+    Nothing(Array),
+    /// The model computes nothing.
+    Known(Vec<(SequenceId, SampledToken)>),
+}
+
 /// What the layers leave beside hidden states.
 #[derive(Default)]
 struct Pass {
@@ -131,61 +151,70 @@ impl Runner {
         self.states.remove(id);
     }
 
-    /// Builds the step's graph and starts its evaluation; returns without waiting for it. `masks` tells which tokens a
-    /// sequence may draw; `None` if all of them may draw all.
-    pub fn launch(&mut self, plan: &StepPlan, masks: Option<Masks>) -> Result<Launched> {
+    /// Describes a step up to what its tokens are drawn from.
+    pub fn describe(&mut self, plan: &StepPlan) -> Result<Described> {
         let started = Instant::now();
         let answers = plan.runs.len() - plan.prompt_runs;
         let (decodes, work) = (answers > 0, plan.work);
         if let Some(token) = self.model.constant() {
-            return Ok(self.launch_nothing(plan, token));
+            let draws = Draws::Known(self.certain(plan, token));
+            return Ok(Described { build: started.elapsed(), decodes, work, outputs: Vec::new(), draws });
         }
         let mut pass = Pass::default();
         let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
         let wanted = sampling_rows(&plan.runs, &shape);
         pass.outputs.extend(self.piece.iter().map(|piece| piece.rows.clone()));
-        if wanted.is_empty() {
+        let draws = if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
-            let marker = pass.written.unwrap_or(hidden);
-            let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&pass.outputs))?;
-            let result = StepResult::Chunks(marker);
-            return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
-        }
-        let rows: Vec<i32> = wanted.iter().map(|&(_, row)| row).collect();
-        let all = rows.len() == shape.rows;
-        let rows = if all { None } else { Some(mlx::indices(&rows)?) };
-        let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
-        let ids: Vec<SequenceId> = wanted.into_iter().map(|(id, _)| id).collect();
+            Draws::Nothing(pass.written.unwrap_or(hidden))
+        } else {
+            let rows: Vec<i32> = wanted.iter().map(|&(_, row)| row).collect();
+            let all = rows.len() == shape.rows;
+            let rows = if all { None } else { Some(mlx::indices(&rows)?) };
+            let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
+            Draws::Logits(logits, wanted.into_iter().map(|(id, _)| id).collect())
+        };
+        Ok(Described { build: started.elapsed(), decodes, work, outputs: pass.outputs, draws })
+    }
+
+    /// Adds what draws the tokens and starts the evaluation; returns without waiting for it. `masks` tells which tokens a
+    /// sequence may draw; `None` if all of them may draw all.
+    pub fn launch(&mut self, step: Described, masks: Option<Masks>) -> Result<Launched> {
+        let Described { build: described, decodes, work, outputs, draws } = step;
+        let started = Instant::now();
+        let (logits, ids) = match draws {
+            Draws::Logits(logits, ids) => (logits, ids),
+            Draws::Nothing(marker) => {
+                let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&outputs))?;
+                let (build, result) = (described + build, StepResult::Chunks(marker));
+                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
+            }
+            Draws::Known(tokens) => {
+                let (build, encode, result) = (Duration::ZERO, Duration::ZERO, StepResult::Known(tokens));
+                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
+            }
+        };
         if let Some(masks) = masks {
-            // The device computes the logits while the host computes the masks.
-            mlx_rs::transforms::async_eval(std::iter::once(&logits).chain(&pass.outputs))?;
             self.restrict(&ids, masks);
         }
         let (drawn, sampled) = self.sample(&logits, &ids)?;
         let logprobs = drawn.logprobs.iter();
         let logprobs = logprobs.flat_map(|l| std::iter::once(&l.drawn).chain(l.top.iter().flat_map(|(i, v)| [i, v])));
-        let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&pass.outputs);
+        let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&outputs);
         let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
-        Ok(Launched { decodes, work, build, encode, result: StepResult::Tokens(drawn), sampled })
+        let (build, result) = (described + build, StepResult::Tokens(drawn));
+        Ok(Launched { decodes, work, build, encode, result, sampled })
     }
 
-    /// The step of a model that computes nothing: its token is certain.
-    fn launch_nothing(&self, plan: &StepPlan, token: u32) -> Launched {
+    /// The tokens of a model that computes nothing.
+    fn certain(&self, plan: &StepPlan, token: u32) -> Vec<(SequenceId, SampledToken)> {
         let asked = |id| self.samplers.get(&id).and_then(|sampler| sampler.params().top_logprobs);
         let drawn = |id| SampledToken {
             token,
             logprob: asked(id).map(|likeliest| (0.0, [(token, 0.0)].into_iter().take(likeliest).collect())),
         };
-        let sampling = plan.runs.iter().filter(|run| run.samples);
-        Launched {
-            decodes: plan.runs.len() > plan.prompt_runs,
-            work: plan.work,
-            build: Duration::ZERO,
-            encode: Duration::ZERO,
-            result: StepResult::Known(sampling.map(|run| (run.sequence, drawn(run.sequence))).collect()),
-            sampled: Vec::new(),
-        }
+        plan.runs.iter().filter(|run| run.samples).map(|run| (run.sequence, drawn(run.sequence))).collect()
     }
 
     /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden states of
@@ -391,6 +420,25 @@ fn placement(runs: &[Run], shape: &Shape, copies: &[BlockCopy], block_tokens: us
     segments.sort_by_key(|segment: &Segment| segment.rows.start);
     let (copies, spare, singles) = (copy_places(copies, group), shape.spare.clone(), shape.singles);
     Placement { copies, tables, slots, segments, spare, singles }
+}
+
+impl Described {
+    /// Starts the evaluation of what tokens are drawn from: the device computes it while the host makes the masks.
+    pub fn begin(&self) -> Result<()> {
+        match &self.draws {
+            Draws::Logits(logits, _) => {
+                Ok(mlx_rs::transforms::async_eval(std::iter::once(logits).chain(&self.outputs))?)
+            }
+            Draws::Nothing(_) | Draws::Known(_) => Ok(()),
+        }
+    }
+
+    /// Waits for what was begun of a step that will not be launched; a failure is not looked at.
+    pub fn abandon(self) {
+        if let Draws::Logits(logits, _) = &self.draws {
+            let _ = logits.eval();
+        }
+    }
 }
 
 impl Launched {

@@ -387,8 +387,7 @@ impl Scheduler {
             // All known tokens are computed: go on from the newest sampled one, if the answer may be longer.
             let start = sequence.computed;
             let generated = sequence.completion_len() + sequence.unread;
-            let waits = sequence.unread == 0 || sequence.depends_on_unread();
-            if waits || start >= known + sequence.unread || generated >= sequence.max_tokens {
+            if sequence.unread == 0 || start >= known + sequence.unread || generated >= sequence.max_tokens {
                 return Err(Refused::NotNow);
             }
             (StepInput::Unread, start, start + 1)
@@ -497,7 +496,13 @@ impl Scheduler {
     /// Whether a mask is to be asked for, for some sequence that samples in `plan`.
     pub fn guides(&self, plan: &StepPlan) -> bool {
         let guided = |run: &Run| self.running.iter().any(|s| s.id == run.sequence && s.is_guided());
-        plan.runs.iter().any(|run| run.samples && guided(run))
+        self.waits_for_masks(plan) || plan.runs.iter().any(|run| run.samples && guided(run))
+    }
+
+    /// Whether such a mask depends on a token that has not been read: then the step before is to be committed first.
+    pub fn waits_for_masks(&self, plan: &StepPlan) -> bool {
+        let waits = |run: &Run| self.running.iter().any(|s| s.id == run.sequence && s.depends_on_unread());
+        plan.runs.iter().any(|run| run.samples && run.input == StepInput::Unread && waits(run))
     }
 
     /// Takes a token read from the device; returns the sequence if it ended.
@@ -556,6 +561,13 @@ impl Scheduler {
     fn finish(&mut self, mut sequence: Sequence, end: Result<FinishReason, Error>) {
         self.give_back(&mut sequence);
         self.ends.push((sequence, end));
+    }
+
+    /// Tells hosts of the tokens that were committed since it was last called: once for all of a step, so that a host with one
+    /// thread for many requests is not woken for each.
+    pub fn tell_tokens(&mut self) {
+        let waiting = self.waiting.iter().filter(|sequence| sequence.completion_len() > 0);
+        self.running.iter().chain(waiting).for_each(Sequence::tell);
     }
 
     /// Tells hosts of the sequences that have ended. Apart from their ending, so that whoever hears of it finds it in the

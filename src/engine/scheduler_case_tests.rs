@@ -71,17 +71,18 @@ fn a_token_that_is_not_allowed_is_noticed() {
     assert!(run(true).is_err());
 }
 
-/// Whoever has a constraint waits until its token is read, and nobody else does.
+/// Whoever has a constraint is planned on a token that is not read yet, as everybody is; only its mask waits for that.
 #[test]
-fn only_guided_sequences_wait_for_their_tokens() {
+fn guided_sequences_are_in_every_step_and_their_masks_wait() {
     let mut machine = Machine::new(plenty(4, 8), 4);
     machine.scheduler.blocks().grow(0, 20);
     for (own, guided) in [Guided::Free, Guided::Constrained, Guided::Budget(2)].into_iter().enumerate() {
         machine.ask_guided(vec![30 + own as u32], 9, 1, Priority::Normal, guided);
     }
-    let mut planned = vec![Vec::new(); 3];
-    for _ in 0..5 {
+    let (mut planned, mut waits) = (vec![Vec::new(); 3], Vec::new());
+    for _ in 0..4 {
         let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        waits.push(machine.scheduler.waits_for_masks(&plan));
         for (id, steps) in planned.iter_mut().enumerate() {
             steps.push(plan.runs.iter().any(|run| run.sequence == id as SequenceId));
         }
@@ -90,10 +91,22 @@ fn only_guided_sequences_wait_for_their_tokens() {
             machine.commit(id, token, Instant::now());
         }
     }
-    assert_eq!(planned[0], [true; 5]);
-    assert_eq!(planned[1], [true, false, true, false, true]);
-    // The second token of the thinking is the last, and the third must be the marker.
-    assert_eq!(planned[2], [true, true, false, true, false]);
+    assert_eq!(planned, vec![vec![true; 4]; 3]);
+    assert_eq!(waits, [false, true, true, true]);
+    // A budget waits for the token that spends it: the second of the thinking is the last, and the third must be the marker.
+    let mut machine = Machine::new(plenty(4, 8), 4);
+    machine.scheduler.blocks().grow(0, 20);
+    machine.ask_guided(vec![30], 9, 1, Priority::Normal, Guided::Budget(2));
+    let mut waits = Vec::new();
+    for _ in 0..5 {
+        let plan = machine.scheduler.plan(Instant::now(), &mut Vec::new());
+        waits.push(machine.scheduler.waits_for_masks(&plan));
+        let sampled = machine.run(&plan).unwrap();
+        for (id, token) in std::mem::replace(&mut machine.in_flight, sampled) {
+            machine.commit(id, token, Instant::now());
+        }
+    }
+    assert_eq!(waits, [false, false, true, true, false]);
 }
 
 #[test]

@@ -341,6 +341,11 @@ impl Machine {
             self.stops += 1;
         }
         self.unread.clear();
+        if self.scheduler.waits_for_masks(plan) {
+            for (id, token) in std::mem::take(&mut self.in_flight) {
+                self.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
+            }
+        }
         let mut sampled = Vec::new();
         for (run, hidden) in plan.runs.iter().zip(hidden).filter(|(run, _)| run.samples) {
             let mask = if self.ignores_masks { None } else { self.scheduler.mask(run.sequence) };

@@ -153,6 +153,11 @@ impl Sequence {
         &self.sampling
     }
 
+    /// Tells the host of what was sent.
+    pub fn tell(&self) {
+        self.sink.state().tell();
+    }
+
     /// Whether its next token can only be chosen when all before it have been read.
     pub fn depends_on_unread(&self) -> bool {
         self.guide.as_ref().is_some_and(Guide::depends_on_unread)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::activity::Activity;
+use super::events::ChoiceSink;
 use super::*;
 use crate::cache::hot::HotTier;
 use crate::cache::ssd::{Access, ColdOptions, ColdTier, Folder, FolderLock, Listed, Storage, StorageFile};
@@ -436,6 +437,36 @@ fn the_wake_function_is_called_for_new_and_for_waiting_events() {
     assert_eq!(merged.text, "ab");
     drop(sink);
     assert_eq!(calls.load(Ordering::SeqCst), 3, "the done event");
+}
+
+/// Tokens of a step are told of when all of them are there: a thread with many requests is woken once.
+#[test]
+fn pieces_of_a_step_are_told_of_together() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let calls = Arc::new(AtomicUsize::new(0));
+    let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
+    let counter = Arc::clone(&calls);
+    state.set_wake(Some(Box::new(move || _ = counter.fetch_add(1, Ordering::SeqCst))));
+    let sink = ChoiceSink::of(sink, 1).remove(0);
+    let piece = |text: &str| sink.delta(Delta { text: text.into(), ..Delta::default() });
+    let told = |state: &RequestState| {
+        state.tell();
+        calls.load(Ordering::SeqCst)
+    };
+    piece("a");
+    piece("b");
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+    assert_eq!((told(&state), told(&state)), (1, 1));
+    let Ok(Event::Delta(merged)) = state.next(None) else { panic!("no text") };
+    assert_eq!(merged.text, "ab");
+    // Who has looked already need not be told.
+    piece("c");
+    assert!(matches!(state.next(None), Ok(Event::Delta(_))));
+    assert_eq!(told(&state), 1);
+    piece("d");
+    sink.finish(Ok(FinishReason::Stop), None, Usage::default());
+    assert_eq!(calls.load(Ordering::SeqCst), 2, "the end tells of everything");
+    assert!(matches!((state.next(None), state.next(None)), (Ok(Event::Delta(_)), Ok(Event::Done(_)))));
 }
 
 /// A folder whose files take as long to read as a test wants.

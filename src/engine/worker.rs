@@ -12,8 +12,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use super::memory::EngineMemory;
 use super::metrics::EngineMetrics;
 use super::restore::{Restores, Then, read_ahead};
-use super::runner::{Launched, Masks, Runner};
-use super::scheduler::{Limits, Scheduler};
+use super::runner::{Launched, Runner};
+use super::scheduler::{Limits, Scheduler, StepPlan};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::states::States;
 use super::threads::end_before_exit;
@@ -404,11 +404,9 @@ impl Worker<'_> {
         }
         let turn = self.seat.take();
         fault::point("worker.step", &self.options.id);
-        let guided = self.scheduler.guides(&plan);
-        let mut mask = |id| self.scheduler.mask(id);
-        let masks: Option<Masks> = if guided { Some(&mut mask) } else { None };
-        match self.runner.launch(&plan, masks) {
-            Ok(launched) => {
+        match self.launch_plan(&plan) {
+            Ok(None) => Ok(None),
+            Ok(Some(launched)) => {
                 self.metrics.build_seconds += launched.build.as_secs_f64();
                 self.metrics.encode_seconds += launched.encode.as_secs_f64();
                 Ok(Some((launched, turn)))
@@ -417,12 +415,48 @@ impl Worker<'_> {
         }
     }
 
+    /// Launches a step; `None` if the one before it failed. Where sequences are guided, the device computes what this step draws
+    /// from while the tokens of the step before are read, on which the masks depend.
+    fn launch_plan(&mut self, plan: &StepPlan) -> Result<Option<Launched>> {
+        let step = self.runner.describe(plan)?;
+        if !self.scheduler.guides(plan) {
+            return self.runner.launch(step, None).map(Some);
+        }
+        step.begin()?;
+        let mut ended = Vec::new();
+        if self.scheduler.waits_for_masks(plan)
+            && let Some((before, launched)) = self.in_flight.take()
+        {
+            match self.read(before, launched)? {
+                Some(all) => ended = all,
+                None => {
+                    step.abandon();
+                    let _ = kernels::check();
+                    return Ok(None);
+                }
+            }
+        }
+        let mut mask = |id| self.scheduler.mask(id);
+        let launched = self.runner.launch(step, Some(&mut mask));
+        // This step has rows of theirs.
+        ended.into_iter().for_each(|id| self.runner.remove(id));
+        launched.map(Some)
+    }
+
     fn commit(&mut self, step: Launched, launched: Instant) -> Result<()> {
+        let ended = self.read(step, launched)?.unwrap_or_default();
+        ended.into_iter().for_each(|id| self.runner.remove(id));
+        Ok(())
+    }
+
+    /// Reads a step and passes its tokens on; returns the sequences that have ended with it, or `None` if it failed, and all
+    /// have.
+    fn read(&mut self, step: Launched, launched: Instant) -> Result<Option<Vec<SequenceId>>> {
         let (decodes, work) = (step.decodes, step.work);
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
-            Err(error) => return self.fail(error),
+            Err(error) => return self.fail(error).map(|()| None),
         };
         let now = Instant::now();
         // It began when it was launched, or when the step before it had ended; the pools grew behind it.
@@ -433,13 +467,10 @@ impl Worker<'_> {
         self.metrics.steps += 1;
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;
-        for (id, sampled) in tokens {
-            if let Some(ended) = self.scheduler.commit(id, sampled, now) {
-                self.runner.remove(ended);
-            }
-        }
+        let ended = tokens.into_iter().filter_map(|(id, sampled)| self.scheduler.commit(id, sampled, now)).collect();
+        self.scheduler.tell_tokens();
         self.metrics.host_seconds += now.elapsed().as_secs_f64();
-        Ok(())
+        Ok(Some(ended))
     }
 
     /// Ends the running sequences: what a failed step has written may be anything. A defect is passed on.

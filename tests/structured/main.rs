@@ -337,6 +337,27 @@ fn company_changes_no_answer() {
     assert!(preemptions > 0, "nothing was preempted: this test sees less than it should");
 }
 
+/// Where steps overlap, the masks of one wait for the tokens of the step before, and nobody leaves a step out for that.
+#[test]
+fn an_answer_under_a_constraint_has_a_token_in_every_step() {
+    const TOKENS: u64 = 120;
+    let pool = open(PoolOptions { overlap: Some(true), ..exact() });
+    let steps = || pool.metrics().into_iter().next().unwrap().1.steps;
+    let long = with(with(chat("Tell me a story."), "ignore_eos", json!(true)), "max_tokens", json!(1500));
+    let long = generate(&pool, &long);
+    assert!(matches!(long.next(PATIENCE), Ok(Event::Delta(_))));
+    let endless = json!({ "type": "regex", "regex": "[a-z ]{2000}" });
+    let body = with(with(chat("Say it."), "response_format", endless), "max_tokens", json!(TOKENS));
+    let before = steps();
+    let (answers, done) = finish(&generate(&pool, &body), 1);
+    let taken = steps() - before;
+    assert_eq!((done.reason, answers[0].tokens.len() as u64), (FinishReason::Length, TOKENS));
+    assert!(!matches!(long.next(Some(Duration::ZERO)), Ok(Event::Done(_))), "nobody was beside it");
+    long.cancel();
+    assert_eq!(finish(&long, 1).1.reason, FinishReason::Cancelled);
+    assert!(taken < TOKENS * 3 / 2, "{taken} steps for {TOKENS} tokens");
+}
+
 #[test]
 fn a_cancelled_answer_under_a_constraint_ends() {
     let pool = open(PoolOptions { overlap: Some(true), ..exact() });
