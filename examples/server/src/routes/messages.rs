@@ -50,9 +50,13 @@ impl Head {
             content.push(json!({"type": "text", "text": choice.text, "citations": null}));
         }
         for call in choice.calls {
-            let input = serde_json::from_str(&call.arguments).ok().filter(Value::is_object);
-            let input = input.unwrap_or_else(|| Value::Object(Map::new()));
-            content.push(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}));
+            content.push(match serde_json::from_str::<Map<String, Value>>(&call.arguments) {
+                Ok(input) => json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}),
+                // Cut off: no client could carry it out, but its words are a part of the answer.
+                Err(_) => {
+                    json!({"type": "text", "text": format!("{} {}", call.name, call.arguments), "citations": null})
+                }
+            });
         }
         let mut message = self.message(usage_json(&answer.usage));
         message.insert("content".to_owned(), content.into());
@@ -174,5 +178,24 @@ async fn stream(mut events: Events, head: Head, out: Out) {
             }
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::answer::{Call, Choice};
+
+    #[test]
+    fn a_call_that_is_cut_off_is_text() {
+        let call = |arguments: &str| Call { id: "1".to_owned(), name: "f".to_owned(), arguments: arguments.to_owned() };
+        let calls = vec![call("{\"a\": 1}"), call("{\"a\": \"half"), call("[1]"), call("")];
+        let choice = Choice { calls, text: "Sure.".to_owned(), ..Choice::default() };
+        let head = Head { id: "m".to_owned(), model: "m".to_owned() };
+        let whole = head.whole(Answer { choices: vec![choice], usage: Usage::default() });
+        let texts: Vec<_> =
+            whole["content"].as_array().unwrap().iter().filter_map(|part| part["text"].as_str()).collect();
+        assert_eq!(texts, ["Sure.", "f {\"a\": \"half", "f [1]", "f "]);
+        assert_eq!(whole["content"][1]["input"], json!({"a": 1}));
     }
 }
