@@ -294,9 +294,6 @@ impl BlockManager {
         else {
             return Found { tokens: whole, more_soon: false };
         };
-        if (0..self.groups.len()).any(|group| self.index.block(node, group).is_none()) {
-            return Found { tokens: whole, more_soon: false };
-        }
         if self.index.written(node) == self.step {
             return Found { tokens: whole, more_soon: true };
         }
@@ -499,7 +496,9 @@ impl BlockManager {
         while let Some(shorter) = self.index.shorter_child(table.node, tail) {
             self.forget(shorter);
         }
-        let node = self.index.insert(table.node, tail);
+        // There may be one whose block in a group was evicted.
+        let node = self.index.child(table.node, tail);
+        let node = node.unwrap_or_else(|| self.index.insert(table.node, tail));
         self.attach(table, node, place);
     }
 

@@ -43,6 +43,29 @@ fn windows_hold_their_own_blocks_and_outlive_long_prompts() {
     assert_eq!((machine.hits, machine.sequences[again].computed), (21, 22));
 }
 
+/// The end of a prompt whose window was evicted is there again when somebody has computed it.
+#[test]
+fn an_end_without_its_window_is_replaced() {
+    let mut machine = Machine::new(4, &[GroupKind::Full, GroupKind::Window(3)], 40);
+    let tokens: Vec<u32> = (0..11).collect();
+    for (known, forgets) in [(11, true), (11, true), (10, false), (11, false)] {
+        let at = start(&mut machine, &tokens[..known]);
+        machine.act(&Action::Step { first: at, count: 1, tokens: 11 }).unwrap();
+        machine.act(&Action::End { which: at, tail: true }).unwrap();
+        machine.manager.next_step();
+        assert_eq!(machine.manager.peek(&tokens), known, "{known} tokens");
+        if forgets {
+            let cached: Vec<BlockId> = machine.manager.groups[1].pool.cached().collect();
+            for block in cached {
+                let node = machine.manager.groups[1].pool.content(block).unwrap();
+                machine.manager.groups[1].pool.forget(block);
+                machine.manager.index.remove_block(node, 1);
+            }
+            assert_eq!(machine.manager.peek(&tokens), 0);
+        }
+    }
+}
+
 /// A prefix hit is as long as every group can serve, no longer and no shorter.
 #[test]
 fn a_hit_needs_the_window_before_its_end_only() {

@@ -73,12 +73,14 @@ impl PrefixIndex {
         self.node(node).children.get(tokens).copied()
     }
 
-    /// The child of `node` that begins with most of `tokens`, and with how many; `None` if no child has the first.
+    /// The child of `node` with blocks in all groups that begins with most of `tokens`, and with how many; `None` if no such
+    /// child has the first.
     pub fn closest_child(&self, node: NodeId, tokens: &[u32]) -> Option<(NodeId, usize)> {
         let children = &self.node(node).children;
-        // Whatever shares most with `tokens` is a neighbour of the place of `tokens` in the order.
-        let before = children.range::<[u32], _>((Bound::Unbounded, Bound::Included(tokens))).next_back();
-        let after = children.range::<[u32], _>((Bound::Excluded(tokens), Bound::Unbounded)).next();
+        let whole = |(_, id): &(&Rc<[u32]>, &NodeId)| self.node(**id).blocks.iter().all(Option::is_some);
+        // Whatever shares most with `tokens` is next to the place of `tokens` in the order.
+        let before = children.range::<[u32], _>((Bound::Unbounded, Bound::Included(tokens))).rev().find(whole);
+        let after = children.range::<[u32], _>((Bound::Excluded(tokens), Bound::Unbounded)).find(whole);
         let common =
             |(found, &id): (&Rc<[u32]>, &NodeId)| (id, found.iter().zip(tokens).take_while(|(a, b)| a == b).count());
         let best = before.into_iter().chain(after).map(common).max_by_key(|&(_, common)| common);
