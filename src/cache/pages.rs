@@ -23,6 +23,9 @@ use crate::mlx;
 /// Blocks in front that belong to no sequence.
 const SPARE: usize = 1;
 
+/// Cache group of a layer, and heads and width of its keys and of its values.
+pub type LayerShape = (GroupKind, (usize, usize), (usize, usize));
+
 /// What one token of a sequence stores.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayout {
@@ -55,7 +58,7 @@ impl LayerLayout {
 impl KvLayout {
     /// Layers given by the rows that they need, and heads and width of their keys and of their values. Layers that need the
     /// same rows are one group.
-    pub fn new(layers: &[(GroupKind, (usize, usize), (usize, usize))], dtype: Dtype) -> Self {
+    pub fn new(layers: &[LayerShape], dtype: Dtype) -> Self {
         let groups: BTreeSet<GroupKind> = layers.iter().map(|layer| layer.0).collect();
         let groups: Vec<GroupKind> = groups.into_iter().collect();
         let layer = |&(kind, keys, values)| {

@@ -239,19 +239,23 @@ impl MixerSpec {
     fn load(&self, weights: &mut Weights, path: &str, place: usize, decoder: &DecoderSpec) -> Result<Mixer> {
         let DecoderSpec { hidden, context, .. } = *decoder;
         Ok(match self {
-            Self::Attention(spec) => Mixer::Attention(Attention::load(weights, path, hidden, place, spec, context)?),
-            Self::Latent(spec) => Mixer::Latent(LatentAttention::load(weights, path, hidden, place, spec, context)?),
-            Self::Recurrent(spec) => Mixer::Recurrent(spec.load(weights, path)?, place),
+            Self::Attention(spec) => {
+                Mixer::Attention(Box::new(Attention::load(weights, path, hidden, place, spec, context)?))
+            }
+            Self::Latent(spec) => {
+                Mixer::Latent(Box::new(LatentAttention::load(weights, path, hidden, place, spec, context)?))
+            }
+            Self::Recurrent(spec) => Mixer::Recurrent(Box::new(spec.load(weights, path)?), place),
         })
     }
 }
 
 #[derive(Debug)]
 enum Mixer {
-    Attention(Attention),
-    Latent(LatentAttention),
+    Attention(Box<Attention>),
+    Latent(Box<LatentAttention>),
     /// And the place of its states.
-    Recurrent(RecurrentLayer, usize),
+    Recurrent(Box<RecurrentLayer>, usize),
 }
 
 impl Mixer {
@@ -306,7 +310,7 @@ impl FeedForwardSpec {
     fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<FeedForward> {
         Ok(match self {
             Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
-            Self::Experts(spec) => FeedForward::Experts(Experts::load(weights, path, hidden, spec)?),
+            Self::Experts(spec) => FeedForward::Experts(Box::new(Experts::load(weights, path, hidden, spec)?)),
         })
     }
 }
@@ -314,7 +318,7 @@ impl FeedForwardSpec {
 #[derive(Debug)]
 enum FeedForward {
     Gated(GatedMlp),
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 impl FeedForward {

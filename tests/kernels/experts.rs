@@ -217,7 +217,7 @@ proptest! {
 /// A mixture whose parts are all there.
 fn one(tokens: usize) -> Plan {
     let formats = [Format::Affine { bits: 4, group: 64, scales: Type::Bf16 }, Format::Mxfp4];
-    let shape = Plan {
+    Plan {
         seed: 11,
         tokens,
         experts: 7,
@@ -229,8 +229,7 @@ fn one(tokens: usize) -> Plan {
         gated: true,
         weighs_input: false,
         threads: 2,
-    };
-    shape
+    }
 }
 
 /// More rows than are computed at once, and rows that several threads move.
@@ -256,7 +255,8 @@ fn what_is_wrong_is_noticed() {
     let plan = one(5);
     let (mixture, tokens) = plan.build();
     let before = vec![0.0; tokens.x.len()];
-    let wrong: [(&str, fn(&mut Mixture, &mut Tokens)); 5] = [
+    type Change = fn(&mut Mixture, &mut Tokens);
+    let wrong: [(&str, Change); 5] = [
         ("another expert", |_, tokens| tokens.chosen.experts.swap(0, 3)),
         ("weights in another order", |_, tokens| tokens.chosen.weights.swap(0, 1)),
         ("no bias of the first stacks", |mixture, _| mixture.inputs.iter_mut().for_each(|stack| stack.1 = None)),

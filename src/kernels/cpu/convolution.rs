@@ -222,9 +222,7 @@ fn store_some<S: Simd>(simd: S, x: S::F, out: &mut [f32]) {
     let mut numbers = [0f32; LANES];
     // SAFETY: an array of sixteen.
     unsafe { simd.store(numbers.as_mut_ptr(), x) };
-    for i in 0..out.len() {
-        out[i] = numbers[i];
-    }
+    out.copy_from_slice(&numbers[..out.len()]);
 }
 
 /// RMS norm of groups of columns together with a gate `z`, of which `z / (1 + e^-z)` multiplies.

@@ -549,7 +549,8 @@ fn exact_tokens_do_not_depend_on_others() {
 fn what_is_wrong_is_noticed() {
     let (_, gpt_oss) = routers().into_iter().find(|(name, _)| *name == "gpt_oss").unwrap();
     let good = Mixture::new(gpt_oss, Format::Affine(4), Format::Affine(8));
-    let wrong: [(&str, fn(&mut Mixture)); 5] = [
+    type Change = fn(&mut Mixture);
+    let wrong: [(&str, Change); 5] = [
         ("the router's bias", |m| m.router_bias.fill(0.0)),
         ("biases of experts", |m| m.stacks[2].1.fill(0.0)),
         ("the next expert", |m| m.stacks[1].0.rotate_left(INNER * HIDDEN)),
