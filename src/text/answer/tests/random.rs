@@ -100,7 +100,8 @@ fn marked() -> Vec<ToolFormat> {
 }
 
 fn without(text: &str, marks: &[&str]) -> String {
-    marks.iter().fold(text.to_owned(), |text, mark| text.replace(mark, "")).split_whitespace().collect()
+    // White space around marks is dropped, also that which belongs to them.
+    marks.iter().fold(text.to_owned(), |text, mark| text.replace(mark.trim(), "")).split_whitespace().collect()
 }
 
 proptest! {
