@@ -19,9 +19,11 @@ impl GroupKind {
     }
 
     /// The first block that a sequence needs which goes on at `position`; at the latest the last whole block before, because
-    /// the sequence's place in the index hangs on that.
+    /// the sequence's place in the index hangs on that. Within a block it is the first one that the block's beginning needs: a
+    /// hit is looked for there first.
     pub fn first_block(self, position: usize, block_tokens: usize) -> usize {
-        (self.first_position(position) / block_tokens).min((position / block_tokens).saturating_sub(1))
+        let whole = position / block_tokens;
+        (self.first_position(whole * block_tokens) / block_tokens).min(whole.saturating_sub(1))
     }
 
     /// Blocks that a sequence of `tokens` tokens holds at a time, at most, if a step computes at most `chunk` of them.

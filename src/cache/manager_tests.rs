@@ -270,9 +270,7 @@ impl Machine {
         }
         self.manager.release(table);
         self.manager.next_step();
-        // With windows a rare history of forks and clears hides what was brought, and it is computed again: not understood yet.
-        let certain = room && self.kinds.iter().all(|&kind| kind == GroupKind::Full);
-        prop_assert!(!certain || self.manager.peek(limit) >= end, "what was brought is not found");
+        prop_assert!(!room || self.manager.peek(limit) >= end, "what was brought is not found");
         Ok(())
     }
 

@@ -94,3 +94,23 @@ fn a_hit_needs_the_window_before_its_end_only() {
     forget(&mut machine, 7);
     assert_eq!(machine.manager.peek(&tokens), 28);
 }
+
+/// Rows that come back for an end within a block are found: also the block is brought that only the block's beginning needs.
+#[test]
+fn an_end_within_a_block_is_found_by_the_beginning_of_that() {
+    let mut machine = Machine::new(7, &[GroupKind::Window(9)], 6);
+    let history = [
+        Action::Start { family: 0, shared: 18, own: 10 },
+        Action::Step { first: 0, count: 1, tokens: 29 },
+        Action::Fork { which: 0 },
+        Action::Sample { which: 0, tokens: vec![0; 6] },
+        Action::Sample { which: 1, tokens: vec![0] },
+        Action::Step { first: 0, count: 2, tokens: 7 },
+        Action::Clear,
+        Action::Save { runs: 1 },
+        Action::Restore { which: 0 },
+    ];
+    history.iter().for_each(|action| machine.act(action).unwrap());
+    let kind = GroupKind::Window(9);
+    assert_eq!([28, 33, 34, 35].map(|end| kind.first_block(end, 7)), [2, 2, 2, 3]);
+}
