@@ -85,30 +85,11 @@ fn prompts_in_chunks_give_the_same_tokens() {
     assert_eq!(finish(&generate(&chunked, "chunked", 12)).0, whole);
 }
 
-#[test]
-fn a_wrong_block_table_changes_the_answer() {
+/// A decoding step in which `fault` happens changes an answer of `model`, and nothing else does.
+fn fault_changes_the_answer(model: &str, id: &'static str, fault: &'static str) {
     let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), ..Default::default() };
     let pool = EnginePool::open(options).unwrap();
-    pool.add_model(&fixture("qwen3-f32"), Some("wrong-table")).unwrap();
-    let prompt: Vec<usize> = (0..40).map(|i| i * 11 % 80).collect();
-    let ask = || {
-        let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
-        let answer = finish(&pool.generate(request(&json)).unwrap()).0;
-        pool.cache_clear(None, TierSet::ALL).unwrap();
-        answer
-    };
-    let right = ask();
-    assert_eq!(ask(), right);
-    // One decoding step reads the blocks in the wrong order.
-    crate::fault::arm("runner.table", "wrong-table", 2);
-    assert_ne!(ask(), right, "tests of equal answers see nothing");
-}
-
-#[test]
-fn a_window_that_is_one_block_off_changes_the_answer() {
-    let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), ..Default::default() };
-    let pool = EnginePool::open(options).unwrap();
-    pool.add_model(&fixture("gemma3_text-f32"), Some("wrong-window")).unwrap();
+    pool.add_model(&fixture(model), Some(id)).unwrap();
     let prompt: Vec<usize> = (0..40).map(|i| i * 11 % 48).collect();
     let ask = || {
         let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
@@ -118,8 +99,18 @@ fn a_window_that_is_one_block_off_changes_the_answer() {
     };
     let right = ask();
     assert_eq!(ask(), right);
-    crate::fault::arm("runner.window", "wrong-window", 2);
+    crate::fault::arm(fault, id, 2);
     assert_ne!(ask(), right, "tests of equal answers see nothing");
+}
+
+#[test]
+fn blocks_in_the_wrong_order_change_the_answer() {
+    fault_changes_the_answer("qwen3-f32", "wrong-table", "runner.table");
+}
+
+#[test]
+fn a_window_that_is_one_block_off_changes_the_answer() {
+    fault_changes_the_answer("gemma3_text-f32", "wrong-window", "runner.window");
 }
 
 #[test]

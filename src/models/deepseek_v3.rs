@@ -5,9 +5,10 @@ use serde_json::{Value, json};
 
 use super::Scope;
 use super::dense::DenseConfig;
+use super::grouped::GroupedConfig;
 use crate::config::ModelConfig;
-use crate::error::{Error, Result};
-use crate::nn::{DecoderSpec, ExpertsSpec, FeedForwardSpec, LatentSpec, MixerSpec, OutputHead, RouterSpec, SharedSpec};
+use crate::error::Result;
+use crate::nn::{DecoderSpec, FeedForwardSpec, LatentSpec, MixerSpec, OutputHead};
 
 #[derive(Debug, Deserialize)]
 struct DeepseekConfig {
@@ -17,18 +18,8 @@ struct DeepseekConfig {
     qk_rope_head_dim: usize,
     v_head_dim: usize,
     rope_scaling: Option<Stretch>,
-    n_routed_experts: Option<usize>,
-    n_shared_experts: Option<usize>,
-    num_experts_per_tok: usize,
-    moe_intermediate_size: usize,
     moe_layer_freq: usize,
     first_k_dense_replace: usize,
-    n_group: usize,
-    topk_group: usize,
-    norm_topk_prob: bool,
-    routed_scaling_factor: f32,
-    scoring_func: Option<String>,
-    topk_method: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -59,15 +50,10 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
 pub(super) fn declare_family(config: &ModelConfig, scope: &Scope, family: Family) -> Result<DecoderSpec> {
     let Family { mut defaults, narrow_eps, weight_eps } = family;
     let own: DeepseekConfig = config.parse_over(defaults.clone())?;
+    let experts = config.parse_over::<GroupedConfig>(defaults.clone())?.experts(weight_eps)?;
     // Heads have no width of their own here.
     defaults["head_dim"] = json!(own.qk_rope_head_dim);
     let dense: DenseConfig = config.parse_over(defaults)?;
-    let other = |value: &Option<String>, known: &str| value.as_ref().is_some_and(|value| value != known);
-    if other(&own.scoring_func, "sigmoid") || other(&own.topk_method, "noaux_tc") {
-        return Err(Error::unsupported(
-            "another \"scoring_func\" or \"topk_method\" than \"sigmoid\" and \"noaux_tc\"",
-        ));
-    }
     let mut spec = dense.decoder(scope, |_| None)?;
     spec.predicts_ahead = true;
     if scope.head {
@@ -85,7 +71,6 @@ pub(super) fn declare_family(config: &ModelConfig, scope: &Scope, family: Family
         rope: dense.rope.clone().traditional(),
         bias: dense.attention_bias.unwrap_or(false),
     });
-    let experts = own.experts(weight_eps);
     for (index, layer) in spec.layers.iter_mut().enumerate() {
         layer.mixer = mixer.clone();
         let sparse = index >= own.first_k_dense_replace && index.is_multiple_of(own.moe_layer_freq.max(1));
@@ -107,21 +92,5 @@ impl DeepseekConfig {
             }
             _ => plain,
         }
-    }
-
-    fn experts(&self, weight_eps: f32) -> Option<ExpertsSpec> {
-        let count = self.n_routed_experts.filter(|&count| count > 0)?;
-        // A single weight is not divided by itself.
-        let normalize = (self.norm_topk_prob && self.num_experts_per_tok > 1).then_some(weight_eps);
-        let scale = self.routed_scaling_factor;
-        let router = RouterSpec::corrected_sigmoid(self.n_group, self.topk_group, normalize, scale);
-        let shared = self.n_shared_experts.filter(|&count| count > 0).map(|count| SharedSpec {
-            path: "shared_experts",
-            inner: count * self.moe_intermediate_size,
-            bias: false,
-            gate: None,
-        });
-        let experts = ExpertsSpec::new(count, self.num_experts_per_tok, self.moe_intermediate_size, router);
-        Some(ExpertsSpec { shared, ..experts })
     }
 }

@@ -12,6 +12,7 @@ mod glm4_moe;
 mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
+mod grouped;
 mod hunyuan;
 mod kind;
 mod lfm2;
@@ -139,44 +140,25 @@ struct Architecture {
     declare: fn(&ModelConfig, &Scope) -> Result<DecoderSpec>,
 }
 
+#[rustfmt::skip] // One a line, however long.
 const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "cohere2", models: "Command R7B, Command A", declare: cohere2::declare },
-    Architecture {
-        model_type: "deepseek_v3",
-        models: "DeepSeek V3, R1, Kimi K2 (`kimi_k2`)",
-        declare: deepseek_v3::declare,
-    },
+    Architecture { model_type: "deepseek_v3", models: "DeepSeek V3, R1, Kimi K2 (`kimi_k2`)", declare: deepseek_v3::declare },
     Architecture { model_type: "ernie4_5", models: "ERNIE 4.5, dense", declare: ernie::declare },
     Architecture { model_type: "exaone4", models: "EXAONE 4", declare: exaone4::declare },
     Architecture { model_type: "gemma2", models: "Gemma 2", declare: gemma2::declare },
-    Architecture {
-        model_type: "gemma3_text",
-        models: "Gemma 3, and the text part of those that see",
-        declare: gemma3::declare,
-    },
+    Architecture { model_type: "gemma3_text", models: "Gemma 3, and the text part of those that see", declare: gemma3::declare },
     Architecture { model_type: "glm4_moe", models: "GLM-4.5, GLM-4.6", declare: glm4_moe::declare },
     Architecture { model_type: "glm4_moe_lite", models: "GLM-4.7-Flash", declare: glm4_moe_lite::declare },
-    Architecture {
-        model_type: "gpt_oss",
-        models: "gpt-oss 20B and 120B, as published or in MLX format",
-        declare: gpt_oss::declare,
-    },
+    Architecture { model_type: "gpt_oss", models: "gpt-oss 20B and 120B, as published or in MLX format", declare: gpt_oss::declare },
     Architecture { model_type: "granite", models: "Granite 3 and 4, dense", declare: granite::declare },
     Architecture { model_type: "hunyuan_v1_dense", models: "Hunyuan, dense", declare: hunyuan::declare },
     Architecture { model_type: "lfm2", models: "LFM2", declare: lfm2::declare },
     Architecture { model_type: "lfm2_moe", models: "LFM2, mixtures", declare: lfm2::declare_moe },
-    Architecture {
-        model_type: "llama",
-        models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`",
-        declare: llama::declare,
-    },
+    Architecture { model_type: "llama", models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`", declare: llama::declare },
     Architecture { model_type: "minimax", models: "MiniMax-M2 (also `minimax_m2`)", declare: minimax::declare },
     Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
-    Architecture {
-        model_type: "mistral",
-        models: "Mistral, with its sliding window where the config has one; also in `mistral3`",
-        declare: mistral::declare,
-    },
+    Architecture { model_type: "mistral", models: "Mistral, with its sliding window where the config has one; also in `mistral3`", declare: mistral::declare },
     Architecture { model_type: "mixtral", models: "Mixtral", declare: mixtral::declare },
     Architecture { model_type: "olmo3", models: "OLMo 3", declare: olmo3::declare },
     Architecture { model_type: "phi3", models: "Phi-3, Phi-4", declare: phi3::declare },
@@ -185,11 +167,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "qwen3", models: "Qwen3, dense", declare: qwen3::declare },
     Architecture { model_type: "qwen3_5", models: "Qwen3.5, dense; the text part", declare: qwen3_5::declare },
     Architecture { model_type: "qwen3_5_moe", models: "Qwen3.5, mixtures; the text part", declare: qwen3_5::declare },
-    Architecture {
-        model_type: "qwen3_moe",
-        models: "Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder",
-        declare: qwen3_moe::declare,
-    },
+    Architecture { model_type: "qwen3_moe", models: "Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder", declare: qwen3_moe::declare },
     Architecture { model_type: "qwen3_next", models: "Qwen3-Next", declare: qwen3_next::declare },
     Architecture { model_type: "seed_oss", models: "Seed-OSS", declare: seed_oss::declare },
     Architecture { model_type: "smollm3", models: "SmolLM3", declare: smollm3::declare },

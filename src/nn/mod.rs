@@ -42,8 +42,8 @@ pub use norm::{LayerNorm, Norm, NormKind, RmsNorm};
 pub use packed::{PackedTexts, Run};
 pub use paged::PagedIndex;
 pub use recurrent::{
-    DeltaNet, DeltaNetSpec, DeltaProjections, Mamba2, Mamba2Spec, RecurrentLayer, RecurrentSpec, ShortConv,
-    ShortConvSpec, StateIndex, StateLayout, StatePools,
+    DeltaNetSpec, DeltaProjections, Mamba2Spec, RecurrentLayer, RecurrentSpec, ShortConvSpec, StateIndex, StateLayout,
+    StatePools,
 };
 pub use rope::{Rope, RopeSpec};
 pub use router::RouterSpec;

@@ -1,13 +1,11 @@
 //! GatedDeltaNet (Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule") as in
 //! Qwen3-Next and Qwen3.5; the formulas and names are those of mlx-lm's `qwen3_next.py`, `qwen3_5.py` and `gated_delta.py`.
 
-use mlx_rs::Array;
-
-use super::{Recurrent, StateIndex, StateLayout, StatePools};
+use super::{Inner, Recurrent, RecurrentLayer};
 use crate::error::{Error, Result};
 use crate::kernels::{Recurrence, RecurrentKind};
+use crate::nn::Linear;
 use crate::nn::linear::Joined;
-use crate::nn::{Linear, RmsNorm};
 use crate::weights::Weights;
 
 /// How the input projections are stored.
@@ -40,22 +38,15 @@ pub struct DeltaNetSpec {
     pub projections: DeltaProjections,
 }
 
-/// A GatedDeltaNet with its projections.
-#[derive(Debug)]
-pub struct DeltaNet {
-    input: Joined,
-    pub(super) recurrent: Recurrent,
-    output: Linear,
-}
-
-impl DeltaNet {
+impl DeltaNetSpec {
     /// Takes the projections, `conv1d`, `dt_bias`, `A_log`, `norm` and `out_proj` under `path`.
-    pub fn load(weights: &mut Weights, path: &str, spec: &DeltaNetSpec) -> Result<Self> {
-        let kind = spec.kind()?;
+    pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
+        self.check()?;
+        let kind = self.kind();
         let (keys, values, heads) = (kind.key_columns(), kind.value_columns(), kind.heads);
         let mut project =
-            |name: &str, width| Linear::load(weights, &format!("{path}.{name}"), spec.hidden, width, false);
-        let input = match spec.projections {
+            |name: &str, width| Linear::load(weights, &format!("{path}.{name}"), self.hidden, width, false);
+        let input = match self.projections {
             DeltaProjections::Separate => vec![
                 project("in_proj_qkv", 2 * keys + values)?,
                 project("in_proj_z", values)?,
@@ -71,40 +62,25 @@ impl DeltaNet {
                 vec![qkvz, ba]
             }
         };
-        let input = Joined::new(input)?;
         let recurrent = Recurrent::load(weights, path, kind, false)?;
-        let output = Linear::load(weights, &format!("{path}.out_proj"), values, spec.hidden, false)?;
-        Ok(Self { input, recurrent, output })
+        let output = Linear::load(weights, &format!("{path}.out_proj"), values, self.hidden, false)?;
+        Ok(RecurrentLayer { input: Joined::new(input)?, inner: Inner::Recurrent(Box::new(recurrent)), output })
     }
 
-    /// What it keeps of a sequence.
-    pub fn state_layout(&self) -> &StateLayout {
-        &self.recurrent.layout
-    }
-
-    /// What the layer gives for `x [T, hidden]`, normalised before if there is a norm, added to `residual` if there is one:
-    /// the same shape. Advances the states.
-    pub fn forward(
-        &self,
-        x: &Array,
-        norm: Option<&RmsNorm>,
-        residual: Option<&Array>,
-        (pools, index): (&mut StatePools, &mut StateIndex),
-    ) -> Result<Array> {
-        let inner = self.recurrent.forward(&self.input.forward(x, norm)?, pools, index)?;
-        self.output.forward_to(&inner, residual)
-    }
-}
-
-impl DeltaNetSpec {
-    fn kind(&self) -> Result<RecurrentKind> {
+    fn check(&self) -> Result<()> {
         let Self { key_heads, value_heads, taps, .. } = *self;
         if key_heads == 0 || !value_heads.is_multiple_of(key_heads) || taps < 2 {
             return Err(Error::invalid_model(format!(
                 "a GatedDeltaNet with {value_heads} heads of values, {key_heads} of keys and a convolution of {taps}"
             )));
         }
-        Ok(RecurrentKind {
+        Ok(())
+    }
+
+    /// Its sizes.
+    pub(super) fn kind(&self) -> RecurrentKind {
+        let Self { key_heads, value_heads, taps, .. } = *self;
+        RecurrentKind {
             recurrence: Recurrence::Delta,
             heads: value_heads,
             groups: key_heads,
@@ -113,7 +89,7 @@ impl DeltaNetSpec {
             taps,
             norm_group: self.value_width,
             norm_eps: self.norm_eps,
-        })
+        }
     }
 }
 

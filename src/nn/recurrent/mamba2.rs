@@ -1,13 +1,11 @@
 //! Mamba-2 (Dao and Gu 2024, "Transformers are SSMs") as in Nemotron-H and Granite 4; the formulas and names are those of
 //! mlx-lm's `nemotron_h.py`, `granitemoehybrid.py` and `ssm.py`.
 
-use mlx_rs::Array;
-
-use super::{Recurrent, StateIndex, StateLayout, StatePools};
+use super::{Inner, Recurrent, RecurrentLayer};
 use crate::error::{Error, Result};
 use crate::kernels::{Recurrence, RecurrentKind};
+use crate::nn::Linear;
 use crate::nn::linear::Joined;
-use crate::nn::{Linear, RmsNorm};
 use crate::weights::Weights;
 
 /// What an architecture declares about a Mamba-2 layer.
@@ -37,65 +35,44 @@ pub struct Mamba2Spec {
     pub norm_eps: f32,
 }
 
-/// A Mamba-2 layer with its projections.
-#[derive(Debug)]
-pub struct Mamba2 {
-    input: Joined,
-    pub(super) recurrent: Recurrent,
-    output: Linear,
-}
-
-impl Mamba2 {
-    /// Takes `in_proj`, `conv1d`, `dt_bias`, `A_log`, `D`, `norm` and `out_proj` under `path`.
-    pub fn load(weights: &mut Weights, path: &str, spec: &Mamba2Spec) -> Result<Self> {
-        let kind = spec.kind()?;
-        let mut project = |name: &str, input, output| {
-            Linear::load(weights, &format!("{path}.{name}"), input, output, spec.projection_bias)
-        };
-        let input = Joined::new(vec![project("in_proj", spec.hidden, kind.columns().total)?])?;
-        let output = project("out_proj", kind.value_columns(), spec.hidden)?;
-        let recurrent = Recurrent::load(weights, path, kind, spec.convolution_bias)?;
-        Ok(Self { input, recurrent, output })
-    }
-
-    /// What it keeps of a sequence.
-    pub fn state_layout(&self) -> &StateLayout {
-        &self.recurrent.layout
-    }
-
-    /// What the layer gives for `x [T, hidden]`, normalised before if there is a norm, added to `residual` if there is one:
-    /// the same shape. Advances the states.
-    pub fn forward(
-        &self,
-        x: &Array,
-        norm: Option<&RmsNorm>,
-        residual: Option<&Array>,
-        (pools, index): (&mut StatePools, &mut StateIndex),
-    ) -> Result<Array> {
-        let inner = self.recurrent.forward(&self.input.forward(x, norm)?, pools, index)?;
-        self.output.forward_to(&inner, residual)
-    }
-}
-
 impl Mamba2Spec {
-    fn kind(&self) -> Result<RecurrentKind> {
+    /// Takes `in_proj`, `conv1d`, `dt_bias`, `A_log`, `D`, `norm` and `out_proj` under `path`.
+    pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
+        self.check()?;
+        let kind = self.kind();
+        let mut project = |name: &str, input, output| {
+            Linear::load(weights, &format!("{path}.{name}"), input, output, self.projection_bias)
+        };
+        let input = Joined::new(vec![project("in_proj", self.hidden, kind.columns().total)?])?;
+        let output = project("out_proj", kind.value_columns(), self.hidden)?;
+        let recurrent = Recurrent::load(weights, path, kind, self.convolution_bias)?;
+        Ok(RecurrentLayer { input, inner: Inner::Recurrent(Box::new(recurrent)), output })
+    }
+
+    fn check(&self) -> Result<()> {
         let Self { heads, groups, norm_groups, taps, .. } = *self;
-        let columns = heads * self.head_width;
         let divides = |groups: usize, all: usize| groups > 0 && all.is_multiple_of(groups);
-        if !divides(groups, heads) || !divides(norm_groups, columns) || taps < 2 {
+        if !divides(groups, heads) || !divides(norm_groups, heads * self.head_width) || taps < 2 {
             return Err(Error::invalid_model(format!(
                 "a Mamba-2 layer of {heads} heads in {groups} groups, with {norm_groups} norms and a convolution of {taps}"
             )));
         }
-        Ok(RecurrentKind {
+        Ok(())
+    }
+
+    /// Its sizes.
+    pub(super) fn kind(&self) -> RecurrentKind {
+        let Self { heads, groups, norm_groups, taps, .. } = *self;
+        let columns = heads * self.head_width;
+        RecurrentKind {
             recurrence: Recurrence::StateSpace { limits: self.step_limits },
             heads,
             groups,
             key_width: self.state_width,
             value_width: self.head_width,
             taps,
-            norm_group: columns / norm_groups,
+            norm_group: columns / norm_groups.max(1),
             norm_eps: self.norm_eps,
-        })
+        }
     }
 }

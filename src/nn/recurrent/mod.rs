@@ -15,83 +15,83 @@ use std::sync::Arc;
 
 use mlx_rs::{Array, Dtype};
 
-pub use delta_net::{DeltaNet, DeltaNetSpec, DeltaProjections};
-pub use mamba2::{Mamba2, Mamba2Spec};
-pub use short_conv::{ShortConv, ShortConvSpec};
+pub use delta_net::{DeltaNetSpec, DeltaProjections};
+pub use mamba2::Mamba2Spec;
+pub use short_conv::ShortConvSpec;
 pub use state::{StateIndex, StateLayout, StatePools};
 
 use compose::{ChunksFrom, ConvolutionForm};
+use short_conv::GatedConvolution;
 
 use crate::error::Result;
 use crate::kernels::{Backend, Recurrence, RecurrentKind, RecurrentWeights, Taps};
-use crate::nn::RmsNorm;
+use crate::nn::linear::Joined;
+use crate::nn::{Linear, RmsNorm};
 use crate::weights::Weights;
 
 /// What an architecture declares about a layer with a state.
 #[derive(Debug, Clone)]
 pub enum RecurrentSpec {
-    /// See [`DeltaNet`].
+    /// By the gated delta rule.
     DeltaNet(DeltaNetSpec),
-    /// See [`Mamba2`].
+    /// A state space.
     Mamba2(Mamba2Spec),
-    /// See [`ShortConv`].
+    /// The last rows alone.
     ShortConv(ShortConvSpec),
 }
 
 impl RecurrentSpec {
     /// Bytes that it keeps of a sequence, at most.
     pub fn state_bytes(&self) -> usize {
+        let recurrence = |kind: RecurrentKind| (kind.taps, kind.channels(), kind.value_columns() * kind.key_width);
         let (taps, channels, state) = match self {
-            Self::DeltaNet(spec) => {
-                let columns = spec.value_heads * spec.value_width;
-                (spec.taps, 2 * spec.key_heads * spec.key_width + columns, columns * spec.key_width)
-            }
-            Self::Mamba2(spec) => {
-                let columns = spec.heads * spec.head_width;
-                (spec.taps, 2 * spec.groups * spec.state_width + columns, columns * spec.state_width)
-            }
+            Self::DeltaNet(spec) => recurrence(spec.kind()),
+            Self::Mamba2(spec) => recurrence(spec.kind()),
             Self::ShortConv(spec) => (spec.taps, spec.hidden, 0),
         };
         size_of::<f32>() * (taps.saturating_sub(1) * channels + state)
     }
 
-    /// Numbers of a row that are alive in the layer at the same time.
+    /// Numbers of a row that are alive in the layer at the same time: what comes from the projections, and what is made of it.
     pub fn row_numbers(&self) -> usize {
         match self {
-            Self::DeltaNet(spec) => 4 * (spec.key_heads * spec.key_width + spec.value_heads * spec.value_width),
-            Self::Mamba2(spec) => 4 * (spec.groups * spec.state_width + spec.heads * spec.head_width),
+            Self::DeltaNet(spec) => 2 * spec.kind().columns().total,
+            Self::Mamba2(spec) => 2 * spec.kind().columns().total,
             Self::ShortConv(spec) => 5 * spec.hidden,
         }
     }
 
     /// Takes the layer's tensors under `path`.
     pub fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
-        Ok(match self {
-            Self::DeltaNet(spec) => RecurrentLayer::DeltaNet(DeltaNet::load(weights, path, spec)?),
-            Self::Mamba2(spec) => RecurrentLayer::Mamba2(Mamba2::load(weights, path, spec)?),
-            Self::ShortConv(spec) => RecurrentLayer::ShortConv(ShortConv::load(weights, path, spec)?),
-        })
+        match self {
+            Self::DeltaNet(spec) => spec.load(weights, path),
+            Self::Mamba2(spec) => spec.load(weights, path),
+            Self::ShortConv(spec) => spec.load(weights, path),
+        }
     }
 }
 
 /// A loaded layer with a state.
 #[derive(Debug)]
-pub enum RecurrentLayer {
-    /// By the gated delta rule.
-    DeltaNet(DeltaNet),
-    /// A state space.
-    Mamba2(Mamba2),
-    /// The last rows alone.
-    ShortConv(ShortConv),
+pub struct RecurrentLayer {
+    input: Joined,
+    inner: Inner,
+    output: Linear,
+}
+
+/// What lies between the projections.
+#[derive(Debug)]
+enum Inner {
+    Recurrent(Box<Recurrent>),
+    Convolution(GatedConvolution),
 }
 
 impl RecurrentLayer {
     /// What it keeps of a sequence.
     pub fn state_layout(&self) -> &StateLayout {
-        match self {
-            Self::DeltaNet(layer) => layer.state_layout(),
-            Self::Mamba2(layer) => layer.state_layout(),
-            Self::ShortConv(layer) => layer.state_layout(),
+        match &self.inner {
+            Inner::Recurrent(inner) => &inner.layout,
+            Inner::Convolution(inner) => &inner.layout,
         }
     }
 
@@ -101,13 +101,14 @@ impl RecurrentLayer {
         x: &Array,
         norm: Option<&RmsNorm>,
         residual: Option<&Array>,
-        states: (&mut StatePools, &mut StateIndex),
+        (pools, index): (&mut StatePools, &mut StateIndex),
     ) -> Result<Array> {
-        match self {
-            Self::DeltaNet(layer) => layer.forward(x, norm, residual, states),
-            Self::Mamba2(layer) => layer.forward(x, norm, residual, states),
-            Self::ShortConv(layer) => layer.forward(x, norm, residual, states),
-        }
+        let joined = self.input.forward(x, norm)?;
+        let y = match &self.inner {
+            Inner::Recurrent(inner) => inner.forward(&joined, pools, index)?,
+            Inner::Convolution(inner) => inner.forward(&joined, pools, index)?,
+        };
+        self.output.forward_to(&y, residual)
     }
 }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use mlx_rs::Array;
 
 use super::compose::{self, ConvolutionForm};
-use super::{Convolution, StateIndex, StateLayout, StatePools, kept_type};
+use super::{Convolution, Inner, RecurrentLayer, StateIndex, StateLayout, StatePools, kept_type};
 use crate::error::{Error, Result};
 use crate::kernels::Backend;
+use crate::nn::Linear;
 use crate::nn::linear::Joined;
-use crate::nn::{Linear, RmsNorm};
 use crate::weights::Weights;
 
 /// What an architecture declares about a gated short convolution.
@@ -23,20 +23,10 @@ pub struct ShortConvSpec {
     pub bias: bool,
 }
 
-/// A gated short convolution with its projections.
-#[derive(Debug)]
-pub struct ShortConv {
-    input: Joined,
-    convolution: Convolution,
-    output: Linear,
-    pub(super) backend: Backend,
-    layout: StateLayout,
-}
-
-impl ShortConv {
+impl ShortConvSpec {
     /// Takes `in_proj`, `conv` and `out_proj` under `path`.
-    pub fn load(weights: &mut Weights, path: &str, spec: &ShortConvSpec) -> Result<Self> {
-        let ShortConvSpec { hidden, taps, bias } = *spec;
+    pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
+        let Self { hidden, taps, bias } = *self;
         if taps < 2 {
             return Err(Error::invalid_model(format!("a convolution of {taps} rows")));
         }
@@ -44,29 +34,22 @@ impl ShortConv {
         let convolution = Convolution::load(weights, &format!("{path}.conv"), hidden, taps, bias)?;
         let output = Linear::load(weights, &format!("{path}.out_proj"), hidden, hidden, bias)?;
         let layout = StateLayout { arrays: vec![(vec![taps - 1, hidden], kept_type(weights))] };
-        let backend = weights.backend().clone();
-        Ok(Self { input: Joined::new(vec![input])?, convolution, output, backend, layout })
+        let inner = GatedConvolution { convolution, backend: weights.backend().clone(), layout };
+        Ok(RecurrentLayer { input: Joined::new(vec![input])?, inner: Inner::Convolution(inner), output })
     }
+}
 
-    /// What it keeps of a sequence.
-    pub fn state_layout(&self) -> &StateLayout {
-        &self.layout
-    }
+/// What lies between the projections.
+#[derive(Debug)]
+pub(super) struct GatedConvolution {
+    convolution: Convolution,
+    pub backend: Backend,
+    pub layout: StateLayout,
+}
 
-    /// What the layer gives for `x [T, hidden]`, normalised before if there is a norm, added to `residual` if there is one:
-    /// the same shape. Advances the states.
-    pub fn forward(
-        &self,
-        x: &Array,
-        norm: Option<&RmsNorm>,
-        residual: Option<&Array>,
-        (pools, index): (&mut StatePools, &mut StateIndex),
-    ) -> Result<Array> {
-        let inner = self.convolve(&self.input.forward(x, norm)?, pools, index)?;
-        self.output.forward_to(&inner, residual)
-    }
-
-    fn convolve(&self, joined: &Array, pools: &mut StatePools, index: &mut StateIndex) -> Result<Array> {
+impl GatedConvolution {
+    /// `joined [T, 3 * hidden]` to `[T, hidden]`; advances the states.
+    pub fn forward(&self, joined: &Array, pools: &mut StatePools, index: &mut StateIndex) -> Result<Array> {
         let taps = self.convolution.taps();
         if let Backend::Cpu(cpu) = &self.backend {
             return cpu.short_convolution(joined, taps, pools.array(0)?, Arc::clone(index.placement()));

@@ -91,7 +91,7 @@ impl Case {
         folder
     }
 
-    fn load(&self, side: Side, change: impl Fn(&mut Tensors)) -> Result<(Layer, RmsNorm)> {
+    fn load(&self, side: Side, change: impl Fn(&mut Tensors)) -> Result<(RecurrentLayer, RmsNorm)> {
         let config = ModelConfig::from_value(json!({"model_type": self.name}))?;
         let folder = self.checkpoint(change);
         let backend = match side {
@@ -101,20 +101,19 @@ impl Case {
         let mut weights = Weights::open(folder.path(), &config, None)?.computed_by(backend);
         let hidden = self.size("hidden_size");
         let norm = RmsNorm::load(&mut weights, "n", hidden, 1e-6)?;
-        let mut layer = match self.name {
-            "qwen3_next" | "qwen3_5" => Layer::Delta(DeltaNet::load(&mut weights, "m", &self.delta())?),
-            "nemotron_h" | "granitemoehybrid" => Layer::Mamba(Mamba2::load(&mut weights, "m", &self.mamba())?),
+        let spec = match self.name {
+            "qwen3_next" | "qwen3_5" => RecurrentSpec::DeltaNet(self.delta()),
+            "nemotron_h" | "granitemoehybrid" => RecurrentSpec::Mamba2(self.mamba()),
             _ => {
                 let bias = self.config["conv_bias"].as_bool().unwrap();
-                let spec = ShortConvSpec { hidden, taps: self.size("conv_L_cache"), bias };
-                Layer::Short(ShortConv::load(&mut weights, "m", &spec)?)
+                RecurrentSpec::ShortConv(ShortConvSpec { hidden, taps: self.size("conv_L_cache"), bias })
             }
         };
-        let chunks = ChunksFrom(if side == Side::Chunks { 2 } else { usize::MAX });
-        match &mut layer {
-            Layer::Delta(layer) => layer.recurrent.chunks = chunks,
-            Layer::Mamba(layer) => layer.recurrent.chunks = chunks,
-            Layer::Short(_) => {}
+        let mut layer = spec.load(&mut weights, "m")?;
+        // What is planned is what there is, where numbers are f32.
+        assert_eq!(spec.state_bytes(), layer.state_layout().slot_bytes(), "{}", self.name);
+        if let Inner::Recurrent(inner) = &mut layer.inner {
+            inner.chunks = ChunksFrom(if side == Side::Chunks { 2 } else { usize::MAX });
         }
         weights.finish()?;
         Ok((layer, norm))
@@ -158,38 +157,11 @@ impl Case {
     }
 }
 
-enum Layer {
-    Delta(DeltaNet),
-    Mamba(Mamba2),
-    Short(ShortConv),
-}
-
-impl Layer {
-    fn layout(&self) -> &StateLayout {
-        match self {
-            Layer::Delta(layer) => layer.state_layout(),
-            Layer::Mamba(layer) => layer.state_layout(),
-            Layer::Short(layer) => layer.state_layout(),
-        }
-    }
-
+impl RecurrentLayer {
     fn backend(&self) -> &Backend {
-        match self {
-            Layer::Delta(DeltaNet { recurrent, .. }) | Layer::Mamba(Mamba2 { recurrent, .. }) => &recurrent.backend,
-            Layer::Short(layer) => &layer.backend,
-        }
-    }
-
-    fn forward(
-        &self,
-        x: &Array,
-        (norm, residual): (Option<&RmsNorm>, Option<&Array>),
-        states: (&mut StatePools, &mut StateIndex),
-    ) -> Result<Array> {
-        match self {
-            Layer::Delta(layer) => layer.forward(x, norm, residual, states),
-            Layer::Mamba(layer) => layer.forward(x, norm, residual, states),
-            Layer::Short(layer) => layer.forward(x, norm, residual, states),
+        match &self.inner {
+            Inner::Recurrent(inner) => &inner.backend,
+            Inner::Convolution(inner) => &inner.backend,
         }
     }
 }
@@ -210,7 +182,7 @@ fn steps(all: &[&[(u32, usize, usize)]]) -> Vec<Play> {
 /// A layer with states, and what each slot's rows gave.
 struct Stage<'a> {
     case: &'a Case,
-    layer: Layer,
+    layer: RecurrentLayer,
     norm: RmsNorm,
     pools: StatePools,
     out: BTreeMap<u32, Vec<f32>>,
@@ -219,7 +191,7 @@ struct Stage<'a> {
 impl<'a> Stage<'a> {
     fn new(case: &'a Case, side: Side) -> Result<Self> {
         let (layer, norm) = case.load(side, |_| ())?;
-        let pools = StatePools::new(layer.backend().clone(), layer.layout(), 5)?;
+        let pools = StatePools::new(layer.backend().clone(), layer.state_layout(), 5)?;
         Ok(Self { case, layer, norm, pools, out: BTreeMap::new() })
     }
 
@@ -240,7 +212,7 @@ impl<'a> Stage<'a> {
             let placement = Arc::new(StatePlacement { copies: step.copies.clone(), runs: runs.clone() });
             let mut index = StateIndex::new(&placement);
             let joined = mlx_rs::ops::concatenate(&rows, 0)?;
-            let out = self.layer.forward(&joined, (Some(&self.norm), None), (&mut self.pools, &mut index))?;
+            let out = self.layer.forward(&joined, Some(&self.norm), None, (&mut self.pools, &mut index))?;
             mlx_rs::transforms::eval([&out].into_iter().chain(self.pools.arrays()))?;
             crate::kernels::check()?;
             for run in runs {
@@ -412,7 +384,7 @@ fn pools_grow_and_shrink() {
         for case in &Case::all() {
             for side in [Side::Kernels, Side::OneByOne] {
                 let mut stage = Stage::new(case, side)?.play(&steps(&[&[(1, 0, 30)]]))?;
-                let (before, bytes) = (stage.slot(1)?, stage.layer.layout().slot_bytes());
+                let (before, bytes) = (stage.slot(1)?, stage.layer.state_layout().slot_bytes());
                 assert_eq!(stage.pools.bytes(), 5 * bytes);
                 stage.pools.resize(9)?;
                 assert_eq!((stage.pools.slots(), stage.pools.bytes()), (9, 9 * bytes));
@@ -443,9 +415,9 @@ fn norms_and_residuals_are_the_callers_choice() {
                 let placement = Arc::new(StatePlacement { copies: Vec::new(), runs: vec![run] });
                 let x = case.array("x");
                 let forward = |x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>| -> Result<Array> {
-                    let mut pools = StatePools::new(layer.backend().clone(), layer.layout(), 1)?;
+                    let mut pools = StatePools::new(layer.backend().clone(), layer.state_layout(), 1)?;
                     let mut index = StateIndex::new(&placement);
-                    let out = layer.forward(x, (norm, residual), (&mut pools, &mut index))?;
+                    let out = layer.forward(x, norm, residual, (&mut pools, &mut index))?;
                     out.eval()?;
                     Ok(out)
                 };
@@ -474,7 +446,7 @@ fn hugging_faces_convolutions_load_and_others_do_not() {
             };
             let plays = |change: &dyn Fn(&mut Tensors)| -> Result<Vec<f32>> {
                 let (layer, norm) = case.load(Side::Kernels, change)?;
-                let pools = StatePools::new(layer.backend().clone(), layer.layout(), 5)?;
+                let pools = StatePools::new(layer.backend().clone(), layer.state_layout(), 5)?;
                 let stage = Stage { case, layer, norm, pools, out: BTreeMap::new() };
                 Ok(stage.play(&steps(&[&[(0, 0, 20)]]))?.out[&0].clone())
             };
