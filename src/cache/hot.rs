@@ -161,6 +161,13 @@ impl HotTier {
         blocks.index.find(&root_key(&model.fingerprint, group), tokens, from)
     }
 
+    /// The longest beginning of `tokens`, of more than `from` of them, whose state is there.
+    pub fn find_state(&self, model: &HotModel, group: usize, tokens: &[u32], from: usize) -> Option<Piece> {
+        let state = lock(&self.state);
+        let blocks = state.blocks.get(&model.block_tokens)?;
+        blocks.index.find_state(&root_key(&model.fingerprint, group), tokens, from)
+    }
+
     /// Whether what is behind the first `at` of `tokens` agrees with the rest; see [`SpanIndex::agrees_behind`].
     pub fn agrees_behind(&self, model: &HotModel, group: usize, tokens: &[u32], at: usize) -> Option<bool> {
         let state = lock(&self.state);

@@ -23,7 +23,7 @@ fn mark(model: usize, group: usize, token: u32) -> u8 {
 /// Rows that tell their tokens, large enough that more tokens need more pages.
 fn rows(model: usize, group: usize, tokens: &[u32]) -> Arc<RowBuffer> {
     let layers = vec![LayerRows { layer: 0, keys: (1, 1024), values: (1, 1) }];
-    let mut rows = RowBuffer::new(Arc::new(RowLayout { dtype: RowType::F32, layers }), tokens.len(), 0);
+    let mut rows = RowBuffer::new(Arc::new(RowLayout { dtype: RowType::F32, state: None, layers }), tokens.len(), 0);
     for (at, token) in tokens.iter().enumerate() {
         rows.rows_mut(0, at..at + 1).0.fill(mark(model, group, *token));
     }

@@ -3,13 +3,17 @@
 //! A table's whole blocks enter the index when the step that writes them in the last layer is planned: steps run in order,
 //! and a layer writes a step's rows before it attends, so that even another sequence of the same step may share them.
 //! Shared blocks are never written. A sequence that would write to one copies it first; what it copies must come from an
-//! earlier step.
+//! earlier step. Of models with states a sequence has one of those too, in a slot ([`Snapshots`]), and what is cached serves it
+//! as far as both go.
+
+mod lookup;
 
 use std::collections::HashMap;
 
 use super::blocks::{BlockCounts, BlockId, BlockPool};
 use super::group::GroupKind;
 use super::prefix::{BlockKey, NodeId, PrefixIndex, ROOT};
+use super::snapshots::{SlotCopy, SlotId, Snapshots, State, Unsaved};
 
 /// Rows to copy from one block to another, before a step writes anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub struct BlockCopy {
 pub struct Table {
     /// Of each group, the blocks of positions `0..`, `block_tokens..` and so on; `None` behind a window.
     groups: Vec<Vec<Option<BlockId>>>,
+    /// What its layers keep besides; `None` without tokens, or for models without states.
+    state: Option<State>,
     /// The last whole block that is in the index.
     node: NodeId,
     /// Tokens up to the end of it.
@@ -38,6 +44,11 @@ impl Table {
     /// Places for blocks that it has, in every group.
     pub fn places(&self) -> usize {
         self.groups.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Where its state is, if it has one.
+    pub fn state(&self) -> Option<SlotId> {
+        self.state.as_ref().map(State::slot)
     }
 
     /// Blocks of a group that it holds.
@@ -56,20 +67,23 @@ impl Table {
 pub struct Found {
     /// Tokens that need not be computed, counted from the beginning.
     pub tokens: usize,
+    /// Tokens whose rows are there: more than `tokens` where nobody has the state behind them.
+    pub rows: usize,
     /// More will be there when the step that is being planned has run.
     pub more_soon: bool,
 }
 
-/// Rows of consecutive blocks that are in the pools alone, to be copied to another tier.
+/// Rows of consecutive blocks that are in the pools alone, to be copied to another tier; or a state, as the row of the last
+/// token that it stands for: its group is the one behind the others, its block is a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Save {
     /// Cache group of the blocks.
     pub group: usize,
     /// All tokens of the sequence up to the end of the last block.
     pub tokens: Vec<u32>,
-    /// Tokens before the first block.
+    /// Tokens before the first block, or before the last token of a state.
     pub start: usize,
-    /// Whole blocks, or a single incomplete one.
+    /// Whole blocks, or a single incomplete one; or a slot.
     pub blocks: Vec<BlockId>,
 }
 
@@ -105,13 +119,21 @@ pub struct BlockManager {
     index: PrefixIndex,
     /// The step that is being planned.
     step: u64,
-    pins: HashMap<BlockKey, Vec<(usize, BlockId)>>,
+    pins: HashMap<BlockKey, Pin>,
     /// Tokens of a save at most; `None` while there is no other tier.
     save_tokens: Option<usize>,
     /// What was evicted and has to be saved before a step runs.
     evicted: Vec<Save>,
-    /// Whether what one sequence has computed serves another one.
-    reuses: bool,
+    /// Of models whose layers keep more than rows.
+    snapshots: Option<Snapshots>,
+}
+
+/// What a pin holds.
+#[derive(Debug)]
+struct Pin {
+    /// With the group of each.
+    blocks: Vec<(usize, BlockId)>,
+    state: Option<SlotId>,
 }
 
 impl BlockManager {
@@ -126,13 +148,23 @@ impl BlockManager {
             pins: HashMap::new(),
             save_tokens: None,
             evicted: Vec::new(),
-            reuses: true,
+            snapshots: None,
         }
     }
 
-    /// The same for sequences that have more than rows: nothing is found, nor kept for later ones.
-    pub fn without_reuse(self) -> Self {
-        Self { reuses: false, ..self }
+    /// The same for a model whose layers keep states.
+    pub fn with_snapshots(self, snapshots: Snapshots) -> Self {
+        Self { snapshots: Some(snapshots), ..self }
+    }
+
+    /// The states, for models that have some.
+    pub fn snapshots(&mut self) -> Option<&mut Snapshots> {
+        self.snapshots.as_mut()
+    }
+
+    /// Whether sequences have more than rows.
+    pub fn has_states(&self) -> bool {
+        self.snapshots.is_some()
     }
 
     /// Tokens of a block.
@@ -160,9 +192,9 @@ impl BlockManager {
         self.groups[group].pool.counts()
     }
 
-    /// Cached entries: whole blocks, and the ends of prompts and answers.
+    /// Cached entries: whole blocks, the ends of prompts and answers, and states.
     pub fn entries(&self) -> usize {
-        self.index.entries()
+        self.index.entries() + self.snapshots.as_ref().map_or(0, Snapshots::entries)
     }
 
     /// Blocks of a group that exist.
@@ -193,19 +225,30 @@ impl BlockManager {
     /// From now on there is another tier, which takes rows of up to `tokens` tokens at a time.
     pub fn save_in_runs_of(&mut self, tokens: usize) {
         self.save_tokens = Some(tokens.max(self.block_tokens));
+        self.snapshots.iter_mut().for_each(Snapshots::save);
     }
 
     /// What has been evicted since the last call and nobody saved. Its rows are still there until the next step is
     /// launched; they may be on their way until the step before it has ended.
     pub fn take_evicted(&mut self) -> Vec<Save> {
-        std::mem::take(&mut self.evicted)
+        let states = self.snapshots.as_mut().map(Snapshots::take_evicted).unwrap_or_default();
+        let mut evicted = std::mem::take(&mut self.evicted);
+        evicted.extend(states.into_iter().map(|state| self.save_of(state)));
+        evicted
+    }
+
+    fn save_of(&self, (tokens, slot): Unsaved) -> Save {
+        Save { group: self.groups.len(), start: tokens.len() - 1, tokens: tokens.to_vec(), blocks: vec![slot] }
     }
 
     /// Rows that should be saved next, beginnings first, and which the steps before the newest one have written. They count
     /// as saved from now on.
     pub fn next_save(&mut self) -> Option<Save> {
         let most = self.save_tokens?;
-        let (node, group) = self.index.unsaved().find(|&(node, group)| self.is_ready(node, group))?;
+        let Some((node, group)) = self.index.unsaved().find(|&(node, group)| self.is_ready(node, group)) else {
+            let state = self.snapshots.as_mut()?.next_save(self.step)?;
+            return Some(self.save_of(state));
+        };
         let mut first = node;
         while self.is_ready(self.index.parent(first), group) {
             first = self.index.parent(first);
@@ -220,9 +263,15 @@ impl BlockManager {
         Some(self.save(&run, group))
     }
 
-    /// Blocks whose rows are in the pools alone.
+    /// Blocks whose rows are in the pools alone, and states.
     pub fn unsaved(&self) -> usize {
-        self.index.unsaved().len()
+        self.index.unsaved().len() + self.snapshots.as_ref().map_or(0, Snapshots::unsaved)
+    }
+
+    /// Makes the state of all of `tokens`, which came from another tier, one that others find.
+    pub fn keep_restored_state(&mut self, table: &Table, tokens: &[u32]) {
+        self.keep_state(table, tokens);
+        self.snapshots.iter_mut().for_each(|snapshots| snapshots.set_saved(tokens));
     }
 
     /// Rows of a group, of `tokens` behind the first `start` (whole blocks), came from another tier.
@@ -252,7 +301,7 @@ impl BlockManager {
 
     /// The table of a new sequence.
     pub fn table(&self) -> Table {
-        Table { groups: vec![Vec::new(); self.groups.len()], node: ROOT, indexed: 0 }
+        Table { groups: vec![Vec::new(); self.groups.len()], state: None, node: ROOT, indexed: 0 }
     }
 
     /// The table of another sequence that goes on from the same tokens. Both copy a shared block before they write to it.
@@ -260,99 +309,17 @@ impl BlockManager {
         for (group, blocks) in self.groups.iter_mut().zip(&table.groups) {
             blocks.iter().flatten().for_each(|&block| group.pool.retain(block));
         }
-        Table { groups: table.groups.clone(), node: table.node, indexed: table.indexed }
+        let state = self.snapshots.as_mut().and_then(|snapshots| snapshots.fork(table.state.as_ref()));
+        Table { groups: table.groups.clone(), state, node: table.node, indexed: table.indexed }
     }
 
-    /// Adds to `table`, which holds the whole blocks of `tokens[..computed]`, what the index has of the tokens behind
-    /// them, but none from `limit` on. Without effect unless `computed` is the end of the table's last indexed block.
-    pub fn find(&mut self, table: &mut Table, tokens: &[u32], computed: usize, limit: usize) -> Found {
-        if !self.reuses || computed != table.indexed || limit <= computed {
-            return Found { tokens: computed, more_soon: false };
-        }
-        let path = self.path(table, &tokens[..limit]);
-        let path = &path[..self.served(table, &path)];
-        let end = table.indexed + path.len() * self.block_tokens;
-        if !path.is_empty() {
-            for at in 0..self.groups.len() {
-                self.leave(table, at, self.groups[at].kind.first_block(end, self.block_tokens));
-            }
-        }
-        for &node in path {
-            let place = table.indexed / self.block_tokens;
-            for (at, group) in self.groups.iter_mut().enumerate() {
-                let kept = place >= group.kind.first_block(end, self.block_tokens);
-                let block = self.index.block(node, at).filter(|_| kept);
-                block.into_iter().for_each(|block| group.pool.retain(block));
-                table.groups[at].push(block);
-            }
-            table.node = node;
-            table.indexed += self.block_tokens;
-        }
-        let whole = table.indexed;
-        let Some((node, common)) =
-            self.index.closest_child(table.node, &tokens[whole..limit.min(whole + self.block_tokens)])
-        else {
-            return Found { tokens: whole, more_soon: false };
-        };
-        if self.index.written(node) == self.step {
-            return Found { tokens: whole, more_soon: true };
-        }
-        for (at, group) in self.groups.iter_mut().enumerate() {
-            let block = self.index.block(node, at);
-            block.into_iter().for_each(|block| group.pool.retain(block));
-            table.groups[at].push(block);
-        }
-        Found { tokens: whole + common, more_soon: false }
-    }
-
-    /// How many of `tokens` are cached, from the beginning.
-    pub fn peek(&mut self, tokens: &[u32]) -> usize {
-        let mut table = self.table();
-        let found = self.find(&mut table, tokens, 0, tokens.len());
-        self.release(table);
-        found.tokens
-    }
-
-    /// Whether other tokens are cached where `tokens` leave what is cached of them.
-    pub fn goes_on_after(&self, tokens: &[u32]) -> bool {
-        let path = self.path(&self.table(), tokens);
-        let node = path.last().copied().unwrap_or(ROOT);
-        let rest = &tokens[path.len() * self.block_tokens..];
-        // Cached tokens of which these are the beginning, or the other way round, are no other ones.
-        let agrees = |child| self.index.tokens(child).iter().zip(rest).all(|(a, b)| a == b);
-        !self.index.children(node).any(agrees) && self.index.children(node).next().is_some()
-    }
-
-    /// Nodes of the whole blocks of `tokens` behind those of `table`.
-    fn path(&self, table: &Table, tokens: &[u32]) -> Vec<NodeId> {
-        let mut path = Vec::new();
-        let mut node = table.node;
-        for block in tokens[table.indexed..].chunks_exact(self.block_tokens) {
-            let Some(child) = self.index.child(node, block) else { break };
-            path.push(child);
-            node = child;
-        }
-        path
-    }
-
-    /// The most nodes of `path`, behind `table`, at whose end every group has the rows that a sequence there needs.
-    fn served(&self, table: &Table, path: &[NodeId]) -> usize {
-        let before = table.indexed / self.block_tokens;
-        // Of each group: blocks without a gap up to the one at hand.
-        let run = |blocks: &Vec<Option<BlockId>>| blocks.iter().take(before).rev().take_while(|b| b.is_some()).count();
-        let mut runs: Vec<usize> = table.groups.iter().map(run).collect();
-        let mut served = 0;
-        for (i, &node) in path.iter().enumerate() {
-            let blocks = before + i + 1;
-            let mut all = true;
-            for (at, group) in self.groups.iter().enumerate() {
-                runs[at] = if self.index.block(node, at).is_some() { runs[at] + 1 } else { 0 };
-                let first = group.kind.first_block(blocks * self.block_tokens, self.block_tokens);
-                all &= runs[at] >= blocks - first;
-            }
-            served = if all { i + 1 } else { served };
-        }
-        served
+    /// A slot for the state of `tokens` tokens that comes from elsewhere; `None` if there is no slot.
+    pub fn receive_state(&mut self, table: &mut Table, tokens: usize) -> Option<SlotId> {
+        let snapshots = self.snapshots.as_mut()?;
+        let state = snapshots.receive(tokens)?;
+        let slot = state.slot();
+        snapshots.release(table.state.replace(state));
+        Some(slot)
     }
 
     /// Makes room for rows that come from elsewhere, or for none of them: of `start..end` those that a sequence needs which
@@ -426,6 +393,23 @@ impl BlockManager {
         Ok(())
     }
 
+    /// Where the state of a sequence goes on whose tokens from `start` on are to pass the layers, and what is to be copied there
+    /// first. `None` for models without states, and where there is no state to go on from.
+    pub fn advance_state(&mut self, table: &mut Table, start: usize) -> Option<(SlotId, Option<SlotCopy>)> {
+        self.snapshots.as_mut()?.advance(&mut table.state, start)
+    }
+
+    /// The first `computed` tokens of a sequence have passed all layers with the step that is being planned.
+    pub fn complete_state(&mut self, table: &mut Table, computed: usize) {
+        self.snapshots.iter_mut().for_each(|snapshots| snapshots.complete(&mut table.state, computed));
+    }
+
+    /// Keeps the state that a sequence has now for others, if it is that of exactly `tokens`.
+    pub fn keep_state(&mut self, table: &Table, tokens: &[u32]) {
+        let step = self.step;
+        self.snapshots.iter_mut().for_each(|snapshots| snapshots.mark(table.state.as_ref(), tokens, step));
+    }
+
     /// Whether rows from position `start` on may be written to a block: nobody else holds it, and none of its cached
     /// tokens is there.
     fn writable(&self, group: usize, block: BlockId, start: usize) -> bool {
@@ -462,7 +446,7 @@ impl BlockManager {
     /// Puts whole blocks of a sequence into the index: `tokens` are known, and the rows of the first `computed` of them
     /// are written by the step that is being planned or before. Blocks that are there already are shared instead.
     pub fn index(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
-        let computed = if self.reuses { computed.min(tokens.len()) } else { 0 };
+        let computed = computed.min(tokens.len());
         while table.indexed + self.block_tokens <= computed {
             let block = &tokens[table.indexed..table.indexed + self.block_tokens];
             let node = self.index.child(table.node, block);
@@ -478,9 +462,6 @@ impl BlockManager {
 
     /// Puts the last, incomplete block of a sequence into the index.
     pub fn index_tail(&mut self, table: &mut Table, tokens: &[u32], computed: usize) {
-        if !self.reuses {
-            return;
-        }
         self.index(table, tokens, computed);
         let tail = &tokens[table.indexed..computed.min(tokens.len())];
         let place = table.indexed / self.block_tokens;
@@ -561,9 +542,17 @@ impl BlockManager {
             // From the end, so that the beginning of a prompt outlives what follows it.
             blocks.into_iter().rev().flatten().for_each(|block| group.pool.release(block));
         }
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.release(table.state);
+        }
     }
 
-    /// Forgets what nobody uses and nothing pins; returns how many blocks of each group became free.
+    /// Forgets the states that nobody uses and nothing pins; returns how many slots became free.
+    pub fn clear_states(&mut self) -> usize {
+        self.snapshots.as_mut().map_or(0, Snapshots::clear)
+    }
+
+    /// Forgets the rows that nobody uses and nothing pins; returns how many blocks of each group became free.
     pub fn clear(&mut self) -> Vec<usize> {
         let mut freed = Vec::with_capacity(self.groups.len());
         for at in 0..self.groups.len() {
@@ -587,15 +576,22 @@ impl BlockManager {
         let found = self.find(&mut table, tokens, 0, tokens.len());
         let blocks = table.groups.into_iter().enumerate();
         let blocks = blocks.flat_map(|(at, blocks)| blocks.into_iter().flatten().map(move |block| (at, block)));
-        self.pins.insert(super::prefix::chain_key(self.index.key(ROOT), tokens), blocks.collect());
+        let state = table.state;
+        let state = self.snapshots.as_mut().and_then(|snapshots| snapshots.pin(state));
+        let pin = Pin { blocks: blocks.collect(), state };
+        self.pins.insert(super::prefix::chain_key(self.index.key(ROOT), tokens), pin);
         found.tokens
     }
 
     /// Ends a pin; whether there was one.
     pub fn unpin(&mut self, tokens: &[u32]) -> bool {
-        let Some(blocks) = self.pins.remove(&super::prefix::chain_key(self.index.key(ROOT), tokens)) else {
+        let Some(Pin { blocks, state }) = self.pins.remove(&super::prefix::chain_key(self.index.key(ROOT), tokens))
+        else {
             return false;
         };
+        if let (Some(snapshots), Some(slot)) = (&mut self.snapshots, state) {
+            snapshots.unpin(slot);
+        }
         for (group, block) in blocks.into_iter().rev() {
             self.groups[group].pool.release(block);
         }

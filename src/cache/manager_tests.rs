@@ -362,7 +362,13 @@ impl Machine {
             let mut expected = vec![0u32; pool.capacity()];
             let tables =
                 self.sequences.iter().flat_map(|sequence| sequence.table.groups[group].iter().flatten().copied());
-            let pinned = self.manager.pins.values().flatten().filter(|(at, _)| *at == group).map(|&(_, block)| block);
+            let pinned = self
+                .manager
+                .pins
+                .values()
+                .flat_map(|pin| &pin.blocks)
+                .filter(|(at, _)| *at == group)
+                .map(|&(_, block)| block);
             tables.chain(pinned).for_each(|block| expected[block as usize] += 1);
             let found: Vec<u32> = (0..pool.capacity()).map(|id| pool.references(id as BlockId)).collect();
             prop_assert_eq!(&found, &expected);

@@ -9,6 +9,7 @@ mod pages;
 pub mod prefix;
 pub mod rows;
 pub mod share;
+pub mod snapshots;
 pub mod spans;
 pub mod ssd;
 mod transfer;

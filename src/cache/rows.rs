@@ -33,7 +33,8 @@ impl RowType {
     }
 }
 
-/// What a token stores in one layer.
+/// What a token stores in one layer; of a state, the two arrays that a layer with one keeps: what its convolution still sees,
+/// and what its recurrence has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerRows {
     /// The layer's place in the model.
@@ -47,8 +48,10 @@ pub struct LayerRows {
 /// What a token stores in the layers of a cache group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowLayout {
-    /// Number format of all rows.
+    /// Number format of all rows; of a state, of what convolutions see.
     pub dtype: RowType,
+    /// Of a state: the number format of recurrences. A state is the one row of the last token that it stands for.
+    pub state: Option<RowType>,
     /// The group's layers, in the order of the model.
     pub layers: Vec<LayerRows>,
 }
@@ -56,8 +59,23 @@ pub struct RowLayout {
 impl RowLayout {
     /// Bytes of a token's keys and of its values in the layer `at` of the group.
     pub fn row_bytes(&self, at: usize) -> (usize, usize) {
-        let LayerRows { keys, values, .. } = self.layers[at];
-        (keys.0 * keys.1 * self.dtype.bytes(), values.0 * values.1 * self.dtype.bytes())
+        let (LayerRows { keys, values, .. }, types) = (self.layers[at], self.types());
+        (keys.0 * keys.1 * types.0.bytes(), values.0 * values.1 * types.1.bytes())
+    }
+
+    /// Number formats of keys and of values.
+    pub fn types(&self) -> (RowType, RowType) {
+        (self.dtype, self.state.unwrap_or(self.dtype))
+    }
+
+    /// What keys and values are called in files.
+    pub fn names(&self) -> [&'static str; 2] {
+        if self.is_state() { ["convolution", "recurrence"] } else { ["keys", "values"] }
+    }
+
+    /// Whether it is that of a state.
+    pub fn is_state(&self) -> bool {
+        self.state.is_some()
     }
 
     /// Bytes of a token in all layers.
@@ -173,7 +191,7 @@ mod tests {
             LayerRows { layer: 0, keys: (2, 3), values: (2, 5) },
             LayerRows { layer: 4, keys: (1, 1), values: (1, 2) },
         ];
-        let layout = Arc::new(RowLayout { dtype: RowType::Bf16, layers });
+        let layout = Arc::new(RowLayout { dtype: RowType::Bf16, state: None, layers });
         assert_eq!(layout.token_bytes(), 2 * (6 + 10 + 1 + 2));
         let mut buffer = RowBuffer::new(Arc::clone(&layout), 3, 1);
         let mut fill = 1;

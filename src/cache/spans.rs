@@ -16,9 +16,9 @@ pub type SpanId = u64;
 pub struct Span {
     /// Key of the tokens before it; the key of the model and cache group if there are none.
     pub parent: BlockKey,
-    /// How many tokens are before it: a multiple of the block size.
+    /// How many tokens are before it: a multiple of the block size, but for states.
     pub start: usize,
-    /// Its tokens: whole blocks, or fewer tokens than one.
+    /// Its tokens: whole blocks, or fewer tokens than one; of a state the last one that it stands for.
     pub tokens: Arc<[u32]>,
 }
 
@@ -27,7 +27,7 @@ pub struct Span {
 pub struct Piece {
     /// Which span.
     pub span: SpanId,
-    /// Position of its first useful token in the sequence: a multiple of the block size.
+    /// Position of its first useful token in the sequence: a multiple of the block size, but for states.
     pub position: usize,
     /// Tokens of the span before that.
     pub skip: usize,
@@ -106,6 +106,26 @@ impl SpanIndex {
             key = chain_key(&key, block);
             position += self.block_tokens;
         }
+    }
+
+    /// The longest beginning of `tokens`, of more than `from` of them, whose last token is a span by itself: that of a state,
+    /// which stands for all tokens before it, too.
+    pub fn find_state(&self, root: &BlockKey, tokens: &[u32], from: usize) -> Option<Piece> {
+        if self.is_empty() {
+            return None;
+        }
+        // Before each block.
+        let mut keys = vec![*root];
+        for block in tokens.chunks_exact(self.block_tokens) {
+            keys.push(chain_key(&keys[keys.len() - 1], block));
+        }
+        (from..tokens.len()).rev().find_map(|last| {
+            let before = &tokens[last / self.block_tokens * self.block_tokens..last];
+            let key = keys[last / self.block_tokens];
+            let parent = if before.is_empty() { key } else { chain_key(&key, before) };
+            let place = self.blocks.get(&Edge { parent, tokens: [tokens[last]].into() })?;
+            Some(Piece { span: place.span, position: last, skip: place.offset, tokens: 1 })
+        })
     }
 
     /// The block behind `parent` that begins with most of `tokens`, and with how many: more than none.
@@ -255,6 +275,28 @@ mod tests {
         assert_eq!(index.held(&span(&[], &all)), 14);
         assert_eq!(index.held(&span(&first, &[12])), 1);
         assert_eq!(index.held(&span(&first, &[13])), 0);
+    }
+
+    #[test]
+    fn states_are_found_by_all_tokens_that_they_stand_for() {
+        let mut index = SpanIndex::new(4);
+        let all: Vec<u32> = (0..20).collect();
+        assert_eq!(index.find_state(&ROOT, &all, 0), None);
+        let ends = [3, 4, 10, 12];
+        for (id, end) in (1..).zip(ends) {
+            assert!(index.insert(id, &span(&all[..end - 1], &all[end - 1..end])).is_empty());
+        }
+        let found = |tokens: &[u32], from| index.find_state(&ROOT, tokens, from).map(|piece| piece.position + 1);
+        let longest = |tokens: usize| ends.into_iter().filter(|&end| end <= tokens).max();
+        for tokens in 0..20 {
+            assert_eq!(found(&all[..tokens], 0), longest(tokens), "{tokens}");
+            assert_eq!(found(&all[..tokens], 9), longest(tokens).filter(|&end| end > 9), "{tokens}");
+        }
+        let mut other = all.clone();
+        other[2] = 99;
+        assert_eq!(found(&other, 0), None, "one token is another one");
+        assert_eq!(index.find_state(&[8; 32], &all, 0), None, "another model");
+        assert_eq!(index.held(&span(&all[..9], &all[9..10])), 1);
     }
 
     #[test]

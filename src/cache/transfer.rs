@@ -24,7 +24,7 @@ impl Pages {
         };
         let layers = layout.layers.iter().enumerate().filter(|(_, layer)| layer.group == group);
         let layers = layers.map(|(layer, rows)| LayerRows { layer, keys: rows.keys, values: rows.values });
-        Some(Arc::new(RowLayout { dtype, layers: layers.collect() }))
+        Some(Arc::new(RowLayout { dtype, state: None, layers: layers.collect() }))
     }
 
     /// Copies the rows of consecutive blocks of a group to `to`, which has as many tokens as the blocks, or fewer.

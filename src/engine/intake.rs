@@ -55,6 +55,8 @@ pub struct EngineText {
     defaults: GenerationDefaults,
     context: usize,
     vocab: usize,
+    /// Sequences of the model have more than rows.
+    has_states: bool,
     /// Of an encoder: what its folder says about texts.
     limits: Option<TextLimits>,
     /// Built for the first request that needs it.
@@ -111,6 +113,7 @@ impl EngineText {
             defaults,
             context,
             vocab: models::vocab_size(&config)?,
+            has_states: models::plan(&config)?.state_bytes > 0,
             limits: None,
             grammar: OnceLock::new(),
         })
@@ -125,6 +128,7 @@ impl EngineText {
             defaults: GenerationDefaults::default(),
             context,
             vocab: models::vocab_size(&config)?,
+            has_states: false,
             limits: Some(TextLimits::load(folder, context)?),
             grammar: OnceLock::new(),
         })
@@ -153,13 +157,17 @@ impl EngineText {
 
     /// The prompt text of a chat.
     pub fn render(&self, chat: &ChatInput) -> Result<String> {
+        self.render_asking(chat, chat.add_generation_prompt)
+    }
+
+    fn render_asking(&self, chat: &ChatInput, add_generation_prompt: bool) -> Result<String> {
         let templates = self.text_model()?.templates();
         let messages = templates.with_argument_objects(&chat.messages);
         templates.render(&crate::text::ChatInput {
             messages: messages.as_ref().unwrap_or(&chat.messages),
             tools: chat.tools.as_ref(),
             template: chat.template.as_deref(),
-            add_generation_prompt: chat.add_generation_prompt,
+            add_generation_prompt,
             kwargs: Some(&chat.kwargs),
         })
     }
@@ -195,6 +203,18 @@ impl EngineText {
                 })
             }
         }
+    }
+
+    /// Tokens of `prompt` up to the end of the last message of a chat with this `text`, or but for the last one. Of models
+    /// without states nobody asks.
+    fn last_message(&self, input: &Input, prompt: &[u32], text: Option<&str>) -> usize {
+        let asking = || {
+            let (Input::Chat(chat), true) = (input, self.has_states) else { return None };
+            let messages = self.render_asking(chat, false).ok()?;
+            let asking = self.tokenizer().ok()?.encode(text?.strip_prefix(&*messages)?, false).ok()?;
+            Some(asking.len()).filter(|_| prompt.ends_with(&asking))
+        };
+        prompt.len() - asking().filter(|asking| (1..prompt.len()).contains(asking)).unwrap_or(1)
     }
 
     /// The model's tokens as grammars see them; built by the first who asks.
@@ -292,6 +312,7 @@ impl EngineText {
             Err(error) => return Err((error, sink)),
         };
         let answer = self.answer(&request, text.as_deref());
+        let last_message = self.last_message(&request.input, &prompt, text.as_deref());
         let defaults = &self.defaults;
         let room = context - prompt.len();
         let mut stop_tokens: HashSet<u32> = request.stop_tokens.iter().copied().collect();
@@ -320,6 +341,7 @@ impl EngineText {
         Ok(Prepared {
             max_tokens: request.max_tokens.or(defaults.max_tokens).unwrap_or(room).min(room),
             prompt,
+            last_message,
             sampling,
             stop_tokens,
             stop,

@@ -15,9 +15,10 @@ use super::request::Priority;
 use super::runner::Runner;
 use super::scheduler::Scheduler;
 use super::sequence::Sequence;
-use super::tiers::{Fetch, ModelTiers, Rows};
+use super::tiers::{Fetch, Has, ModelTiers, Rows};
 use super::worker::Command;
 use super::worth::MoveRate;
+use crate::cache::rows::RowBuffer;
 use crate::cache::{BlockId, BlockManager, Table};
 use crate::error::Result;
 use crate::fault;
@@ -148,16 +149,16 @@ impl Restores {
     /// the others find in the pools what it brings.
     pub fn ask(&mut self, tiers: &ModelTiers, scheduler: &mut Scheduler, inbox: &Sender<Command>) {
         if let Some(first) = self.queue.front_mut().filter(|first| first.table.is_none()) {
-            let cached = first.cached(scheduler);
+            let (has, cached) = first.cached(scheduler);
             if cached < first.from {
                 first.give_up(&mut self.ahead);
                 let (limit, seconds) = (first.limit(), scheduler.seconds_per_token(first.tokens.len()));
-                let fetches = tiers.find(&first.tokens[..limit], cached, seconds, self.moving);
+                let fetches = tiers.find(&first.tokens[..limit], has, seconds, self.moving);
                 // What is on its way is for another one.
                 first.begin_again(self.next, cached, fetches);
                 self.next += 1;
             }
-            first.skip_cached(cached, &mut self.ahead);
+            first.skip_cached(has, cached, &mut self.ahead);
         }
         let mut beginnings: Vec<Arc<[u32]>> = Vec::new();
         for (place, restore) in self.queue.iter_mut().enumerate() {
@@ -299,7 +300,7 @@ impl Restore {
         // What the pools have of it is not to be taken for the rest of it.
         let blocks = scheduler.blocks();
         let mut table = blocks.table();
-        blocks.find(&mut table, &self.tokens, 0, self.from);
+        blocks.find_rows(&mut table, &self.tokens, self.from);
         let available: Vec<usize> = (0..groups).map(|group| blocks.available(group)).collect();
         blocks.release(table);
         let waits = |group: usize| {
@@ -316,10 +317,11 @@ impl Restore {
         self.tokens.len().saturating_sub(1)
     }
 
-    /// Tokens that the pools have now: whole blocks.
-    fn cached(&self, scheduler: &mut Scheduler) -> usize {
+    /// What the pools have now, and the whole blocks of it.
+    fn cached(&self, scheduler: &mut Scheduler) -> (Has, usize) {
         let blocks = scheduler.blocks();
-        blocks.peek(&self.tokens[..self.end()]) / blocks.block_tokens() * blocks.block_tokens()
+        let has: Has = blocks.look(&self.tokens[..self.end()]).into();
+        (has, has.rows / blocks.block_tokens() * blocks.block_tokens())
     }
 
     /// Rows that the pools had were evicted meanwhile: `fetches` are behind those that are left.
@@ -331,10 +333,11 @@ impl Restore {
     }
 
     /// Another may have brought some of the rows meanwhile.
-    fn skip_cached(&mut self, cached: usize, ahead: &mut usize) {
+    fn skip_cached(&mut self, has: Has, cached: usize, ahead: &mut usize) {
         self.from = self.from.max(cached);
         for (fetch, rows) in self.fetches.iter_mut().zip(&mut self.rows) {
-            let skip = self.from.saturating_sub(fetch.position).min(fetch.tokens);
+            let there = if fetch.is_state { has.tokens } else { self.from };
+            let skip = there.saturating_sub(fetch.position).min(fetch.tokens);
             fetch.position += skip;
             fetch.skip += skip;
             fetch.tokens -= skip;
@@ -349,11 +352,16 @@ impl Restore {
 
     /// Takes blocks for all rows; false if there are not enough, or if what the pools had is no longer there.
     fn take_blocks(&mut self, scheduler: &mut Scheduler) -> bool {
-        let blocks = scheduler.blocks();
+        let (end, blocks) = (self.end(), scheduler.blocks());
         let mut table = blocks.table();
-        let found = blocks.find(&mut table, &self.tokens, 0, self.from);
-        // Restored rows begin at a block: nothing is copied.
-        let taken = found.tokens == self.from && blocks.extend_with_restored(&mut table, self.from, self.end()).is_ok();
+        // Restored rows begin at a block: nothing is copied. Where only a state comes, the pools have all rows.
+        let brings_rows = self.fetches.iter().any(|fetch| !fetch.is_state);
+        let had = if brings_rows { self.from } else { end };
+        let rows = blocks.find_rows(&mut table, &self.tokens, had) == had
+            && (!brings_rows || blocks.extend_with_restored(&mut table, self.from, end).is_ok());
+        let states =
+            self.fetches.iter().all(|fetch| !fetch.is_state) || rows && blocks.receive_state(&mut table, end).is_some();
+        let taken = rows && states;
         if taken {
             self.table = Some(table);
         } else {
@@ -370,6 +378,15 @@ impl Restore {
     fn place(&mut self, at: usize, runner: &mut Runner) -> Result<usize> {
         let Arrival::Here(rows) = std::mem::replace(&mut self.rows[at], Arrival::InPlace) else { return Ok(0) };
         let (Some(table), fetch) = (&self.table, &self.fetches[at]) else { return Ok(0) };
+        if fetch.is_state {
+            if let Some(slot) = table.state() {
+                runner.states().write(slot, &rows)?;
+                if fault::happens("restore.state", runner.id()) {
+                    runner.states().write(slot, &RowBuffer::new(Arc::clone(rows.layout()), 1, 0))?;
+                }
+            }
+            return Ok(rows.layout().token_bytes());
+        }
         let block_tokens = runner.pages().block_tokens();
         let first = fetch.position / block_tokens;
         let blocks = table.blocks(fetch.group).skip(first).take(fetch.tokens.div_ceil(block_tokens));
@@ -401,6 +418,9 @@ impl Restore {
     /// Tokens whose rows are there now, as far as a sequence needs them that goes on behind them.
     fn reached(&self, blocks: &BlockManager) -> usize {
         let block_tokens = blocks.block_tokens();
+        if self.fetches.iter().all(|fetch| fetch.is_state) {
+            return self.end();
+        }
         let own = |group| self.fetches.iter().zip(&self.rows).filter(move |(fetch, _)| fetch.group == group);
         let there = |group| {
             let there = own(group).take_while(|(_, rows)| matches!(rows, Arrival::InPlace));
@@ -431,7 +451,16 @@ impl Restore {
                 let first = own.map(|fetch| fetch.position).min().unwrap_or(reached);
                 blocks.set_saved(group, tokens, first);
             }
+            let state = self.fetches.iter().zip(&self.rows).find(|(fetch, _)| fetch.is_state);
+            let comes = state.is_some();
+            let there = state.filter(|(fetch, rows)| fetch.end() == reached && matches!(rows, Arrival::InPlace));
+            if there.is_some() {
+                blocks.keep_restored_state(&table, tokens);
+            }
             blocks.release(table);
+            if comes && there.is_none() {
+                reached = blocks.peek(&self.tokens);
+            }
         }
         (self.tokens, self.then, reached)
     }

@@ -13,7 +13,9 @@ use super::scheduler::{Run, StepInput, StepPlan};
 use super::sequence::{SampledToken, SequenceId};
 use super::shape::Shape;
 use super::states::States;
-use crate::cache::{BlockCopy, Pages, copy_places, place};
+use crate::cache::rows::RowBuffer;
+use crate::cache::snapshots::SlotCopy;
+use crate::cache::{BlockCopy, Pages, Save, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::{self, Backend, Placement, Segment, StatePlacement};
@@ -116,9 +118,9 @@ impl Runner {
         Self { id, model, vocab, backend, pages, states, samplers: HashMap::new(), newest: None, piece: None }
     }
 
-    /// Whether sequences have more than rows in blocks.
-    pub fn has_states(&self) -> bool {
-        !self.states.is_empty()
+    /// What sequences have besides rows in blocks.
+    pub fn states(&mut self) -> &mut States {
+        &mut self.states
     }
 
     /// The model's id.
@@ -129,6 +131,14 @@ impl Runner {
     /// The pools.
     pub fn pages(&mut self) -> &mut Pages {
         &mut self.pages
+    }
+
+    /// Copies what is to be saved. No step that writes it may be on its way.
+    pub fn read_rows(&mut self, save: &Save, to: &mut RowBuffer) -> Result<()> {
+        match save.blocks[..] {
+            [slot] if to.layout().is_state() => self.states.read(slot, to),
+            _ => self.pages.read_rows(&save.blocks, to),
+        }
     }
 
     /// Layers behind any of which prompt tokens may wait for the next step. A GPU caches what it makes for every shape of a
@@ -148,7 +158,6 @@ impl Runner {
     /// Forgets a sequence; a step of it that is still running keeps what it needs.
     pub fn remove(&mut self, id: SequenceId) {
         self.samplers.remove(&id);
-        self.states.remove(id);
     }
 
     /// Describes a step up to what its tokens are drawn from.
@@ -224,8 +233,9 @@ impl Runner {
         let layers = if plan.layers.len() == self.stops() { 0..depth } else { plan.layers.clone() };
         // By themselves, and together: the copies are made in every layer, by whoever is there.
         let by_itself = layers != (0..depth) && answers > 0;
-        let alone = by_itself.then(|| self.pack(&plan.runs[..answers], &plan.copies)).transpose()?;
-        let together = self.pack(&plan.runs, &plan.copies)?;
+        let copies = (&plan.copies[..], &plan.slot_copies[..]);
+        let alone = by_itself.then(|| self.pack(&plan.runs[..answers], copies)).transpose()?;
+        let together = self.pack(&plan.runs, copies)?;
         let mut x = if layers.start == 0 {
             self.model.embed(&self.tokens(&plan.runs, &together.packed.shape)?)?
         } else {
@@ -250,15 +260,19 @@ impl Runner {
         Ok((x, alone.packed.shape))
     }
 
-    fn pack(&mut self, runs: &[Run], copies: &[BlockCopy]) -> Result<Placed> {
-        let mut packed = Packed::new(runs, copies, self.pages.block_tokens(), self.backend.gpu().is_some());
+    fn pack(&mut self, runs: &[Run], copies: (&[BlockCopy], &[SlotCopy])) -> Result<Placed> {
+        let mut packed = Packed::new(runs, copies.0, self.pages.block_tokens(), self.backend.gpu().is_some());
         if fault::happens("runner.table", &self.id) {
             packed.placements.iter_mut().for_each(|placement| Arc::make_mut(placement).tables.reverse());
         }
         if fault::happens("runner.window", &self.id) {
             packed.placements.iter_mut().skip(1).for_each(|placement| Arc::make_mut(placement).tables.rotate_right(1));
         }
-        let states = self.states.place(runs, &packed.shape)?;
+        let mut states = self.states.place(runs, copies.1, &packed.shape)?;
+        if fault::happens("runner.state", &self.id) {
+            let slots = self.states.slots() as u32;
+            Arc::make_mut(&mut states).runs.iter_mut().for_each(|run| run.slot = (run.slot + 1) % slots);
+        }
         Ok(Placed { packed, states })
     }
 

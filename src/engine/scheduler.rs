@@ -7,6 +7,7 @@
 //! is still computing; those are then read, and if one ends its sequence the extra step's token is dropped.
 
 mod room;
+mod sharing;
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::pace::{Pace, Work};
 use super::sequence::{SampledToken, Sequence, SequenceId, cancelled};
 use crate::cache::blocks::BlockId;
 use crate::cache::manager::{BlockCopy, BlockManager, Table};
+use crate::cache::snapshots::{SlotCopy, SlotId};
 use crate::error::Error;
 use crate::text::grammar::TokenMask;
 
@@ -27,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct StepPlan {
     /// Done before anything else, in this order.
     pub copies: Vec<BlockCopy>,
+    /// Likewise, of states.
+    pub slot_copies: Vec<SlotCopy>,
     /// Tokens of each sequence, in the order of the step's rows.
     pub runs: Vec<Run>,
     /// How many of the runs, the last ones, belong to prompts.
@@ -50,6 +54,8 @@ pub struct Run {
     pub samples: bool,
     /// The sequence's blocks, group by group.
     pub tables: Vec<Vec<Option<BlockId>>>,
+    /// Where its state is, for models that have some.
+    pub state: Option<SlotId>,
 }
 
 /// Input tokens of a run.
@@ -382,6 +388,7 @@ impl Scheduler {
             }
             let sequence = &self.running[at];
             let (start, end) = (found.tokens, known.min(found.tokens + share.tokens));
+            let end = self.next_mark(sequence, start).map_or(end, |mark| end.min(mark));
             (StepInput::Known(sequence.tokens[start..end].to_vec()), start, end)
         } else {
             // All known tokens are computed: go on from the newest sampled one, if the answer may be longer.
@@ -393,10 +400,11 @@ impl Scheduler {
             (StepInput::Unread, start, start + 1)
         };
         self.blocks.extend(table, start, end, &mut plan.copies).map_err(|short| Refused::NoBlocks(short.group))?;
+        let state = self.place_state(table, start, plan)?;
         self.running[at].tell_start();
         let samples = share.whole && self.complete(at, table, end);
         let tables = (0..self.blocks.groups()).map(|group| table.blocks(group).collect()).collect();
-        Ok(Run { sequence: self.running[at].id, input, start, samples, tables })
+        Ok(Run { sequence: self.running[at].id, input, start, samples, tables, state })
     }
 
     /// The step that is being planned computes the running sequence `at` up to `end`, in the last layer too: so others may
@@ -406,25 +414,16 @@ impl Scheduler {
         let (start, prompt) = (sequence.computed, sequence.prompt_len);
         self.counters.prompt_tokens += (end.min(prompt) - start.min(prompt)) as u64;
         let samples = sequence.run_to(end);
+        self.blocks.complete_state(table, end);
         self.blocks.index(table, &sequence.tokens, end);
-        if end == prompt {
+        let keeps_state = self.blocks.has_states() && sequence.marks.contains(end, self.blocks.block_tokens());
+        if end == prompt || keeps_state {
             self.blocks.index_tail(table, &sequence.tokens, end);
         }
+        if keeps_state {
+            self.blocks.keep_state(table, &sequence.tokens[..end]);
+        }
         samples
-    }
-
-    /// Whether a run of `plan` computes what the running sequence `at` would, at its beginning: waiting for it is cheaper.
-    fn goes_on_as_another(&self, at: usize, plan: &StepPlan) -> bool {
-        let sequence = &self.running[at];
-        let start = sequence.computed;
-        // The last token is computed in any case.
-        let reusable = start + 1 < sequence.tokens.len();
-        let same = |run: &Run| {
-            let other = self.running.iter().find(|other| other.id == run.sequence);
-            let known = other.and_then(|other| other.tokens.get(..=start));
-            (run.start..run.start + run.tokens()).contains(&start) && known == Some(&sequence.tokens[..=start])
-        };
-        reusable && plan.runs.iter().any(same)
     }
 
     /// Lets the next waiting sequence run, if there is room for it.
@@ -470,6 +469,10 @@ impl Scheduler {
             table = self.blocks.table();
         }
         let mut sequence = self.waiting.remove(next);
+        let block_tokens = self.blocks.block_tokens();
+        if self.blocks.has_states() && found.rows > found.tokens + block_tokens {
+            sequence.marks.branch(found.rows, block_tokens);
+        }
         let hit = if short { 0 } else { found.tokens };
         self.counters.cached_tokens += sequence.skip_to(hit) as u64;
         sequence.table = Some(table);
@@ -543,6 +546,7 @@ impl Scheduler {
             self.ends.push((sequence, Err(error.clone())));
         }
         self.blocks.clear();
+        self.blocks.clear_states();
         ids
     }
 
@@ -581,6 +585,9 @@ impl Scheduler {
         self.piece.runs.retain(|run| run.sequence != sequence.id);
         if let Some(mut table) = sequence.table.take() {
             self.blocks.index_tail(&mut table, &sequence.tokens, sequence.computed);
+            if let Some(computed) = sequence.tokens.get(..sequence.computed) {
+                self.blocks.keep_state(&table, computed);
+            }
             self.blocks.release(table);
         }
     }

@@ -87,16 +87,26 @@ fn masked(mask: Option<TokenMask>, token: u32) -> u32 {
 
 /// The answer that a request gets when it is alone, of a model whose layers keep all rows.
 fn expected(layers: usize, prompt: &[u32], max_tokens: usize, choice: u64) -> Vec<u32> {
-    expected_of(&vec![GroupKind::Full; layers], prompt, max_tokens, choice, Guided::Free)
+    let model = FakeModel { layers: vec![GroupKind::Full; layers], states: false };
+    expected_of(&model, prompt, max_tokens, choice, Guided::Free)
 }
 
-fn expected_of(layers: &[GroupKind], prompt: &[u32], max_tokens: usize, choice: u64, guided: Guided) -> Vec<u32> {
+/// What a model's layers see of the tokens before.
+struct FakeModel {
+    layers: Vec<GroupKind>,
+    /// Besides, each has a state, which all tokens so far have changed.
+    states: bool,
+}
+
+fn expected_of(model: &FakeModel, prompt: &[u32], max_tokens: usize, choice: u64, guided: Guided) -> Vec<u32> {
     let mut guide = guide(guided);
-    let mut rows: Vec<Vec<Row>> = vec![Vec::new(); layers.len()];
+    let mut rows: Vec<(Vec<Row>, Row)> = vec![(Vec::new(), FIRST); model.layers.len()];
     let mut pass = |token: u32| {
-        rows.iter_mut().zip(layers).fold(Row::from(token), |hidden, (rows, &kind)| {
+        rows.iter_mut().zip(&model.layers).fold(Row::from(token), |hidden, ((rows, state), &kind)| {
             let before = rows[seen(kind, rows.len())].iter().copied().reduce(next_row).unwrap_or(FIRST);
-            rows.push(next_row(before, hidden));
+            let seen = if model.states { next_row(before, *state) } else { before };
+            *state = next_row(*state, hidden);
+            rows.push(next_row(seen, hidden));
             rows[rows.len() - 1]
         })
     };
@@ -137,6 +147,8 @@ struct Machine {
     kinds: Vec<GroupKind>,
     /// By layer, block and place in it.
     rows: HashMap<(usize, BlockId, usize), Row>,
+    /// By layer and slot; of models with states.
+    states: Option<HashMap<(usize, SlotId), Row>>,
     /// What comes from the layers that a piece has passed.
     held: HashMap<SequenceId, Vec<Row>>,
     /// Steps in which a piece stopped on its way.
@@ -148,6 +160,8 @@ struct Machine {
     choices: HashMap<SequenceId, u64>,
     asked: Vec<Asked>,
     next_id: SequenceId,
+    /// Tokens behind the last message of a prompt.
+    asks_with: usize,
     /// Turns that a growth takes.
     slow_growth: usize,
     growing: Option<(Vec<usize>, usize)>,
@@ -156,6 +170,8 @@ struct Machine {
     wrong_tables: bool,
     /// Tables of windows are one block off.
     wrong_windows: bool,
+    /// States are not copied.
+    loses_states: bool,
     /// Forgets what it should hold.
     forgets: bool,
     /// Draws what is not allowed.
@@ -174,6 +190,7 @@ impl Machine {
             limits,
             kinds: kinds.to_vec(),
             rows: HashMap::new(),
+            states: None,
             held: HashMap::new(),
             stops: 0,
             in_flight: Vec::new(),
@@ -181,12 +198,14 @@ impl Machine {
             choices: HashMap::new(),
             asked: Vec::new(),
             next_id: 0,
+            asks_with: 1,
             slow_growth: 0,
             growing: None,
             steps: 0,
             computed: 0,
             wrong_tables: false,
             wrong_windows: false,
+            loses_states: false,
             forgets: false,
             ignores_masks: false,
         }
@@ -206,6 +225,7 @@ impl Machine {
     ) -> usize {
         let (state, sink) = RequestState::new("m".into(), Default::default(), Activity::new().enter());
         let prepared = Prepared {
+            last_message: prompt.len().saturating_sub(self.asks_with).max(1),
             prompt: prompt.clone(),
             max_tokens,
             sampling: SamplingParams::default(),
@@ -325,6 +345,7 @@ impl Machine {
             let passing: Vec<usize> = (0..plan.runs.len()).filter(|&at| passes(at)).collect();
             if !passing.is_empty() {
                 self.copy_blocks(layer, &plan.copies);
+                self.copy_states(layer, &plan.slot_copies);
             }
             for &at in &passing {
                 self.pass(layer, &plan.runs[at], &mut hidden[at]);
@@ -370,6 +391,12 @@ impl Machine {
         }
     }
 
+    fn copy_states(&mut self, layer: usize, copies: &[SlotCopy]) {
+        let Some(states) = self.states.as_mut().filter(|_| !self.loses_states) else { return };
+        let read: Vec<Row> = copies.iter().map(|copy| states.get(&(layer, copy.from)).copied().unwrap_or(0)).collect();
+        states.extend(copies.iter().map(|copy| (layer, copy.to)).zip(read));
+    }
+
     /// Block and place in it of a run's token in the layer's group.
     fn place(&self, layer: usize, run: &Run, position: usize) -> Option<(BlockId, usize)> {
         let (block_tokens, group) = (self.scheduler.blocks.block_tokens(), group_of(layer, self.kinds.len()));
@@ -393,8 +420,14 @@ impl Machine {
                 let place = self.place(layer, run, position);
                 place.and_then(|(block, offset)| self.rows.get(&(layer, block, offset)).copied()).unwrap_or(0)
             };
-            let before = seen(kind, position).map(row).reduce(next_row).unwrap_or(FIRST);
-            *hidden = next_row(before, *hidden);
+            let mut seen = seen(kind, position).map(row).reduce(next_row).unwrap_or(FIRST);
+            if let Some((states, slot)) = self.states.as_mut().zip(run.state) {
+                let before = states.get(&(layer, slot)).copied().filter(|_| position > 0);
+                let before = if position == 0 { FIRST } else { before.unwrap_or(0) };
+                seen = next_row(seen, before);
+                states.insert((layer, slot), next_row(before, *hidden));
+            }
+            *hidden = next_row(seen, *hidden);
             // A wrong table may have no block there.
             if let Some((block, offset)) = self.place(layer, run, position) {
                 self.rows.insert((layer, block, offset), *hidden);
@@ -412,6 +445,8 @@ impl Machine {
         prop_assert!(self.scheduler.is_idle(), "sequences are left without a step");
         let used = (0..self.kinds.len()).map(|group| self.scheduler.blocks.counts(group).used).sum::<usize>();
         prop_assert_eq!(used, 0, "a leak at idle");
+        let slots = self.scheduler.blocks.snapshots().map_or(0, |snapshots| snapshots.counts().used);
+        prop_assert_eq!(slots, 0, "a leak of states at idle");
         for asked in std::mem::take(&mut self.asked) {
             self.check_answer(&asked)?;
         }
@@ -433,10 +468,11 @@ impl Machine {
             let most = |group| self.scheduler.most_blocks(group, tokens) <= self.limits.blocks[group];
             (0..self.kinds.len()).all(most)
         };
-        let layers: Vec<GroupKind> =
-            (0..self.limits.layers).map(|layer| self.kinds[group_of(layer, self.kinds.len())]).collect();
+        let kind = |layer| self.kinds[group_of(layer, self.kinds.len())];
+        let layers = (0..self.limits.layers).map(kind).collect();
+        let model = FakeModel { layers, states: self.states.is_some() };
         for (choice, answer) in answers.iter().enumerate() {
-            let expected = expected_of(&layers, &asked.prompt, asked.max_tokens, choice as u64, asked.guided);
+            let expected = expected_of(&model, &asked.prompt, asked.max_tokens, choice as u64, asked.guided);
             let fits = holds(asked.prompt.len() + expected.len() + 1);
             if done.error.is_none() && fits {
                 prop_assert_eq!(answer, &expected, "{} tokens of prompt", asked.prompt.len());
@@ -520,6 +556,7 @@ fn play(machine: &mut Machine, actions: &[Action]) -> Result<(), TestCaseError> 
             }
             Action::ClearCache => {
                 machine.scheduler.blocks().clear();
+                machine.scheduler.blocks().clear_states();
             }
         }
     }
@@ -586,3 +623,5 @@ fn step(machine: &mut Machine) -> (Vec<usize>, Range<usize>, Vec<bool>) {
 mod cancels;
 #[path = "scheduler_case_tests.rs"]
 mod single;
+#[path = "scheduler_state_tests.rs"]
+mod states;

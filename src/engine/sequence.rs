@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::answer::{AnswerPlan, AnswerText, Pieces};
 use super::events::{ChoiceSink, Delta, EventSink, FinishReason, TokenLogprob, Usage};
+use super::marks::Marks;
 use super::queue::QueueTicket;
 use super::request::Priority;
 use crate::cache::manager::Table;
@@ -22,6 +23,8 @@ pub type SequenceId = u64;
 pub struct Prepared {
     /// Prompt tokens; never empty, and shorter than the context.
     pub prompt: Vec<u32>,
+    /// Tokens of the prompt up to the end of its last message: what follows asks for the answer.
+    pub last_message: usize,
     /// Tokens to sample at most; prompt and answer fit the context.
     pub max_tokens: usize,
     /// Sampling parameters, seed included.
@@ -53,6 +56,8 @@ pub struct Sequence {
     /// Prompt and sampled tokens that have been read.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_len: usize,
+    /// Where its states are kept.
+    pub(super) marks: Marks,
     /// Tokens whose keys and values are computed or being computed.
     pub(super) computed: usize,
     /// Sampled tokens that are still on the device.
@@ -97,6 +102,7 @@ impl Sequence {
     pub fn of_request(first: SequenceId, prepared: Prepared, text: Option<Arc<TextModel>>, now: Instant) -> Vec<Self> {
         let Prepared {
             prompt,
+            last_message,
             max_tokens,
             sampling,
             stop_tokens,
@@ -114,6 +120,7 @@ impl Sequence {
             .map(|(choice, sink)| Self {
                 id: first + choice as SequenceId,
                 prompt_len: prompt.len(),
+                marks: Marks::new(prompt.len(), last_message),
                 tokens: prompt.clone(),
                 computed: 0,
                 unread: 0,

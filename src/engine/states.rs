@@ -1,29 +1,31 @@
-//! The states of living sequences: which slot is whose.
+//! The states of recurrent layers, in slots that the scheduler hands out.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use mlx_rs::{Array, Dtype};
+
 use super::scheduler::Run;
-use super::sequence::SequenceId;
 use super::shape::Shape;
+use crate::cache::rows::{LayerRows, RowBuffer, RowLayout, RowType};
+use crate::cache::snapshots::{SlotCopy, SlotId};
 use crate::error::{Error, Result};
-use crate::kernels::{Backend, StatePlacement, StateRun};
+use crate::kernels::{Backend, StatePlacement, StateRun, read_array};
+use crate::mlx::{self, HostBuffer};
 use crate::nn::{StateLayout, StatePools};
 
-/// States of all layers that have some, with a slot for each sequence.
+/// States of all layers that have some.
 #[derive(Debug)]
 pub struct States {
+    backend: Backend,
     pools: Vec<StatePools>,
-    slots: HashMap<SequenceId, u32>,
-    free: Vec<u32>,
+    slots: usize,
 }
 
 impl States {
-    /// For layers that keep `layouts` of a sequence, and `sequences` of these at a time.
-    pub fn new(backend: &Backend, layouts: &[StateLayout], sequences: usize) -> Result<Self> {
-        let pools = layouts.iter().map(|layout| StatePools::new(backend.clone(), layout, sequences));
-        let pools = pools.collect::<Result<_>>()?;
-        Ok(Self { pools, slots: HashMap::new(), free: (0..sequences as u32).rev().collect() })
+    /// `slots` slots for layers that keep `layouts` of a sequence.
+    pub fn new(backend: &Backend, layouts: &[StateLayout], slots: usize) -> Result<Self> {
+        let pools = layouts.iter().map(|layout| StatePools::new(backend.clone(), layout, slots));
+        Ok(Self { backend: backend.clone(), pools: pools.collect::<Result<_>>()?, slots })
     }
 
     /// Whether no layer has a state.
@@ -36,29 +38,122 @@ impl States {
         &mut self.pools
     }
 
-    /// Where the states of a step's sequences are, of which those that are new get slots.
-    pub fn place(&mut self, runs: &[Run], shape: &Shape) -> Result<Arc<StatePlacement>> {
+    /// Slots that there are.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Bytes of a slot in all layers.
+    pub fn slot_bytes(&self) -> usize {
+        self.pools.iter().map(|pools| pools.layout().slot_bytes()).sum()
+    }
+
+    /// Changes the number of slots; those behind a smaller number are lost. No step may be on its way. After an error all
+    /// layers have as many as before, or more.
+    pub fn resize(&mut self, slots: usize) -> Result<()> {
+        self.pools.iter_mut().try_for_each(|pools| pools.resize(slots))?;
+        self.slots = slots;
+        Ok(())
+    }
+
+    /// Where the states of a step's sequences are, and what is copied there first.
+    pub fn place(&self, runs: &[Run], copies: &[SlotCopy], shape: &Shape) -> Result<Arc<StatePlacement>> {
         if self.is_empty() {
             return Ok(Arc::default());
         }
-        let mut placed = Vec::with_capacity(runs.len());
-        for (run, &row) in runs.iter().zip(&shape.first) {
-            let slot = match self.slots.get(&run.sequence) {
-                Some(&slot) => slot,
-                None => {
-                    let slot = self.free.pop().ok_or_else(|| Error::internal("more sequences than states"))?;
-                    self.slots.insert(run.sequence, slot);
-                    slot
-                }
-            };
-            placed.push(StateRun { rows: row..row + run.tokens(), slot, begins: run.start == 0 });
-        }
-        placed.sort_by_key(|run| run.rows.start);
-        Ok(Arc::new(StatePlacement { copies: Vec::new(), runs: placed }))
+        let placed = |(run, &row): (&Run, &usize)| {
+            let slot = run.state.ok_or_else(|| Error::internal("a run without a state"))?;
+            Ok(StateRun { rows: row..row + run.tokens(), slot, begins: run.start == 0 })
+        };
+        let mut runs = runs.iter().zip(&shape.first).map(placed).collect::<Result<Vec<_>>>()?;
+        runs.sort_by_key(|run| run.rows.start);
+        Ok(Arc::new(StatePlacement { copies: copies.iter().map(|copy| (copy.from, copy.to)).collect(), runs }))
     }
 
-    /// A sequence has ended.
-    pub fn remove(&mut self, id: SequenceId) {
-        self.free.extend(self.slots.remove(&id));
+    /// What other tiers keep of a state: layers are counted among those that have one. `None` without states, and where they
+    /// have number formats that no tier takes.
+    pub fn row_layout(&self) -> Option<Arc<RowLayout>> {
+        let types = |pools: &StatePools| {
+            let arrays = &pools.layout().arrays;
+            let kept = row_type(arrays.first()?.1)?;
+            let state = arrays.get(1).map_or(Some(RowType::F32), |(_, dtype)| row_type(*dtype))?;
+            (arrays.len() <= 2).then_some((kept, state))
+        };
+        let (dtype, state) = types(self.pools.first()?)?;
+        if !self.pools.iter().all(|pools| types(pools) == Some((dtype, state))) {
+            return None;
+        }
+        let sizes = |array: Option<&(Vec<usize>, Dtype)>| match array {
+            Some((shape, _)) => (shape[0], shape[1..].iter().product()),
+            None => (0, 0),
+        };
+        let layers = self.pools.iter().enumerate().map(|(layer, pools)| {
+            let arrays = &pools.layout().arrays;
+            LayerRows { layer, keys: sizes(arrays.first()), values: sizes(arrays.get(1)) }
+        });
+        Some(Arc::new(RowLayout { dtype, state: Some(state), layers: layers.collect() }))
+    }
+
+    /// Copies a state to the one row of `to`. No step may be on its way that writes it.
+    pub fn read(&self, slot: SlotId, to: &mut RowBuffer) -> Result<()> {
+        let mut gathered = Vec::new();
+        if !matches!(self.backend, Backend::Cpu(_)) {
+            let place = mlx::indices(&[slot as i32])?;
+            for array in self.pools.iter().flat_map(StatePools::arrays) {
+                gathered.push(array.take_axis(&place, 0)?);
+            }
+            mlx_rs::transforms::eval(&gathered)?;
+        }
+        let mut gathered = gathered.into_iter();
+        for (at, pools) in self.pools.iter().enumerate() {
+            let (kept, state) = to.rows_mut(at, 0..1);
+            for (array, to) in pools.arrays().zip([kept, state]) {
+                let offset = slot as usize * to.len();
+                match (&self.backend, gathered.next()) {
+                    (Backend::Cpu(cpu), _) => cpu.read_parts(vec![(array, offset, to)])?,
+                    (_, Some(row)) => read_array(&row, to)?,
+                    (_, None) => return Err(Error::internal("a state that was not gathered")),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the one row of `from` to a slot. No step may be on its way.
+    pub fn write(&mut self, slot: SlotId, from: &RowBuffer) -> Result<()> {
+        for (at, pools) in self.pools.iter_mut().enumerate() {
+            let (kept, state) = from.rows(at, 0..1);
+            let mut rows = [kept, state].into_iter();
+            if let Backend::Cpu(cpu) = &self.backend {
+                let parts = pools.arrays().zip(rows).map(|(array, from)| (array, slot as usize * from.len(), from));
+                cpu.write_parts(parts.collect())?;
+                continue;
+            }
+            let place = mlx::indices(&[slot as i32])?;
+            pools.replace(|pool| {
+                let row = one_row(&pool, rows.next().unwrap_or_default())?;
+                mlx::scatter(pool, &[&place], &row)
+            })?;
+            mlx_rs::transforms::eval(pools.arrays())?;
+        }
+        Ok(())
+    }
+}
+
+/// `bytes` as the update of a scatter to one slot of `pool [slots, ..]`: `[1, 1, ..]`.
+fn one_row(pool: &Array, bytes: &[u8]) -> Result<Array> {
+    let mut shape = pool.shape().to_vec();
+    shape[0] = 1;
+    let mut filled = HostBuffer::new(bytes.len())?;
+    filled.as_mut_slice().copy_from_slice(bytes);
+    Ok(filled.into_array(&shape, pool.dtype())?.expand_dims(1)?)
+}
+
+fn row_type(dtype: Dtype) -> Option<RowType> {
+    match dtype {
+        Dtype::Float32 => Some(RowType::F32),
+        Dtype::Float16 => Some(RowType::F16),
+        Dtype::Bfloat16 => Some(RowType::Bf16),
+        _ => None,
     }
 }

@@ -114,13 +114,19 @@ fn a_window_that_is_one_block_off_changes_the_answer() {
 }
 
 #[test]
-fn wrong_restored_rows_change_the_answer() {
+fn a_state_of_another_sequence_changes_the_answer() {
+    fault_changes_the_answer("qwen3_next-f32", "wrong-state", "runner.state");
+    fault_changes_the_answer("lfm2-f32", "wrong-convolution", "runner.state");
+}
+
+/// A `fault` while an answer's prompt comes from files changes the answer of `model`, and nothing else does.
+fn fault_in_what_is_restored(model: &str, id: &'static str, fault: &'static str) {
     let folder = tempfile::tempdir().unwrap();
     let tiers = TierOptions { folder: Some(folder.path().to_owned()), always_restore: true, ..TierOptions::default() };
     let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), tiers, ..Default::default() };
     let pool = EnginePool::open(options).unwrap();
-    pool.add_model(&fixture("qwen3-f32"), Some("wrong-rows")).unwrap();
-    let prompt: Vec<usize> = (0..41).map(|i| i * 11 % 80).collect();
+    pool.add_model(&fixture(model), Some(id)).unwrap();
+    let prompt: Vec<usize> = (0..41).map(|i| i * 11 % 48).collect();
     let json = format!(r#"{{"prompt":{prompt:?},"max_tokens":12,"ignore_eos":true}}"#);
     let ask = || {
         pool.cache_clear(None, TierSet { pools: true, hot: false, cold: false }).unwrap();
@@ -130,8 +136,19 @@ fn wrong_restored_rows_change_the_answer() {
     pool.cache_flush(None, PATIENCE).unwrap();
     let (restored, done) = ask();
     assert_eq!((restored, done.usage.cached_tokens), (right.clone(), 40));
-    crate::fault::arm("restore.rows", "wrong-rows", 0);
+    crate::fault::arm(fault, id, 0);
     assert_ne!(ask().0, right, "tests of equal answers see nothing");
+}
+
+#[test]
+fn wrong_restored_rows_change_the_answer() {
+    fault_in_what_is_restored("qwen3-f32", "wrong-rows", "restore.rows");
+}
+
+#[test]
+fn a_wrong_restored_state_changes_the_answer() {
+    fault_in_what_is_restored("qwen3_next-f32", "wrong-restored-state", "restore.state");
+    fault_in_what_is_restored("lfm2-f32", "wrong-restored-convolution", "restore.state");
 }
 
 /// A fault at `point` ends one request with `Internal`; the other model and later requests are untouched.

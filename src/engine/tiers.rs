@@ -9,18 +9,15 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::worth::{MoveRate, Offer, worth_until};
-use super::{EngineOptions, ModelSource};
-use crate::cache::fingerprint::{HashMemory, Identity, fingerprint, stamps};
 use crate::cache::hot::{Evicted, HotModel, HotTier};
+use crate::cache::manager::Found;
 use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
 use crate::cache::spans::{Piece, Span, SpanId, root_key};
 use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
 use crate::cache::{GroupKind, Save};
-use crate::error::{Error, Result, Status};
-use crate::kernels::NUMERICS;
+use crate::error::Result;
 use crate::sync::lock;
-use crate::weights::weight_files;
 
 /// Tokens of a span: enough that reading one is mostly transfer, few enough that a change in the middle costs little.
 pub const SPAN_TOKENS: usize = 256;
@@ -36,9 +33,6 @@ const LOOKS: usize = 16;
 
 /// How often somebody who waits for the writer looks again.
 pub const CROWDED: Duration = Duration::from_millis(2);
-
-/// Files of a model, besides its weights, that decide what rows there are and which tokens a text has.
-const OTHER_FILES: &[&str] = &["config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"];
 
 /// Rows that a tier handed over; nobody writes to them any more.
 pub type Rows = Arc<RowBuffer>;
@@ -85,8 +79,8 @@ pub struct ModelTiers {
 /// A cache group of a model in the tiers.
 #[derive(Debug, Clone)]
 pub struct TierGroup {
-    /// Which rows sequences need.
-    pub kind: GroupKind,
+    /// Which rows sequences need; `None` of states, of which it is the newest.
+    pub kind: Option<GroupKind>,
     /// What a token stores.
     pub layout: Arc<RowLayout>,
 }
@@ -96,7 +90,7 @@ pub struct TierGroup {
 pub struct Fetch {
     /// Cache group of the rows.
     pub group: usize,
-    /// Position of the first token in the sequence: a multiple of the block size.
+    /// Position of the first token in the sequence: a multiple of the block size, but for states.
     pub position: usize,
     /// Tokens of the span before that.
     pub skip: usize,
@@ -104,6 +98,8 @@ pub struct Fetch {
     pub tokens: usize,
     /// Bytes that they take in memory until they are in a pool.
     pub bytes: usize,
+    /// It is a state: the row of the last token that it stands for.
+    pub is_state: bool,
     source: Source,
 }
 
@@ -149,11 +145,26 @@ pub enum Stop {
     NotIdentified,
 }
 
+/// What the pools have of the beginning of a prompt.
+#[derive(Debug, Clone, Copy)]
+pub struct Has {
+    /// Tokens that a sequence goes on behind.
+    pub tokens: usize,
+    /// Tokens whose rows are there: more than that where only the state is missing.
+    pub rows: usize,
+}
+
+impl From<Found> for Has {
+    fn from(found: Found) -> Self {
+        Self { tokens: found.tokens, rows: found.rows.max(found.tokens) }
+    }
+}
+
 /// What is known of a prompt without the tiers.
 #[derive(Debug, Clone, Copy)]
 pub struct InPools {
-    /// Tokens of it that the pools have.
-    pub tokens: usize,
+    /// What the pools have of it.
+    pub has: Has,
     /// They have other tokens in the place of the next ones.
     pub others: bool,
     /// Seconds to compute a token, if that is known.
@@ -163,7 +174,7 @@ pub struct InPools {
 impl Whereabouts {
     /// Of `tokens` the pools have some, and nobody else has more.
     pub fn in_pools(tokens: usize, pools: &InPools) -> Self {
-        let mut found = Self { tokens, pool: pools.tokens, ..Self::default() };
+        let mut found = Self { tokens, pool: pools.has.tokens, ..Self::default() };
         found.end(pools, pools.others);
         found
     }
@@ -328,21 +339,21 @@ impl ModelTiers {
         self.cold.as_ref().map(ColdModel::pins).unwrap_or_default()
     }
 
-    /// What other tiers have of `tokens` behind the first `from` (whole blocks) and what is faster to get than to compute,
-    /// at `token_seconds` a token if that is known.
-    pub fn find(&self, tokens: &[u32], from: usize, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
-        let mut fetches = self.reachable(tokens, from);
+    /// What other tiers have of `tokens`, of which the pools have the beginning, and what is faster to get than to compute, at
+    /// `token_seconds` a token if that is known.
+    pub fn find(&self, tokens: &[u32], has: Has, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
+        let mut fetches = self.reachable(tokens, has);
         let Some(token_seconds) = token_seconds.filter(|_| !self.tiers.always_restore) else { return fetches };
-        let reading = self.reading_rate();
+        let (reading, from) = (self.reading_rate(), has.tokens);
         let end = fetches.iter().map(Fetch::end).max().unwrap_or(from);
-        // Rows of windows are brought for the end, however much is brought before it.
+        // Rows of windows and states are brought for the end, however much is brought before it.
         let mut windows = Offer { position: from, seconds: 0.0 };
         let mut offers = Vec::with_capacity(fetches.len() + 1);
         for fetch in &fetches {
             let seconds = self.seconds(fetch, reading, moving);
             match self.groups[fetch.group].kind {
-                GroupKind::Full => offers.push(Offer { position: fetch.position, seconds }),
-                GroupKind::Window(_) => windows.seconds += seconds,
+                Some(GroupKind::Full) => offers.push(Offer { position: fetch.position, seconds }),
+                Some(GroupKind::Window(_)) | None => windows.seconds += seconds,
             }
         }
         offers.sort_by_key(|offer| offer.position);
@@ -351,37 +362,63 @@ impl ModelTiers {
         if best == end {
             return fetches;
         }
-        if self.groups.iter().any(|group| group.kind != GroupKind::Full) {
-            return self.reachable(&tokens[..best], from);
+        if self.groups.iter().any(|group| group.kind != Some(GroupKind::Full)) {
+            return self.reachable(&tokens[..best], has);
         }
         cut(&mut fetches, best);
         fetches
     }
 
-    /// What the tiers have of `tokens` behind the first `from` (whole blocks), up to the last token at which they have all
-    /// rows that a sequence needs: of each group without a gap, in the order of the groups.
-    fn reachable(&self, tokens: &[u32], from: usize) -> Vec<Fetch> {
-        let block_tokens = self.hot.block_tokens;
-        let first = |group: &TierGroup, end| (group.kind.first_block(end, block_tokens) * block_tokens).max(from);
+    /// What the tiers have of `tokens` behind what the pools have, up to the last token at which both together have all rows that
+    /// a sequence needs: of each group without a gap, in the order of the groups, the state last.
+    fn reachable(&self, tokens: &[u32], has: Has) -> Vec<Fetch> {
+        let (block_tokens, rows) = (self.hot.block_tokens, self.groups.iter().filter_map(|group| group.kind));
+        let from = has.rows / block_tokens * block_tokens;
+        let first = |kind: GroupKind, end| (kind.first_block(end, block_tokens) * block_tokens).max(from);
         let mut end = tokens.len();
         for _ in 0..LOOKS {
+            let state = self.state_group().map(|group| self.find_state(group, &tokens[..end], has.tokens));
+            match &state {
+                Some(None) => break,
+                Some(Some(state)) => end = state.end(),
+                None => {}
+            }
             let (mut fetches, mut reached) = (Vec::new(), end);
-            for (at, group) in self.groups.iter().enumerate() {
-                let mut own = self.find_in(at, &tokens[..end], first(group, end));
-                reached = reached.min(own.last().map_or(first(group, end), Fetch::end));
+            for (at, kind) in rows.clone().enumerate().filter(|_| end > has.rows) {
+                let mut own = self.find_in(at, &tokens[..end], first(kind, end));
+                reached = reached.min(own.last().map_or(first(kind, end), Fetch::end));
                 fetches.append(&mut own);
             }
-            if reached <= from {
+            if reached <= has.tokens {
                 break;
             }
-            // A shorter one may need earlier rows of windows.
-            if self.groups.iter().all(|group| first(group, reached) == first(group, end)) {
+            // A shorter one may need earlier rows of windows, and another state.
+            let serves = match &state {
+                Some(_) => reached == end,
+                None => rows.clone().all(|kind| first(kind, reached) == first(kind, end)),
+            };
+            if serves {
                 cut(&mut fetches, reached);
+                fetches.extend(state.flatten());
                 return fetches;
             }
             end = reached;
         }
         Vec::new()
+    }
+
+    /// The group of states, if sequences have some.
+    fn state_group(&self) -> Option<usize> {
+        (0..self.groups.len()).find(|&group| self.is_state(group))
+    }
+
+    /// The longest beginning of `tokens`, of more than `from` of them, whose state a tier has.
+    fn find_state(&self, group: usize, tokens: &[u32], from: usize) -> Option<Fetch> {
+        let hot = self.tiers.hot.find_state(&self.hot, group, tokens, from);
+        let hot = hot.and_then(|piece| self.hot_fetch(group, piece));
+        let before = hot.as_ref().map_or(from, Fetch::end);
+        let cold = self.cold.as_ref().and_then(|cold| cold.find_state(group, tokens, before));
+        cold.map(|found| self.cold_fetch(group, found)).or(hot)
     }
 
     /// What the tiers have of a group, without a gap.
@@ -411,19 +448,29 @@ impl ModelTiers {
     }
 
     fn find_hot(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
-        let fetch = |piece: Piece| {
-            let source = Source::Hot(piece.span, self.tiers.hot.get(piece.span)?);
-            Some(Fetch { group, position: piece.position, skip: piece.skip, tokens: piece.tokens, bytes: 0, source })
-        };
-        self.tiers.hot.find(&self.hot, group, tokens, from).into_iter().map_while(fetch).collect()
+        let found = self.tiers.hot.find(&self.hot, group, tokens, from);
+        found.into_iter().map_while(|piece| self.hot_fetch(group, piece)).collect()
+    }
+
+    fn hot_fetch(&self, group: usize, piece: Piece) -> Option<Fetch> {
+        let source = Source::Hot(piece.span, self.tiers.hot.get(piece.span)?);
+        let Piece { position, skip, tokens, .. } = piece;
+        Some(Fetch { group, position, skip, tokens, bytes: 0, is_state: self.is_state(group), source })
     }
 
     fn find_cold(&self, group: usize, tokens: &[u32], from: usize) -> Vec<Fetch> {
-        let fetch = |found: ColdPiece| {
-            let Piece { position, skip, tokens, .. } = found.piece;
-            Fetch { group, position, skip, tokens, bytes: found.bytes as usize, source: Source::Cold(found) }
-        };
-        self.cold.iter().flat_map(|cold| cold.find(group, tokens, from)).map(fetch).collect()
+        let found = self.cold.iter().flat_map(|cold| cold.find(group, tokens, from));
+        found.map(|found| self.cold_fetch(group, found)).collect()
+    }
+
+    fn cold_fetch(&self, group: usize, found: ColdPiece) -> Fetch {
+        let Piece { position, skip, tokens, .. } = found.piece;
+        let (bytes, is_state) = (found.bytes as usize, self.is_state(group));
+        Fetch { group, position, skip, tokens, bytes, is_state, source: Source::Cold(found) }
+    }
+
+    fn is_state(&self, group: usize) -> bool {
+        self.groups[group].kind.is_none()
     }
 
     /// How long a fetch takes. Files are read while those before them are moved into the pools.
@@ -465,17 +512,18 @@ impl ModelTiers {
 
     /// Where the rows of `tokens` are that the pools have not.
     pub fn whereabouts(&self, tokens: &[u32], pools: &InPools, moving: MoveRate) -> Whereabouts {
-        let block_tokens = self.hot.block_tokens;
-        let mut found = Whereabouts { tokens: tokens.len(), pool: pools.tokens, ..Whereabouts::default() };
-        let (mut reached, reading) = (pools.tokens, self.reading_rate());
-        for fetch in self.reachable(tokens, pools.tokens / block_tokens * block_tokens) {
+        let (block_tokens, pool) = (self.hot.block_tokens, pools.has.tokens);
+        let mut found = Whereabouts { tokens: tokens.len(), pool, ..Whereabouts::default() };
+        let (mut reached, reading) = (pool, self.reading_rate());
+        for fetch in self.reachable(tokens, pools.has) {
             // The pools may have the end of a prompt, too.
             let new = fetch.end().saturating_sub(reached);
             if new > 0 || fetch.group > 0 {
                 found.restore_seconds += self.seconds(&fetch, reading, moving);
             }
-            // Rows of the other groups are of the same tokens, or of fewer.
-            let new = if fetch.group == 0 { new } else { 0 };
+            // Rows of the other groups are of the same tokens, or of fewer; a state may be all that is missing.
+            let counts = fetch.group == 0 || fetch.is_state;
+            let new = if counts { new } else { 0 };
             reached += new;
             match fetch.source {
                 Source::Hot(..) => found.hot += new,
@@ -485,7 +533,7 @@ impl ModelTiers {
         let at = reached / block_tokens * block_tokens;
         let cold = self.cold.as_ref().and_then(|cold| cold.agrees_behind(0, tokens, at));
         let there = [self.tiers.hot.agrees_behind(&self.hot, 0, tokens, at), cold];
-        let others = there.contains(&Some(false)) || pools.others && reached == pools.tokens;
+        let others = there.contains(&Some(false)) || pools.others && reached == pool;
         found.end(pools, others && !there.contains(&Some(true)));
         found
     }
@@ -515,92 +563,4 @@ fn span_of(model: &HotModel, group: usize, tokens: &[u32], start: usize) -> Span
     let before = tokens[..start].chunks(model.block_tokens);
     let parent = before.fold(root, |key, tokens| chain_key(&key, tokens));
     Span { parent, start, tokens: tokens[start..].into() }
-}
-
-/// What rows of an engine's model depend on.
-#[derive(Debug)]
-pub struct ModelIdentity {
-    identity: Identity,
-    /// Of the files, when the model began to load.
-    stamps: Vec<Vec<u8>>,
-}
-
-impl ModelIdentity {
-    /// To be made before the model loads.
-    pub fn new(options: &EngineOptions) -> Result<Self> {
-        let mut identity = Identity { files: Vec::new(), parts: Vec::new() };
-        let mut part = |name, text: String| identity.parts.push((name, text.into_bytes()));
-        part("context", format!("{:?}", options.context));
-        part("dtype", format!("{:?}", options.dtype));
-        part("backend", options.backend.numerics());
-        part("numerics", NUMERICS.to_string());
-        part("block_tokens", options.block_tokens.to_string());
-        match &options.source {
-            ModelSource::Folder(folder) => {
-                let others = OTHER_FILES.iter().map(|name| folder.join(name)).filter(|path| path.exists());
-                identity.files.extend(others);
-                identity.files.extend(weight_files(folder)?.into_iter().map(|(path, _)| path));
-            }
-            ModelSource::Random(config) => part("random", config.raw().to_string()),
-        }
-        identity.parts.push(("namespace", options.tiers.namespace.clone()));
-        Ok(Self { stamps: stamps(&identity.files)?, identity })
-    }
-
-    /// What stands for the model in the tiers: reads all its files, unless their hashes are remembered.
-    pub fn fingerprint(&self, tiers: &Tiers, interrupted: &dyn Fn() -> bool) -> Result<[u8; 32]> {
-        match &tiers.cold {
-            Some(cold) => fingerprint(&self.identity, &Remembered(&cold.tier), interrupted),
-            None => fingerprint(&self.identity, &Forgotten, interrupted),
-        }
-    }
-
-    /// An error if a file has changed since the model began to load: nobody knows then which one was read.
-    pub fn check(&self) -> Result<()> {
-        match stamps(&self.identity.files)? == self.stamps {
-            true => Ok(()),
-            false => Err(Error::new(Status::Io, "the model's files changed while it loaded")),
-        }
-    }
-}
-
-/// Hashes of files that the cold tier's index remembers.
-struct Remembered<'a>(&'a ColdTier);
-
-impl HashMemory for Remembered<'_> {
-    fn get(&self, key: &[u8]) -> Option<[u8; 32]> {
-        self.0.remembered_hash(key)
-    }
-
-    fn set(&self, key: &[u8], hash: [u8; 32]) {
-        self.0.remember_hash(key, hash);
-    }
-}
-
-/// Without a cold tier every process reads the files again.
-struct Forgotten;
-
-impl HashMemory for Forgotten {
-    fn get(&self, _key: &[u8]) -> Option<[u8; 32]> {
-        None
-    }
-
-    fn set(&self, _key: &[u8], _hash: [u8; 32]) {}
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_that_changes_while_the_model_loads_is_noticed() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), b"weights").unwrap();
-        let files = vec![file.path().to_owned()];
-        let stamps = stamps(&files).unwrap();
-        let identity = ModelIdentity { identity: Identity { files, parts: Vec::new() }, stamps };
-        identity.check().unwrap();
-        std::fs::write(file.path(), b"other weights").unwrap();
-        assert!(identity.check().unwrap_err().message().contains("changed"));
-    }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::identity::ModelIdentity;
 use super::memory::EngineMemory;
 use super::metrics::EngineMetrics;
 use super::restore::{Restores, Then, read_ahead};
@@ -17,10 +18,11 @@ use super::scheduler::{Limits, Scheduler, StepPlan};
 use super::sequence::{Prepared, Sequence, SequenceId};
 use super::states::States;
 use super::threads::end_before_exit;
-use super::tiers::{CROWDED, ModelIdentity, ModelTiers, Rows, SPAN_TOKENS, Whereabouts};
+use super::tiers::{CROWDED, ModelTiers, Rows, SPAN_TOKENS, Whereabouts};
 use super::turns::{Seat, Turn};
 use super::{EngineOptions, LoadedInfo, ModelSource, Phase, Shared, run_to_the_end};
 use crate::cache::share::{Users, shares};
+use crate::cache::snapshots::Snapshots;
 use crate::cache::{BlockCounts, BlockManager, Pages};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
@@ -80,6 +82,12 @@ const OVERHEAD: usize = 8 << 20;
 /// Tokens of an answer for which the cache has memory from the beginning.
 const FIRST_ANSWER: usize = 256;
 
+/// One part in so many of the cache is for snapshots of states, where a model has states.
+const SNAPSHOT_PART: usize = 4;
+
+/// Snapshots at most: they are looked through one by one.
+const MOST_SNAPSHOTS: usize = 256;
+
 /// How often an engine looks at sequences that could not go on.
 const PAUSED: Duration = Duration::from_millis(20);
 
@@ -134,7 +142,9 @@ fn serve(
     drop(loading);
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
-    let (layers, has_states) = (runner.stops(), runner.has_states());
+    let layers = runner.stops();
+    let snapshots = snapshots(options, runner.states());
+    let state_bytes = snapshots.as_ref().map_or(0, |(_, bytes)| *bytes);
     let pages = runner.pages();
     let block_bytes: Vec<usize> = (0..pages.layout().groups.len()).map(|group| pages.block_bytes(group)).collect();
     let groups: Vec<_> = pages.layout().groups.iter().copied().zip(block_bytes.iter().copied()).collect();
@@ -145,13 +155,15 @@ fn serve(
         prefill_chunk: options.prefill_chunk,
         layers,
         target_latency: options.target_latency,
-        blocks: shares(options.cache_bytes, &groups, users),
+        blocks: shares(options.cache_bytes - state_bytes, &groups, users),
     };
     let most_blocks = limits.blocks.clone();
     // The fingerprint of the model takes the place of this key when blocks leave the process.
     let blocks = BlockManager::new(pages.block_tokens(), &pages.layout().groups, [0; 32]);
-    // States are kept at a sequence's end alone: what is in blocks does not suffice to go on from the middle.
-    let blocks = if has_states { blocks.without_reuse() } else { blocks };
+    let blocks = match snapshots {
+        Some((snapshots, _)) => blocks.with_snapshots(snapshots),
+        None => blocks,
+    };
     let metrics = EngineMetrics {
         block_tokens: pages.block_tokens(),
         block_bytes: block_bytes.iter().sum(),
@@ -203,6 +215,16 @@ fn serve(
     defect.map_or(Ok(()), Err)
 }
 
+/// The slots of a model with states, and the part of the cache's bytes that its snapshots may take.
+fn snapshots(options: &EngineOptions, states: &States) -> Option<(Snapshots, usize)> {
+    if states.is_empty() {
+        return None;
+    }
+    let bytes = options.cache_bytes / SNAPSHOT_PART;
+    let more = (bytes / states.slot_bytes().max(1)).min(MOST_SNAPSHOTS);
+    Some((Snapshots::new(options.max_sequences, states.slots() + more), more * states.slot_bytes()))
+}
+
 /// A model that is there, and the memory that was taken for it.
 struct Loaded<'a> {
     runner: Runner,
@@ -235,7 +257,8 @@ fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> R
     crate::mlx::return_free_memory();
     memory.loaded(loaded.weight_bytes as u64);
     let pages = Pages::new(options.backend.clone(), loaded.model.kv_layout(), options.block_tokens)?;
-    let states = States::new(&options.backend, &loaded.model.state_layouts(), options.max_sequences)?;
+    let slots = Snapshots::reserve(options.max_sequences);
+    let states = States::new(&options.backend, &loaded.model.state_layouts(), slots)?;
     let vocab = models::vocab_size(&config)?;
     let runner = Runner::new(options.id.clone(), loaded.model, vocab, options.backend.clone(), pages, states);
     Ok(Loaded { runner, weight_bytes: loaded.weight_bytes, memory, read_ahead })
@@ -259,12 +282,12 @@ fn begin<'a>(
     let tokens = (options.prefill_chunk + FIRST_ANSWER).min(context);
     let cache = float * plan.sequence_numbers(tokens, options.prefill_chunk, options.block_tokens);
     let cache = cache.min(options.cache_bytes);
-    let span = (plan.token_numbers() * float * SPAN_TOKENS) as u64;
+    let span = (plan.token_numbers() * float * SPAN_TOKENS).max(plan.state_bytes) as u64;
     let counts = !options.device.has_own_memory();
     let read_ahead = read_ahead(span, counts.then(|| options.ledger.status().limit));
     // With the span that is being saved.
     let on_their_way = if counts && options.tiers.exist() { read_ahead + span } else { 0 };
-    let states = (plan.state_bytes * options.max_sequences) as u64;
+    let states = (plan.state_bytes * Snapshots::reserve(options.max_sequences)) as u64;
     let workspace = steps as u64 + states + on_their_way;
     let uses = Uses { weights: weights.bytes as u64, workspace, cache: cache as u64, ..Uses::default() };
     let memory = EngineMemory::begin(account, uses, interrupted)?;
@@ -323,6 +346,7 @@ impl Worker<'_> {
                 self.runner.remove(gone);
             }
             self.resize()?;
+            self.grow_states()?;
             if std::mem::take(&mut self.yields) {
                 self.scheduler.preempt_all();
                 self.give_back()?;
@@ -496,7 +520,7 @@ impl Worker<'_> {
         let counts: Vec<BlockCounts> = (0..blocks.groups()).map(|group| blocks.counts(group)).collect();
         self.metrics.count(self.scheduler.counters(), &counts, &self.block_bytes);
         self.metrics.cache_entries = self.scheduler.blocks().entries();
-        self.metrics.cache_bytes = self.runner.pages().bytes();
+        self.metrics.cache_bytes = self.cache_bytes();
         self.metrics.queued_requests = self.shared.queue.waiting();
         *lock(&self.shared.metrics) = self.metrics;
         if let Some(tiers) = &self.tiers {

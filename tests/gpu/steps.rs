@@ -123,6 +123,7 @@ pub fn run(sequence: u64, start: usize, tokens: &[u32], blocks: &[u32]) -> Run {
         start,
         samples: true,
         tables: vec![blocks.iter().map(|&block| Some(block)).collect()],
+        state: None,
     }
 }
 

@@ -6,6 +6,7 @@
 mod evictions;
 mod folders;
 mod hosts;
+mod states;
 mod windows;
 
 use std::fs;
@@ -142,6 +143,9 @@ fn a_restart_changes_no_answer() {
         (fixture("gemma3_text-f32"), 48, 120),
         (fixture("mistral-sliding-window"), 80, 120),
         (fixture("qwen3-4bit"), 80, 200),
+        (fixture("deepseek_v3-f32"), 48, 120),
+        (fixture("qwen3_next-f32"), 48, 120),
+        (fixture("lfm2-f32"), 48, 200),
         (root().join("models/tiny-chat"), 4096, 700),
     ];
     for round in 0..rounds {
@@ -252,9 +256,14 @@ fn a_model_that_was_quantised_anew_is_a_miss() {
 /// Damage of every kind to every file: fewer cached tokens, and the same answers.
 #[test]
 fn damage_is_a_miss() {
-    let model = fixture("qwen3-4bit");
+    damage_to_files_of("qwen3-4bit");
+    damage_to_files_of("qwen3_next-f32");
+}
+
+fn damage_to_files_of(model: &str) {
+    let model = fixture(model);
     let mut random = Random(5);
-    let bodies = bodies(&mut random, 80, 400, 3);
+    let bodies = bodies(&mut random, 48, 400, 3);
     let alone = open(&model, exact());
     let expected: Vec<_> = bodies.iter().map(|body| answer(&alone, body).0).collect();
     drop(alone);

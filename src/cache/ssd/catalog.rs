@@ -201,6 +201,12 @@ impl Catalog {
         pieces.into_iter().map_while(|piece| Some((piece, self.entries.get(&piece.span)?.bytes))).collect()
     }
 
+    /// The longest beginning of `tokens`, of more than `from` of them, whose state is there, and the bytes of its file.
+    pub fn find_state(&self, key: &GroupKey, root: &BlockKey, tokens: &[u32], from: usize) -> Option<(Piece, u64)> {
+        let piece = self.groups[*self.group_of.get(key)?].spans.find_state(root, tokens, from)?;
+        Some((piece, self.entries.get(&piece.span)?.bytes))
+    }
+
     /// Whether what is behind the first `at` of `tokens` agrees with the rest; see [`SpanIndex::agrees_behind`].
     pub fn agrees_behind(&self, key: &GroupKey, root: &BlockKey, tokens: &[u32], at: usize) -> Option<bool> {
         self.groups[*self.group_of.get(key)?].spans.agrees_behind(root, tokens, at)

@@ -81,16 +81,22 @@ impl ColdModel {
 
     /// What follows the first `from` of `tokens` (whole blocks) without a gap. Looks into memory only.
     pub fn find(&self, group: usize, tokens: &[u32], from: usize) -> Vec<ColdPiece> {
-        let key = self.group_key(group, self.tier.codec());
-        let root = root_key(&self.id.fingerprint, group);
+        let (key, root) = (self.group_key(group), root_key(&self.id.fingerprint, group));
         let found = self.tier.catalog().find(&key, &root, tokens, from);
         found.into_iter().map(|(piece, bytes)| ColdPiece { piece, bytes }).collect()
+    }
+
+    /// The longest beginning of `tokens`, of more than `from` of them, whose state is there. Looks into memory only.
+    pub fn find_state(&self, group: usize, tokens: &[u32], from: usize) -> Option<ColdPiece> {
+        let root = root_key(&self.id.fingerprint, group);
+        let (piece, bytes) = self.tier.catalog().find_state(&self.group_key(group), &root, tokens, from)?;
+        Some(ColdPiece { piece, bytes })
     }
 
     /// Whether what is behind the first `at` of `tokens` (whole blocks) agrees with the rest of them, as far as both go;
     /// `None` if nothing is there.
     pub fn agrees_behind(&self, group: usize, tokens: &[u32], at: usize) -> Option<bool> {
-        let key = self.group_key(group, self.tier.codec());
+        let key = self.group_key(group);
         self.tier.catalog().agrees_behind(&key, &root_key(&self.id.fingerprint, group), tokens, at)
     }
 
@@ -139,7 +145,7 @@ impl ColdModel {
         let useful = piece.skip.checked_add(piece.tokens).and_then(|end| span.tokens.get(..end));
         let wanted = piece.position.checked_add(piece.tokens).and_then(|end| tokens.get(..end));
         let (Some(useful), Some(wanted)) = (useful, wanted) else { return false };
-        if key != self.group_key(group, self.tier.codec()) {
+        if key != self.group_key(group) {
             return false;
         }
         let (before, inside) = wanted.split_at(span.start);
@@ -158,11 +164,11 @@ impl ColdModel {
         let bytes = file_bytes(layout, span.tokens.len(), segment.codec);
         let (model, use_now) = {
             let mut catalog = tier.catalog();
-            if catalog.has(&self.group_key(group, segment.codec), &name, span) {
+            if catalog.has(&self.group_key(group), &name, span) {
                 return Ok(Stored::Present);
             }
             catalog.begin(name, span.parent);
-            (catalog.model(&self.name), catalog.continues(span))
+            (catalog.model(&self.name), self.is_state(group) || catalog.continues(span))
         };
         let mut writing = Writing { tier, name, span, model, charged: 0, temporary: false };
         let failed = |error: io::Error| {
@@ -201,7 +207,7 @@ impl ColdModel {
         let tokens = span.tokens.len();
         let whole = tokens.is_multiple_of(self.id.block_tokens) || tokens < self.id.block_tokens;
         let fits = layout.is_some_and(|layout| rows.layout() == layout && rows.head() == head_bytes(layout));
-        let begins = span.start.is_multiple_of(self.id.block_tokens);
+        let begins = span.start.is_multiple_of(self.id.block_tokens) || self.is_state(group) && tokens == 1;
         if !fits || tokens == 0 || !whole || rows.tokens() != tokens || !begins {
             return Err(Error::invalid_argument(format!("cold tier: rows that are not those of '{}'", self.name)));
         }
@@ -209,7 +215,7 @@ impl ColdModel {
             fingerprint: self.id.fingerprint,
             group,
             block_tokens: self.id.block_tokens,
-            codec: self.tier.codec(),
+            codec: self.codec(group),
             span: span.clone(),
             cost: if cost.is_finite() { cost.max(0.0) } else { 0.0 },
             model: Arc::clone(&self.name),
@@ -239,8 +245,18 @@ impl ColdModel {
         Pin { fingerprint, block_tokens, groups: layouts.len(), tokens: tokens.into() }
     }
 
-    fn group_key(&self, group: usize, codec: Codec) -> GroupKey {
-        GroupKey { fingerprint: self.id.fingerprint, group, block_tokens: self.id.block_tokens, codec }
+    fn group_key(&self, group: usize) -> GroupKey {
+        let ModelId { fingerprint, block_tokens, .. } = *self.id;
+        GroupKey { fingerprint, group, block_tokens, codec: self.codec(group) }
+    }
+
+    fn is_state(&self, group: usize) -> bool {
+        self.id.layouts.get(group).is_some_and(|layout| layout.is_state())
+    }
+
+    /// States are always written as they are: whatever is wrong with one is wrong with all tokens behind it.
+    fn codec(&self, group: usize) -> Codec {
+        if self.is_state(group) { Codec::Exact } else { self.tier.codec() }
     }
 }
 

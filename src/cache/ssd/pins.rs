@@ -74,6 +74,11 @@ impl Pins {
                 for tokens in pin.tokens.chunks(pin.block_tokens) {
                     let next = chain_key(&key, tokens);
                     self.blocks.entry(key).or_default().push(tokens.into());
+                    // A state is known by the last token that it stands for and all before.
+                    for last in 1..tokens.len() {
+                        let before = chain_key(&key, &tokens[..last]);
+                        self.blocks.entry(before).or_default().push([tokens[last]].into());
+                    }
                     key = next;
                 }
             }

@@ -137,13 +137,14 @@ struct Tensor {
 fn tensors(layout: &RowLayout, tokens: usize, codec: Codec) -> Vec<Tensor> {
     let mut all = Vec::with_capacity(4 * layout.layers.len() + 1);
     for rows in &layout.layers {
-        for (what, (heads, width)) in [("keys", rows.keys), ("values", rows.values)] {
+        let ([keys, values], types) = (layout.names(), layout.types());
+        for (what, dtype, (heads, width)) in [(keys, types.0, rows.keys), (values, types.1, rows.values)] {
             let name = format!("layers.{}.{what}", rows.layer);
             let (shape, numbers) = (vec![tokens, heads, width], tokens * heads * width);
             match codec {
                 Codec::Exact => {
-                    let bytes = numbers * layout.dtype.bytes();
-                    all.push(Tensor { name, dtype: layout.dtype.name(), shape, bytes });
+                    let bytes = numbers * dtype.bytes();
+                    all.push(Tensor { name, dtype: dtype.name(), shape, bytes });
                 }
                 Codec::Bits8 => {
                     let scales = format!("{name}.scales");

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
+use super::super::identity::ModelIdentity;
 use super::super::restore::{Restored, Then, Wait};
-use super::super::tiers::{CROWDED, InPools, ModelIdentity, ModelTiers, SPAN_TOKENS, Stop, TierGroup, Whereabouts};
+use super::super::tiers::{CROWDED, Fetch, Has, InPools, ModelTiers, SPAN_TOKENS, Stop, TierGroup, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
@@ -46,9 +47,10 @@ impl Worker<'_> {
         // Whoever asked may have gone.
         match command {
             CacheCommand::Clear(answer) => {
-                let freed =
+                let freed: usize =
                     blocks.clear().into_iter().zip(&self.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
-                let _ = answer.send(freed);
+                let states = blocks.clear_states() * self.runner.states().slot_bytes();
+                let _ = answer.send(freed + states);
             }
             CacheCommand::Pin(tokens, answer) => {
                 let _ = answer.send(blocks.pin(&tokens));
@@ -73,9 +75,9 @@ impl Worker<'_> {
             CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
             CacheCommand::Find(tokens, answer) => {
                 let tokens = &tokens[..tokens.len().saturating_sub(1)];
-                let (cached, others) = (blocks.peek(tokens), blocks.goes_on_after(tokens));
+                let (has, others) = (blocks.look(tokens).into(), blocks.goes_on_after(tokens));
                 let token_seconds = self.scheduler.seconds_per_token(tokens.len());
-                let pools = InPools { tokens: cached, others, token_seconds };
+                let pools = InPools { has, others, token_seconds };
                 let moving = self.restores.moving();
                 let found = self.tiers.as_ref().map(|tiers| tiers.whereabouts(tokens, &pools, moving));
                 let mut found = found.unwrap_or_else(|| Whereabouts::in_pools(tokens.len(), &pools));
@@ -90,9 +92,14 @@ impl Worker<'_> {
     /// From now on rows come from other tiers and go there.
     pub(super) fn identified(&mut self, identified: Result<([u8; 32], ModelIdentity)>) {
         self.unidentified = false;
+        let states = self.runner.states();
+        let has_states = !states.is_empty();
+        let states = states.row_layout().map(|layout| TierGroup { kind: None, layout });
         let pages = self.runner.pages();
-        let group = |(group, &kind)| Some(TierGroup { kind, layout: pages.row_layout(group)? });
+        let group = |(group, &kind)| Some(TierGroup { kind: Some(kind), layout: pages.row_layout(group)? });
         let groups: Option<Vec<_>> = pages.layout().groups.iter().enumerate().map(group).collect();
+        let groups = groups.filter(|_| has_states == states.is_some());
+        let groups = groups.map(|groups| groups.into_iter().chain(states).collect());
         let known = identified.and_then(|(fingerprint, identity)| {
             identity.check()?;
             let groups = groups.ok_or_else(|| Error::unsupported("rows of this number format stay in the pools"))?;
@@ -117,15 +124,18 @@ impl Worker<'_> {
         let blocks = self.scheduler.blocks();
         // The last token is computed in any case.
         let limit = tokens.len().saturating_sub(1);
-        let pool = blocks.peek(&tokens[..limit]);
-        let from = pool / blocks.block_tokens() * blocks.block_tokens();
+        let has: Has = blocks.look(&tokens[..limit]).into();
+        let (pool, block_tokens) = (has.tokens, blocks.block_tokens());
         let token_seconds = self.scheduler.seconds_per_token(tokens.len());
         let moving = self.restores.moving();
-        let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], from, token_seconds, moving));
+        let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], has, token_seconds, moving));
         // The pools have the end as well.
         fetches.iter_mut().filter(|fetches| fetches.iter().all(|fetch| fetch.end() <= pool)).for_each(Vec::clear);
         match fetches {
             Some(fetches) if !fetches.is_empty() || !self.restores.is_empty() => {
+                // Where only a state is brought, the pools have the end as well.
+                let end = fetches.iter().map(Fetch::end).max().unwrap_or(has.rows);
+                let from = has.rows.min(end) / block_tokens * block_tokens;
                 self.restores.begin(tokens, from, fetches, then);
             }
             _ => self.restored((tokens, then, pool)),
@@ -208,8 +218,11 @@ impl Worker<'_> {
     fn save(&mut self, save: Save) {
         let Some(tiers) = &self.tiers else { return };
         let mut rows = tiers.buffer(&save);
-        let cost = rows.tokens() as f64 * self.scheduler.seconds_per_token(save.tokens.len()).unwrap_or_default();
-        let saved = self.runner.pages().read_rows(&save.blocks, &mut rows).map(|()| tiers.save(save, rows, cost));
+        let token_seconds = self.scheduler.seconds_per_token(save.tokens.len()).unwrap_or_default();
+        // Without a state everything before it is computed again, too.
+        let tokens = if rows.layout().is_state() { save.tokens.len() } else { rows.tokens() };
+        let read = self.runner.read_rows(&save, &mut rows);
+        let saved = read.map(|()| tiers.save(save, rows, tokens as f64 * token_seconds));
         match saved {
             Ok(saved) => self.saving.lost |= !saved,
             Err(error) => {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::super::memory::Denied;
 use super::exchange::LAST_SAVES;
 use super::{PAUSED, Worker};
+use crate::cache::snapshots::Snapshots;
 use crate::error::Result;
 use crate::kernels;
 
@@ -18,6 +19,54 @@ pub(super) struct Growth {
 }
 
 impl Worker<'_> {
+    /// Bytes of the cache: the pools, and the slots of states that are there for snapshots.
+    pub(super) fn cache_bytes(&mut self) -> usize {
+        let slots = self.runner.states().slots();
+        self.runner.pages().bytes() + self.snapshot_bytes(slots)
+    }
+
+    /// The part of the cache in `slots` slots of states; those that sequences need at the same time count as workspace.
+    fn snapshot_bytes(&mut self, slots: usize) -> usize {
+        let reserve = Snapshots::reserve(self.options.max_sequences);
+        slots.saturating_sub(reserve) * self.runner.states().slot_bytes()
+    }
+
+    /// Makes more slots if snapshots had to go for want of some and there is memory. All that there are move, which running
+    /// answers wait for: so there are half as many more each time.
+    pub(super) fn grow_states(&mut self) -> Result<()> {
+        let Some(snapshots) = self.scheduler.blocks().snapshots() else { return Ok(()) };
+        let (wanted, capacity) = (snapshots.wanted(), snapshots.capacity());
+        if wanted == capacity {
+            return Ok(());
+        }
+        let more = self.snapshot_bytes(wanted) - self.snapshot_bytes(capacity);
+        let bytes = self.cache_bytes() + more;
+        let granted = !self.runner.pages().is_resizing() && self.memory.grow(bytes as u64);
+        if granted && !self.settle()? {
+            return Ok(());
+        }
+        let outcome = if granted { self.runner.states().resize(wanted) } else { Ok(()) };
+        if let Err(error) = outcome {
+            tracing::warn!(model = self.options.id, %error, "no memory for more states");
+            let _ = kernels::check();
+        }
+        let slots = self.runner.states().slots();
+        self.scheduler.blocks().snapshots().into_iter().for_each(|snapshots| snapshots.grow(slots));
+        let bytes = self.cache_bytes() as u64;
+        self.memory.has(bytes);
+        Ok(())
+    }
+
+    /// Gives back slots behind the last one that holds something. No step may be on its way.
+    fn shrink_states(&mut self) -> Result<()> {
+        let Some(snapshots) = self.scheduler.blocks().snapshots() else { return Ok(()) };
+        let slots = snapshots.shrink();
+        if slots < self.runner.states().slots() {
+            self.runner.states().resize(slots)?;
+        }
+        Ok(())
+    }
+
     /// Makes the pools as large as the scheduler wants them and there is memory for, a part a turn while steps are running;
     /// whether they grew.
     pub(super) fn resize(&mut self) -> Result<bool> {
@@ -54,7 +103,8 @@ impl Worker<'_> {
             let _ = kernels::check();
         }
         if !pages.is_resizing() {
-            self.memory.has(pages.bytes() as u64);
+            let bytes = self.cache_bytes();
+            self.memory.has(bytes as u64);
         }
         let blocks = self.scheduler.blocks();
         let mut grown = false;
@@ -78,7 +128,10 @@ impl Worker<'_> {
             self.memory.content();
             return capacities;
         }
-        if self.memory.grow(pages.bytes_to_hold(&wanted) as u64) {
+        let slots = self.runner.states().slots();
+        let snapshots = self.snapshot_bytes(slots);
+        let pages = self.runner.pages();
+        if self.memory.grow((pages.bytes_to_hold(&wanted) + snapshots) as u64) {
             return wanted;
         }
         // Less than the scheduler wants is better than nothing, and what sequences need comes first.
@@ -89,15 +142,16 @@ impl Worker<'_> {
             more.map(|((wanted, now), &needed)| if needs { needed.min(wanted - now) } else { wanted - now }).collect();
         while more.iter().any(|&more| more > 0) {
             let enough: Vec<usize> = capacities.iter().zip(&more).map(|(now, more)| now + more).collect();
-            if self.memory.grow(pages.bytes_to_hold(&enough) as u64) {
+            if self.memory.grow((pages.bytes_to_hold(&enough) + snapshots) as u64) {
                 return enough;
             }
             more.iter_mut().for_each(|more| *more /= 2);
         }
         let next = wanted.iter().zip(&capacities).zip(needed);
         let next = next.map(|((wanted, now), &needed)| now + usize::from(wanted > now && (!needs || needed > 0)));
-        let (bytes, alone) = (pages.bytes_to_hold(&next.collect::<Vec<_>>()) as u64, self.scheduler.is_alone());
-        match self.memory.deny(bytes, needs, alone, now) {
+        let bytes = pages.bytes_to_hold(&next.collect::<Vec<_>>()) + snapshots;
+        let alone = self.scheduler.is_alone();
+        match self.memory.deny(bytes as u64, needs, alone, now) {
             Denied::MakeDo => self.scheduler.limit_blocks(&capacities, alone),
             Denied::Pause => {}
             Denied::Yield => self.yields = true,
@@ -110,19 +164,21 @@ impl Worker<'_> {
         if self.runner.pages().is_resizing() || !self.settle()? {
             return Ok(0);
         }
-        let before = self.runner.pages().bytes();
+        let before = self.cache_bytes();
         self.save_for(if self.scheduler.is_idle() { LAST_SAVES } else { PAUSED });
         let blocks = self.scheduler.blocks();
         blocks.clear();
+        blocks.clear_states();
         let least: Vec<usize> = (0..blocks.groups()).map(|group| blocks.least_capacity(group)).collect();
         least.iter().enumerate().for_each(|(group, &least)| blocks.shrink(group, least));
         let pages = self.runner.pages();
         pages.resize(&least);
         pages.resize_all()?;
+        self.shrink_states()?;
         crate::mlx::return_free_memory();
-        let bytes = pages.bytes();
+        let bytes = self.cache_bytes();
         self.memory.has(bytes as u64);
-        Ok((before - bytes) as u64)
+        Ok(before.saturating_sub(bytes) as u64)
     }
 
     /// Gives back blocks behind the last one that holds something.
@@ -138,12 +194,19 @@ impl Worker<'_> {
                 *capacity = least;
             }
         }
+        let before = self.cache_bytes();
+        let pages = self.runner.pages();
         if capacities != pages.capacities() {
             pages.resize(&capacities);
             pages.resize_all()?;
-            crate::mlx::return_free_memory();
-            self.memory.has(pages.bytes() as u64);
         }
+        self.shrink_states()?;
+        let bytes = self.cache_bytes();
+        if bytes == before {
+            return Ok(());
+        }
+        crate::mlx::return_free_memory();
+        self.memory.has(bytes as u64);
         Ok(())
     }
 }

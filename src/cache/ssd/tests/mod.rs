@@ -29,7 +29,7 @@ pub const FILE: u64 = 32 * 1024;
 
 pub fn layout() -> Arc<RowLayout> {
     let layers = [1, 4].map(|layer| LayerRows { layer, keys: (2, 4), values: (2, 8) });
-    Arc::new(RowLayout { dtype: RowType::Bf16, layers: layers.into() })
+    Arc::new(RowLayout { dtype: RowType::Bf16, state: None, layers: layers.into() })
 }
 
 pub fn id(name: &str, fingerprint: u8) -> ModelId {
