@@ -110,6 +110,7 @@ impl RopeSpec {
             "default" | "mrope" => {}
             "linear" => scale = 1.0 / scaling.need_factor(kind)?,
             "llama3" => stretched = Some(llama3(dims, theta, &scaling)?),
+            "proportional" => stretched = Some(proportional(dims, theta, &scaling)?),
             "yarn" => {
                 let (wavelengths, factor) = yarn(dims, theta, &scaling)?;
                 (stretched, magnitude) = (Some(wavelengths), factor);
@@ -123,7 +124,7 @@ impl RopeSpec {
             }
             other => {
                 return Err(Error::unsupported(format!(
-                    "rope scaling {other:?} is not supported (known: default, linear, llama3, yarn, longrope)"
+                    "rope scaling {other:?} is not supported (known: default, linear, llama3, proportional, yarn, longrope)"
                 )));
             }
         }
@@ -173,6 +174,18 @@ fn llama3(dims: usize, theta: f32, scaling: &Scaling) -> Result<Vec<f32>> {
         }
     };
     Ok(plain_wavelengths(dims, theta).into_iter().map(stretch).collect())
+}
+
+/// Gemma 4: the first `partial_rotary_factor` of all pairs turn, as fast as if the others did too, which never do.
+fn proportional(dims: usize, theta: f32, scaling: &Scaling) -> Result<Vec<f32>> {
+    let part = scaling.partial_rotary_factor.unwrap_or(1.0);
+    if !(part > 0.0 && part <= 1.0) {
+        return Err(Error::invalid_model(format!("rope scaling \"proportional\" of {part} of all dimensions")));
+    }
+    let factor = scaling.factor.map_or(Ok(1.0), |_| scaling.need_factor("proportional"))?;
+    let turning = ((dims as f32 * part) as usize).div_ceil(2);
+    let wavelengths = plain_wavelengths(dims, theta).into_iter().enumerate();
+    Ok(wavelengths.map(|(pair, w)| if pair < turning { factor * w } else { f32::INFINITY }).collect())
 }
 
 /// YaRN (Peng et al. 2023): a linear ramp between kept and stretched wavelengths, and a factor on the input.
@@ -276,6 +289,24 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn in_proportion_the_first_pairs_turn_as_if_all_did() {
+        let rotation = |rope: serde_json::Value| {
+            let spec: RopeSpec = serde_json::from_value(json!({ "rope_parameters": rope })).unwrap();
+            spec.build(8, 64).map(|rope| rope.rotation().clone())
+        };
+        let proportional = |part: f32| {
+            rotation(json!({"rope_type": "proportional", "rope_theta": 16.0, "partial_rotary_factor": part}))
+        };
+        let half = proportional(0.5).unwrap();
+        assert_eq!((half.dims, &half.frequencies[..]), (8, &[1.0, 0.5, 0.0, 0.0][..]));
+        let all = rotation(json!({"rope_type": "default", "rope_theta": 16.0})).unwrap();
+        assert_eq!(proportional(1.0).unwrap().frequencies, all.frequencies);
+        for part in [0.0, -0.5, 1.5] {
+            assert!(proportional(part).is_err(), "{part}");
+        }
+    }
 
     #[test]
     fn both_spellings_of_the_type_may_be_there() {
