@@ -108,10 +108,14 @@ pub type NormOf<'a> = (&'a Array, f32);
 pub struct Heads<'a> {
     /// Heads of queries, keys and values side by side, as they come from their projections: `[T, columns]`.
     pub joined: &'a Array,
+    /// Whether there are keys and values; without them nothing is written, and the pools are those of a layer that has.
+    pub appends: bool,
     /// Of each head of queries.
     pub query_norm: Option<NormOf<'a>>,
     /// Of each head of keys.
     pub key_norm: Option<NormOf<'a>>,
+    /// Divides each head of values by the root of its mean square and this.
+    pub value_norm: Option<f32>,
     /// Whether heads are normalised after their rotation instead of before.
     pub turned_first: bool,
     /// Turns queries and keys.
@@ -217,10 +221,11 @@ impl Cpu {
         node(ResizeRows { cpu: self.clone() }, &[array], &shape, array.dtype())
     }
 
-    /// Normalises and turns a step's heads, writes its keys and values to the pools, in place, and attends:
+    /// Normalises and turns a step's heads, writes its keys and values, if it has some, to the pools, in place, and attends:
     /// `[T, heads * value width]` f32.
     pub fn attention(&self, heads: Heads<'_>, kind: &AttentionKind, placement: Arc<Placement>) -> Result<Array> {
-        let Heads { joined, query_norm, key_norm, turned_first, rotation, sinks, key_pool, value_pool } = heads;
+        let Heads { joined, appends, query_norm, key_norm, value_norm, turned_first, rotation, sinks, .. } = heads;
+        let (key_pool, value_pool) = (heads.key_pool, heads.value_pool);
         let shape = [joined.dim(0), kind.heads as i32 * value_pool.dim(3)];
         let mut inputs = vec![joined];
         let query_norm = query_norm.map(|norm| NormLayout::new(norm, &mut inputs));
@@ -231,7 +236,8 @@ impl Cpu {
         });
         inputs.extend([key_pool, value_pool]);
         let (cpu, kind, rotation) = (self.clone(), kind.clone(), rotation.clone());
-        let kernel = Attend { cpu, kind, placement, query_norm, key_norm, turned_first, rotation, sinks };
+        let norms = (query_norm, key_norm, value_norm);
+        let kernel = Attend { cpu, kind, placement, appends, norms, turned_first, rotation, sinks };
         writing_node(kernel, &inputs, 2, &shape, Dtype::Float32)
     }
 }
@@ -433,8 +439,9 @@ struct Attend {
     cpu: Cpu,
     kind: AttentionKind,
     placement: Arc<Placement>,
-    query_norm: Option<NormLayout>,
-    key_norm: Option<NormLayout>,
+    appends: bool,
+    /// Of queries and keys, and the epsilon of that of values.
+    norms: (Option<NormLayout>, Option<NormLayout>, Option<f32>),
     turned_first: bool,
     rotation: Rotation,
     /// Which input they are.
@@ -459,6 +466,17 @@ impl Attend {
         rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut turned));
         Ok(turned)
     }
+
+    /// Heads of `width` numbers over their roots of mean squares, each by itself.
+    fn normalise(&self, rows: Rows<'_>, width: usize, eps: f32, positions: &[usize]) -> Vec<f32> {
+        let ones = vec![1f32; width];
+        let norm = Some(RmsNorm { weight: Floats::F32(&ones), eps });
+        let rotary =
+            Rotary { width, dims: 0, frequencies: &[], traditional: false, magnitude: 1.0, norm, turned_first: false };
+        let mut normed = vec![0f32; positions.len() * rows.width];
+        rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut normed));
+        normed
+    }
 }
 
 impl CpuKernel for Attend {
@@ -472,16 +490,22 @@ impl CpuKernel for Attend {
         let columns =
             |first: usize, width: usize| Rows { numbers: joined.get(first..).unwrap_or_default(), width, stride };
         let positions: Vec<usize> = self.placement.positions().collect();
-        let queries = self.rotate(columns(0, query_columns), key_width, self.query_norm, inputs, &positions)?;
-        let keys = columns(query_columns, key_columns);
-        let keys = self.rotate(keys, key_width, self.key_norm, inputs, &positions)?;
-        let values = columns(query_columns + key_columns, self.kind.kv_heads * value_width);
-        for &(from, to) in &self.placement.copies {
-            copy_block(&mut key_pool, key_shape, from, to)?;
-            copy_block(&mut value_pool, value_shape, from, to)?;
+        let (query_norm, key_norm, value_norm) = self.norms;
+        let queries = self.rotate(columns(0, query_columns), key_width, query_norm, inputs, &positions)?;
+        if self.appends {
+            let value_columns = self.kind.kv_heads * value_width;
+            let keys = columns(query_columns, key_columns);
+            let keys = self.rotate(keys, key_width, key_norm, inputs, &positions)?;
+            let values = columns(query_columns + key_columns, value_columns);
+            let normed = value_norm.map(|eps| self.normalise(values, value_width, eps, &positions));
+            let values = normed.as_ref().map_or(values, |normed| Rows::packed(normed, value_columns));
+            for &(from, to) in &self.placement.copies {
+                copy_block(&mut key_pool, key_shape, from, to)?;
+                copy_block(&mut value_pool, value_shape, from, to)?;
+            }
+            append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
+            append(&mut value_pool, values, &self.placement.slots);
         }
-        append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
-        append(&mut value_pool, values, &self.placement.slots);
         let sinks = self.sinks.map(|at| inputs[at].to_f32()).transpose()?;
         let attention = Attention {
             kind: &self.kind,

@@ -53,7 +53,7 @@ impl QuantMode {
 }
 
 /// The two forms of a weight matrix `[out, in]`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Matrix {
     /// `[out, in]` floats.
     Dense(Array),
@@ -81,7 +81,7 @@ impl Matrix {
 }
 
 /// A weight matrix `[out, in]` in MLX's packed form.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct QuantizedMatrix {
     /// Packed words, `[out, in * bits / 32]` u32.
     pub weight: Array,

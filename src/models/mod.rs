@@ -65,11 +65,12 @@ pub trait Model {
         self.kv_layout().layers.len()
     }
 
-    /// What the first layer takes of `tokens [T]` (u32): hidden states `[T, hidden]`.
+    /// What the first layer takes of `tokens [T]` (u32): hidden states `[T, hidden]`, and whatever else the layers of some models
+    /// need of them in columns behind.
     fn embed(&self, tokens: &Array) -> Result<Array>;
 
     /// Runs some of the layers over the step's `T` tokens: from the hidden states `x [T, hidden]` before the first of them to
-    /// those behind the last.
+    /// those behind the last, with the columns behind them that [`embed`](Self::embed) gives but behind the last layer of all.
     fn pass(&self, x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array>;
 
     /// Runs all layers over the step's `tokens [T]` (u32): hidden states `[T, hidden]` before the final norm.
@@ -267,7 +268,8 @@ impl Plan {
             state_bytes: spec.state_bytes(),
             // The residual stream before and behind, queries, keys and values, what attention gives, and the feed-forward
             // layer's inner rows: what is alive at the same time in one layer, and what the next one's graph holds.
-            row_numbers: 2 * (4 * spec.hidden + spec.layers.iter().map(widest).max().unwrap_or(0)),
+            row_numbers: 2
+                * (4 * spec.hidden + spec.carried_numbers() + spec.layers.iter().map(widest).max().unwrap_or(0)),
             vocab: spec.vocab,
         }
     }

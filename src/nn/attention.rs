@@ -34,8 +34,12 @@ pub struct AttentionSpec {
     pub fused: bool,
     /// Whether `q_proj` also gives, behind each head's queries, gates whose sigmoid multiplies what the head gives (Qwen3-Next).
     pub gated: bool,
+    /// Whether values are what the projection of keys gives, before it is normalised and turned (Gemma 4).
+    pub keys_as_values: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<QkNorm>,
+    /// Epsilon of a norm without weights of each head of values (Gemma 4).
+    pub value_norm: Option<f32>,
     /// Where queries depend on their position.
     pub position_scale: Option<PositionScale>,
     /// What turns, and how many dimensions of each head; without it a token does not know its position.
@@ -141,6 +145,9 @@ impl Attention {
             None => None,
         };
         let mut project = |name, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, spec.qkv_bias);
+        if spec.keys_as_values && (spec.fused || spec.gated) {
+            return Err(Error::internal("values that are keys, of a joined or gated projection"));
+        }
         let input = if spec.fused {
             vec![project("qkv_proj", queries + 2 * keys)?]
         } else if spec.gated {
@@ -149,6 +156,10 @@ impl Attention {
             let [query, gate] =
                 [both.reordered(&apart(0).collect::<Vec<_>>())?, both.reordered(&apart(1).collect::<Vec<_>>())?];
             vec![query, project("k_proj", keys)?, project("v_proj", keys)?, gate]
+        } else if spec.keys_as_values {
+            // Computed twice: little beside the queries, and what follows is the same for all.
+            let key = project("k_proj", keys)?;
+            vec![project("q_proj", queries)?, key.clone(), key]
         } else {
             vec![project("q_proj", queries)?, project("k_proj", keys)?, project("v_proj", keys)?]
         };
@@ -169,6 +180,7 @@ impl Attention {
             window: spec.window,
             soft_cap: spec.soft_cap,
             turned_first: over == NormOver::TurnedHead,
+            value_norm: spec.value_norm,
         };
         let core = AttentionCore::new(weights, layer, core, head_norms, rope, sinks)?;
         Ok(Self { spec: spec.clone(), input: Joined::new(input)?, output, token_norms, core })

@@ -140,11 +140,15 @@ impl<'a> Case<'a> {
         let segments = placement.segments.clone();
         let mut index = PagedIndex::new(&Arc::new(placement), block_tokens).with_splits(splits);
         let mut pool = self.pages.pool(0)?;
-        let (found, _) = index.attend(self.kernels, &mut pool, &queries, (&keys, &values))?;
-        let found = found.as_dtype(Dtype::Float32)?;
-        for Segment { rows, .. } in segments {
-            let of = |array: &Array| mlx::rows(array, rows.start, rows.end);
-            close(&of(&found)?, &of(&expected)?, dtype, what)?;
+        let (found, _) = index.attend(self.kernels, &mut pool, &queries, Some((&keys, &values)))?;
+        // And as a layer does that has the rows of another one.
+        let (read, _) = index.attend(self.kernels, &mut pool, &queries, None)?;
+        for (found, how) in [(found, what.to_owned()), (read, format!("{what}, read again"))] {
+            let found = found.as_dtype(Dtype::Float32)?;
+            for Segment { rows, .. } in &segments {
+                let of = |array: &Array| mlx::rows(array, rows.start, rows.end);
+                close(&of(&found)?, &of(&expected)?, dtype, &how)?;
+            }
         }
         Ok(())
     }

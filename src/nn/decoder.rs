@@ -6,9 +6,10 @@ use std::sync::Arc;
 use mlx_rs::{Array, Dtype};
 
 use super::{
-    Attention, AttentionSpec, Embedding, Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, LatentAttention,
-    LatentSpec, Linear, Norm, NormKind, PagedIndex, RecurrentLayer, RecurrentSpec, RmsNorm, StateIndex, StateLayout,
-    StatePools,
+    Attention, AttentionSpec, CrossLayerAttention, CrossLayerSpec, DenseAndExperts, DenseAndExpertsSpec, Embedding,
+    Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, LatentAttention, LatentSpec, LayerInput, Linear, Norm,
+    NormKind, PagedIndex, PerLayerInputSpec, PerLayerInputs, RecurrentLayer, RecurrentSpec, RmsNorm, StateIndex,
+    StateLayout, StatePools,
 };
 use crate::cache::{GroupKind, KvLayout, Pages};
 use crate::error::{Error, Result};
@@ -89,8 +90,12 @@ pub struct DecoderSpec {
     pub is_centred: Option<fn(&Weights) -> bool>,
     /// Multiplies embeddings before the first layer.
     pub embedding_scale: f32,
+    /// Inputs of single layers beside the residual stream.
+    pub per_layer_input: Option<PerLayerInputSpec>,
     /// Multiplies what attention and feed-forward layers give, before it is added.
     pub residual_scale: f32,
+    /// Whether what a layer gives is multiplied by a number of its own, `layer_scalar [1]`.
+    pub layer_scalar: bool,
     /// Where logits come from.
     pub head: OutputHead,
     /// Multiplies logits.
@@ -118,7 +123,7 @@ impl DecoderSpec {
                 Some((window.map_or(GroupKind::Full, GroupKind::Window), rows, rows))
             }
             MixerSpec::Latent(spec) => Some((GroupKind::Full, (1, spec.key_width()), (1, spec.value_width()))),
-            MixerSpec::Recurrent(_) => None,
+            MixerSpec::CrossLayer(_) | MixerSpec::Recurrent(_) => None,
         };
         KvLayout::new(&self.layers.iter().filter_map(layer).collect::<Vec<_>>(), dtype)
     }
@@ -138,6 +143,26 @@ impl DecoderSpec {
     pub fn state_bytes(&self) -> usize {
         self.layers.iter().map(|layer| layer.mixer.state_bytes()).sum()
     }
+
+    /// Numbers of a row that travel behind its hidden state from layer to layer.
+    pub fn carried_numbers(&self) -> usize {
+        self.per_layer_input.map_or(0, |input| input.width * self.layers.len())
+    }
+
+    /// Whether layers read the keys and values of others.
+    pub fn crosses_layers(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer.mixer, MixerSpec::CrossLayer(_)))
+    }
+
+    /// The place of layer `index`, or of the one whose rows it reads, among those with keys and values, or among those with states.
+    fn place(&self, index: usize) -> usize {
+        let index = match &self.layers[index].mixer {
+            MixerSpec::CrossLayer(spec) => spec.source.min(index),
+            _ => index,
+        };
+        let of = |index: usize| self.layers[index].mixer.keeps();
+        (0..index).filter(|&before| of(before) == of(index)).count()
+    }
 }
 
 impl DecoderSpec {
@@ -145,6 +170,7 @@ impl DecoderSpec {
     pub fn attentions(&mut self) -> impl Iterator<Item = &mut AttentionSpec> {
         self.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
             MixerSpec::Attention(spec) => Some(spec),
+            MixerSpec::CrossLayer(spec) => Some(&mut spec.attention),
             MixerSpec::Latent(_) | MixerSpec::Recurrent(_) => None,
         })
     }
@@ -202,7 +228,7 @@ pub struct LayerSpec {
     pub mixer_path: &'static str,
     /// Its feed-forward layer.
     pub feed_forward: FeedForwardSpec,
-    /// Where that one's tensors are, under the layer's path.
+    /// Where that one's tensors are, under the layer's path; empty if they are its own.
     pub feed_forward_path: &'static str,
 }
 
@@ -211,17 +237,36 @@ pub struct LayerSpec {
 pub enum MixerSpec {
     /// Attention with keys and values of their own.
     Attention(AttentionSpec),
+    /// Attention over the keys and values of an earlier layer.
+    CrossLayer(CrossLayerSpec),
     /// Attention whose keys and values are projections of a narrow row.
     Latent(LatentSpec),
     /// A state instead of keys and values.
     Recurrent(RecurrentSpec),
 }
 
+/// What a mixer keeps of a sequence.
+#[derive(PartialEq)]
+enum Kept {
+    Rows,
+    State,
+    Nothing,
+}
+
 impl MixerSpec {
+    fn keeps(&self) -> Kept {
+        match self {
+            Self::Attention(_) | Self::Latent(_) => Kept::Rows,
+            Self::Recurrent(_) => Kept::State,
+            Self::CrossLayer(_) => Kept::Nothing,
+        }
+    }
+
     /// Numbers of a row that are alive in the layer at the same time.
     pub fn row_numbers(&self) -> usize {
         match self {
             Self::Attention(spec) => 2 * (spec.heads + spec.kv_heads) * spec.head_dim,
+            Self::CrossLayer(spec) => spec.row_numbers(),
             Self::Latent(spec) => spec.row_numbers(),
             Self::Recurrent(spec) => spec.row_numbers(),
         }
@@ -230,17 +275,22 @@ impl MixerSpec {
     /// Bytes of the state that it keeps of a sequence, at most.
     pub fn state_bytes(&self) -> usize {
         match self {
-            Self::Attention(_) | Self::Latent(_) => 0,
+            Self::Attention(_) | Self::CrossLayer(_) | Self::Latent(_) => 0,
             Self::Recurrent(spec) => spec.state_bytes(),
         }
     }
 
-    /// `place` is that of the layer among those with keys and values, or among those with states.
+    /// `place` is that of [`DecoderSpec::place`].
     fn load(&self, weights: &mut Weights, path: &str, place: usize, decoder: &DecoderSpec) -> Result<Mixer> {
         let DecoderSpec { hidden, context, .. } = *decoder;
         Ok(match self {
             Self::Attention(spec) => {
                 Mixer::Attention(Box::new(Attention::load(weights, path, hidden, place, spec, context)?))
+            }
+            Self::CrossLayer(spec) => {
+                let source = (decoder.layers.get(spec.source).map(|layer| &layer.mixer), place);
+                let attention = CrossLayerAttention::load(weights, path, hidden, source, spec, context)?;
+                Mixer::CrossLayer(Box::new(attention))
             }
             Self::Latent(spec) => {
                 Mixer::Latent(Box::new(LatentAttention::load(weights, path, hidden, place, spec, context)?))
@@ -253,6 +303,7 @@ impl MixerSpec {
 #[derive(Debug)]
 enum Mixer {
     Attention(Box<Attention>),
+    CrossLayer(Box<CrossLayerAttention>),
     Latent(Box<LatentAttention>),
     /// And the place of its states.
     Recurrent(Box<RecurrentLayer>, usize),
@@ -269,6 +320,7 @@ impl Mixer {
     ) -> Result<Array> {
         match self {
             Self::Attention(attention) => attention.forward(x, norm, residual, step),
+            Self::CrossLayer(attention) => attention.forward(x, norm, residual, step),
             Self::Latent(attention) => attention.forward(x, norm, residual, step),
             Self::Recurrent(layer, place) => {
                 let states = step.states_of(*place)?;
@@ -288,6 +340,8 @@ pub enum FeedForwardSpec {
     Gated(GatedSpec),
     /// Several, of which each token passes a few.
     Experts(ExpertsSpec),
+    /// Both, side by side.
+    DenseAndExperts(DenseAndExpertsSpec),
 }
 
 impl FeedForwardSpec {
@@ -296,6 +350,7 @@ impl FeedForwardSpec {
         match self {
             Self::Gated(spec) => spec.inner,
             Self::Experts(spec) => spec.per_token * spec.inner,
+            Self::DenseAndExperts(spec) => spec.dense.inner + spec.experts.per_token * spec.experts.inner,
         }
     }
 
@@ -304,6 +359,7 @@ impl FeedForwardSpec {
         match self {
             Self::Gated(spec) => 3 * spec.inner,
             Self::Experts(spec) => spec.row_numbers(hidden),
+            Self::DenseAndExperts(spec) => spec.row_numbers(hidden),
         }
     }
 
@@ -311,6 +367,9 @@ impl FeedForwardSpec {
         Ok(match self {
             Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
             Self::Experts(spec) => FeedForward::Experts(Box::new(Experts::load(weights, path, hidden, spec)?)),
+            Self::DenseAndExperts(spec) => {
+                FeedForward::DenseAndExperts(Box::new(DenseAndExperts::load(weights, path, hidden, spec)?))
+            }
         })
     }
 }
@@ -319,6 +378,7 @@ impl FeedForwardSpec {
 enum FeedForward {
     Gated(GatedMlp),
     Experts(Box<Experts>),
+    DenseAndExperts(Box<DenseAndExperts>),
 }
 
 impl FeedForward {
@@ -327,6 +387,7 @@ impl FeedForward {
         match self {
             Self::Gated(mlp) => mlp.forward(x, norm, residual),
             Self::Experts(experts) => experts.forward(x, norm, residual),
+            Self::DenseAndExperts(both) => both.forward(x, norm, residual),
         }
     }
 }
@@ -366,7 +427,7 @@ impl Around {
 }
 
 /// `x` times a constant, in the type of `x`.
-fn scaled(x: Array, factor: f32) -> Result<Array> {
+pub(super) fn scaled(x: Array, factor: f32) -> Result<Array> {
     if factor == 1.0 { Ok(x) } else { Ok(x.multiply(Array::from_f32(factor).as_dtype(x.dtype())?)?) }
 }
 
@@ -383,14 +444,14 @@ struct Layer {
     norms: LayerNorms,
     mixer: Mixer,
     feed_forward: FeedForward,
+    input: Option<LayerInput>,
+    /// Multiplies what the layer gives, `[1]`.
+    scalar: Option<Array>,
 }
 
 impl Layer {
     fn load(weights: &mut Weights, path: &str, index: usize, spec: &DecoderSpec) -> Result<Self> {
         let layer = &spec.layers[index];
-        let is_recurrent = |layer: &LayerSpec| matches!(layer.mixer, MixerSpec::Recurrent(_));
-        let before = spec.layers[..index].iter();
-        let place = before.filter(|other| is_recurrent(other) == is_recurrent(layer)).count();
         let mut norm =
             |name: &str| Norm::load(weights, &format!("{path}.{name}"), spec.hidden, spec.norm, spec.norm_eps);
         let around = |before, after| Around { before, after, scale: spec.residual_scale };
@@ -408,14 +469,30 @@ impl Layer {
             ]),
             NormPlacement::Parallel => LayerNorms::Parallel(norm("input_layernorm")?),
         };
-        let mixer = layer.mixer.load(weights, &format!("{path}.{}", layer.mixer_path), place, spec)?;
-        let feed_forward_path = format!("{path}.{}", layer.feed_forward_path);
-        let feed_forward = layer.feed_forward.load(weights, &feed_forward_path, spec.hidden)?;
-        Ok(Self { norms, mixer, feed_forward })
+        let under = |part: &str| if part.is_empty() { path.to_owned() } else { format!("{path}.{part}") };
+        let mixer = layer.mixer.load(weights, &under(layer.mixer_path), spec.place(index), spec)?;
+        let feed_forward = layer.feed_forward.load(weights, &under(layer.feed_forward_path), spec.hidden)?;
+        let input =
+            spec.per_layer_input.map(|input| LayerInput::load(weights, path, spec.hidden, input.width, spec.norm_eps));
+        let input = input.transpose()?;
+        let scalar = spec.layer_scalar.then(|| weights.tensor(&under("layer_scalar"), &[1])).transpose()?;
+        Ok(Self { norms, mixer, feed_forward, input, scalar })
     }
 
-    /// `x [T, hidden]`, same shape out.
-    fn forward(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
+    /// `x [T, hidden]`, same shape out; `input [T, width]` is the layer's own, if it takes one.
+    fn forward(&self, x: &Array, input: Option<&Array>, step: &mut Step<'_>) -> Result<Array> {
+        let mut y = self.parts(x, step)?;
+        if let (Some(layer), Some(input)) = (&self.input, input) {
+            y = layer.forward(&y, input)?;
+        }
+        match &self.scalar {
+            Some(scalar) => Ok(y.multiply(scalar)?),
+            None => Ok(y),
+        }
+    }
+
+    /// Mixer and feed-forward layer, `[T, hidden]`.
+    fn parts(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
         match &self.norms {
             LayerNorms::Chain([first, second]) => {
                 let x = first.forward(x, |x, norm, residual| self.mixer.forward(x, norm, residual, step))?;
@@ -435,6 +512,7 @@ impl Layer {
 pub struct Decoder {
     embedding: Embedding,
     embedding_scale: f32,
+    inputs: Option<PerLayerInputs>,
     layers: Vec<Layer>,
     norm: Norm,
     /// Without it the embedding table, if there are logits at all.
@@ -476,6 +554,10 @@ impl Decoder {
             name.ends_with("rotary_emb.inv_freq") || (tied && name.starts_with(&format!("{head_prefix}lm_head.")))
         });
         let embedding = Embedding::load(weights, &format!("{prefix}embed_tokens"), spec.vocab, hidden)?;
+        let shape = (hidden, spec.layers.len());
+        let inputs = spec.per_layer_input;
+        let inputs = inputs.map(|inputs| PerLayerInputs::load(weights, prefix, shape, spec.norm_eps, inputs));
+        let inputs = inputs.transpose()?;
         let layers = (0..spec.layers.len())
             .map(|index| Layer::load(weights, &format!("{prefix}layers.{index}"), index, spec))
             .collect::<Result<_>>()?;
@@ -485,7 +567,7 @@ impl Decoder {
         let layout = spec.kv_layout(weights.float_type());
         let own_head = own_head.transpose()?;
         let DecoderSpec { embedding_scale, logit_scale, logit_cap, .. } = *spec;
-        Ok(Self { embedding, embedding_scale, layers, norm, own_head, head, logit_scale, logit_cap, layout })
+        Ok(Self { embedding, embedding_scale, inputs, layers, norm, own_head, head, logit_scale, logit_cap, layout })
     }
 
     /// What a token keeps.
@@ -497,7 +579,7 @@ impl Decoder {
     pub fn state_layouts(&self) -> Vec<StateLayout> {
         let layout = |layer: &Layer| match &layer.mixer {
             Mixer::Recurrent(recurrent, _) => Some(recurrent.state_layout().clone()),
-            Mixer::Attention(_) | Mixer::Latent(_) => None,
+            Mixer::Attention(_) | Mixer::CrossLayer(_) | Mixer::Latent(_) => None,
         };
         self.layers.iter().filter_map(layout).collect()
     }
@@ -507,21 +589,36 @@ impl Decoder {
         self.layers.len()
     }
 
-    /// What the first layer takes of `tokens [T]` (u32): `[T, hidden]`.
+    /// What the first layer takes of `tokens [T]` (u32): `[T, hidden]`, and behind it the inputs of single layers.
     pub fn embed(&self, tokens: &Array) -> Result<Array> {
-        scaled(self.embedding.forward(tokens)?, self.embedding_scale)
+        let x = scaled(self.embedding.forward(tokens)?, self.embedding_scale)?;
+        match &self.inputs {
+            Some(inputs) => inputs.join(tokens, &x),
+            None => Ok(x),
+        }
     }
 
-    /// Runs some of the layers over the step's tokens: `x [T, hidden]` before the first of them, the same shape behind the
-    /// last.
-    pub fn pass(&self, mut x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {
-        for layer in &self.layers[layers] {
-            x = layer.forward(&x, step)?;
+    /// Runs some of the layers over the step's tokens: `x [T, hidden]` (and the inputs of single layers) before the first of them,
+    /// the same shape behind the last; behind the last of all `[T, hidden]`.
+    pub fn pass(&self, x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {
+        let (mut x, inputs) = match &self.inputs {
+            Some(all) => {
+                let (x, rows) = all.part(&x)?;
+                (x, Some((all, rows)))
+            }
+            None => (x, None),
+        };
+        for index in layers.clone() {
+            let input = inputs.as_ref().map(|(all, rows)| all.of_layer(rows, index)).transpose()?;
+            x = self.layers[index].forward(&x, input.as_ref(), step)?;
             if let Some(trace) = step.trace.as_deref_mut() {
                 trace.push(x.clone());
             }
         }
-        Ok(x)
+        match inputs {
+            Some((_, rows)) if layers.end < self.layers.len() => Ok(mlx_rs::ops::concatenate(&[x, rows], 1)?),
+            _ => Ok(x),
+        }
     }
 
     /// `hidden [T, hidden]` behind the last layer to what the head takes of it.

@@ -90,9 +90,25 @@ impl Heads {
 
     /// Queries `[T, heads, width]`, keys and values `[T, kv_heads, width]` of `joined [T, columns]` at `positions [T]`.
     pub fn split(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
-        match &self.kernel {
+        let [queries, keys, values] = match &self.kernel {
             Some(kernel) if joined.dtype() == kernel.spec().dtype => self.launch(kernel, joined, positions),
             _ => self.composed(joined, rope, positions),
+        }?;
+        match self.spec.value_norm {
+            Some(eps) => Ok([queries, keys, mlx_rs::fast::rms_norm(values, None, eps)?]),
+            None => Ok([queries, keys, values]),
+        }
+    }
+
+    /// Queries alone, `[T, heads, width]`, of `joined [T, heads * width]`: of a layer that has no keys and values of its own.
+    pub fn queries(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<Array> {
+        let CoreSpec { heads, key_width, turned_first, .. } = self.spec;
+        let queries = joined.reshape(&[joined.dim(0), heads as i32, key_width as i32])?;
+        let Some(Norms { eps, each: [weight, _], .. }) = &self.norms else { return rope.forward(&queries, positions) };
+        let norm = |x: &Array| -> Result<Array> { Ok(mlx_rs::fast::rms_norm(x, Some(weight), *eps)?) };
+        match turned_first {
+            true => norm(&rope.forward(&queries, positions)?),
+            false => rope.forward(&norm(&queries)?, positions),
         }
     }
 

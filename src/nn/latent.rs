@@ -119,6 +119,7 @@ impl LatentAttention {
             window: None,
             soft_cap: None,
             turned_first: false,
+            value_norm: None,
         };
         let rope = spec.rope.build(turning, context)?;
         let core = AttentionCore::new(weights, layer, core, None, rope, None)?;

@@ -8,8 +8,8 @@ use crate::kernels::{Backend, Cpu, Join, Operand};
 use crate::mlx::{self, Matrix, QuantizedMatrix};
 use crate::weights::Weights;
 
-/// `y = x W^T + b` over the last axis.
-#[derive(Debug)]
+/// `y = x W^T + b` over the last axis. A clone has the same arrays.
+#[derive(Debug, Clone)]
 pub struct Linear {
     matrix: Matrix,
     bias: Option<Array>,

@@ -7,7 +7,9 @@ mod activation;
 mod attention;
 mod bidirectional;
 mod check;
+mod cross_layer;
 mod decoder;
+mod dense_and_experts;
 mod embedding;
 mod encoder;
 mod experts;
@@ -19,6 +21,7 @@ mod mlp;
 mod norm;
 mod packed;
 mod paged;
+mod per_layer_input;
 mod recurrent;
 mod rope;
 mod router;
@@ -28,9 +31,11 @@ pub use activation::Activation;
 pub use attention::{Attention, AttentionSpec, NormOver, PositionScale, QkNorm};
 pub use bidirectional::{ATTENTION_BYTES, Bidirectional, BidirectionalSpec, InputPaths};
 pub use check::{check_paged, compare_paged};
+pub use cross_layer::{CrossLayerAttention, CrossLayerSpec};
 pub use decoder::{
     Decoder, DecoderSpec, FeedForwardSpec, LayerSpec, MixerSpec, NormPlacement, OutputHead, Step, StepGroup,
 };
+pub use dense_and_experts::{DenseAndExperts, DenseAndExpertsSpec};
 pub use embedding::Embedding;
 pub use encoder::{EncoderLayer, EncoderPaths, EncoderSpec, EncoderStack, NormPlace};
 pub use experts::{Experts, ExpertsSpec, SharedSpec};
@@ -41,6 +46,7 @@ pub use mlp::{GatedMlp, GatedSpec, Mlp, MlpSpec};
 pub use norm::{LayerNorm, Norm, NormKind, RmsNorm};
 pub use packed::{PackedTexts, Run};
 pub use paged::PagedIndex;
+pub use per_layer_input::{LayerInput, PerLayerInputSpec, PerLayerInputs};
 pub use recurrent::{
     DeltaNetSpec, DeltaProjections, Mamba2Spec, RecurrentLayer, RecurrentSpec, ShortConvSpec, StateIndex, StateLayout,
     StatePools,

@@ -7,7 +7,7 @@ use crate::kernels::{Backend, NormOf};
 use crate::weights::Weights;
 
 /// Root-mean-square norm over the last axis (Zhang and Sennrich 2019).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RmsNorm {
     weight: Array,
     eps: f32,

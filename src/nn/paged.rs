@@ -67,6 +67,8 @@ struct Chunk {
     rows: Range<usize>,
     /// Without it the piece begins its sequence: its keys are its own rows.
     gathered: Option<Gathered>,
+    /// The same where a layer without rows of its own needs it: made when it first does.
+    stored: Option<Gathered>,
     mask: Option<(usize, Array)>,
 }
 
@@ -94,36 +96,38 @@ impl PagedIndex {
         Self { splits: Some(splits), ..self }
     }
 
-    /// Appends `keys` and `values [T, kv_heads, width]` to the pool and attends with `queries [T, heads, width]`: the same
-    /// shape. Also returns what must be evaluated with the step if nothing in it depends on the appended rows.
+    /// Appends keys and values, `rows [T, kv_heads, width]` both, to the pool and attends with `queries [T, heads, width]`: the
+    /// same shape. Without them the pool has the step's rows already, and its copies. Also returns what must be evaluated with
+    /// the step if nothing in it depends on the appended rows.
     pub fn attend(
         &mut self,
         kernels: &PagedAttention,
         pool: &mut Pool<'_>,
         queries: &Array,
-        (keys, values): (&Array, &Array),
+        rows: Option<(&Array, &Array)>,
     ) -> Result<(Array, Option<Array>)> {
         let splits = self.splits;
         let arrays = match &mut self.made {
             Some(arrays) => arrays,
             none => none.insert(Arrays::new(&self.placement, self.block_tokens)?),
         };
-        if let Some(Copies { from, to, tokens, length }) = &arrays.copies {
+        if let (Some(Copies { from, to, tokens, length }), Some(_)) = (&arrays.copies, rows) {
             // All are read before one is written: a block may be copied and given away in one step.
             let (keys, values) = kernels.gather(pool, from, length, *tokens)?;
             kernels.append(pool, &keys, &values, to)?;
         }
-        if !arrays.fused {
+        let (own_rows, appended) = if arrays.fused { (rows, None) } else { (None, rows) };
+        if let Some((keys, values)) = appended {
             kernels.append(pool, keys, values, &arrays.slots)?;
         }
-        let mut unread = !arrays.fused;
+        let mut unread = appended.is_some();
         let mut attended = Vec::with_capacity(1 + arrays.chunks.len());
         if let Some(Singles { rows, busy, tables, lengths }) = &arrays.singles {
             let own = |array: &Array| match array.dim(0) as usize == *rows {
                 true => Ok(array.clone()),
                 false => mlx::rows(array, 0, *rows),
             };
-            let new = if arrays.fused { Some((own(keys)?, own(values)?)) } else { None };
+            let new = own_rows.map(|(keys, values)| Ok::<_, Error>((own(keys)?, own(values)?))).transpose()?;
             let new = new.as_ref().map(|(keys, values)| (keys, values));
             let tokens = tables.dim(1) as usize * kernels.spec().block_tokens;
             let splits = Some(splits.unwrap_or_else(|| kernels.splits(*busy, tokens)));
@@ -132,7 +136,10 @@ impl PagedIndex {
         }
         for chunk in &mut arrays.chunks {
             unread &= chunk.gathered.is_none();
-            attended.push(chunk.attend(kernels, pool, queries, (keys, values))?);
+            if rows.is_none() {
+                chunk.find_stored(&self.placement, self.block_tokens)?;
+            }
+            attended.push(chunk.attend(kernels, pool, queries, rows)?);
         }
         let attended = match &attended[..] {
             [] => return Err(Error::internal("a step without rows")),
@@ -201,26 +208,32 @@ impl Chunk {
         let rows = segment.rows.start..spare.map_or(segment.rows.end, |spare| spare.end);
         let start = segment.start;
         if start == 0 {
-            return Ok(Self { rows, gathered: None, mask: None });
+            return Ok(Self { rows, gathered: None, stored: None, mask: None });
         }
         let before = start % GRID;
         let queries = (before + rows.len()).next_multiple_of(GRID);
-        let keys = start - before + queries;
-        let own = &placement.tables[segment.table..segment.table + blocks_of(segment, block_tokens)];
-        let mut table = vec![0; keys.div_ceil(block_tokens).max(own.len())];
-        table.iter_mut().zip(own).for_each(|(to, &block)| *to = block as i32);
-        let length = mlx::indices(&[(start + segment.rows.len()) as i32])?;
-        let gathered = Gathered { before, queries, keys, table: mlx::indices(&table)?, length };
-        Ok(Self { rows, gathered: Some(gathered), mask: None })
+        let gathered = Gathered::new(segment, placement, block_tokens, (before, queries))?;
+        Ok(Self { rows, gathered: Some(gathered), stored: None, mask: None })
     }
 
-    /// Queries and keys of the whole step; the rows of this piece of it.
+    /// Sees to it that the piece can be read from the pool, also if it begins its sequence.
+    fn find_stored(&mut self, placement: &Placement, block_tokens: usize) -> Result<()> {
+        if self.gathered.is_none() && self.stored.is_none() {
+            let segment = placement.segments.iter().find(|segment| segment.rows.start == self.rows.start);
+            let segment = segment.ok_or_else(|| Error::internal("a piece without a segment"))?;
+            // As many keys as if they were its own rows: the same shapes.
+            self.stored = Some(Gathered::new(segment, placement, block_tokens, (0, self.rows.len()))?);
+        }
+        Ok(())
+    }
+
+    /// Queries and keys of the whole step, or the pool's; the rows of this piece of it.
     fn attend(
         &mut self,
         kernels: &PagedAttention,
         pool: &mut Pool<'_>,
         queries: &Array,
-        (keys, values): (&Array, &Array),
+        new: Option<(&Array, &Array)>,
     ) -> Result<Array> {
         let Range { start, end } = self.rows;
         let own = |array: &Array| match start == 0 && end == array.dim(0) as usize {
@@ -228,9 +241,10 @@ impl Chunk {
             false => mlx::rows(array, start, end),
         };
         let mut queries = own(queries)?;
-        let (keys, values) = match &self.gathered {
-            None => (own(keys)?, own(values)?),
-            Some(Gathered { before, queries: all, keys, table, length }) => {
+        let (keys, values) = match (self.gathered.as_ref().or(self.stored.as_ref().filter(|_| new.is_none())), new) {
+            (None, None) => return Err(Error::internal("a piece without keys")),
+            (None, Some((keys, values))) => (own(keys)?, own(values)?),
+            (Some(Gathered { before, queries: all, keys, table, length }), _) => {
                 let behind = all - before - self.rows.len();
                 if before + behind > 0 {
                     let widths = [(*before as i32, behind as i32), (0, 0), (0, 0)];
@@ -268,6 +282,23 @@ impl Chunk {
             self.mask = Some((window, all.le(&own)?.logical_and(near)?));
         }
         Ok(self.mask.as_ref().map(|(_, mask)| mask))
+    }
+}
+
+impl Gathered {
+    /// For `queries` rows, of which `before` ones go before those of the segment.
+    fn new(
+        segment: &Segment,
+        placement: &Placement,
+        block_tokens: usize,
+        (before, queries): (usize, usize),
+    ) -> Result<Self> {
+        let keys = segment.start - before + queries;
+        let own = &placement.tables[segment.table..segment.table + blocks_of(segment, block_tokens)];
+        let mut table = vec![0; keys.div_ceil(block_tokens).max(own.len())];
+        table.iter_mut().zip(own).for_each(|(to, &block)| *to = block as i32);
+        let length = mlx::indices(&[(segment.start + segment.rows.len()) as i32])?;
+        Ok(Self { before, queries, keys, table: mlx::indices(&table)?, length })
     }
 }
 

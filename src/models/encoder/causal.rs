@@ -50,6 +50,12 @@ impl CausalEncoder {
         if spec.state_bytes() > 0 {
             return Err(Error::unsupported("decoders with states are not supported as encoders"));
         }
+        if spec.crosses_layers() || spec.per_layer_input.is_some() {
+            // Here layers of one shape share a pool, and a row of the table alone is taken for one of the head.
+            return Err(Error::unsupported(
+                "decoders that share keys between layers or have inputs of layers are not supported as encoders",
+            ));
+        }
         let model = Decoder::load(weights, &spec)?;
         let shape = EncoderShape { hidden: spec.hidden, vocab: spec.vocab, token_types: 0, max_tokens: context };
         Ok(Self { model, whole, shape })

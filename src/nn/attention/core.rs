@@ -31,6 +31,8 @@ pub(in crate::nn) struct CoreSpec {
     pub soft_cap: Option<f32>,
     /// Whether heads are normalised after they have turned.
     pub turned_first: bool,
+    /// Each head of values is divided by the root of its mean square and this.
+    pub value_norm: Option<f32>,
 }
 
 /// A layer's attention without its projections.
@@ -76,15 +78,47 @@ impl AttentionCore {
     pub fn forward(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
         let attended = match &self.backend {
             Backend::Mlx | Backend::Gpu(_) => self.attend(joined, step)?,
-            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, joined, step)?,
+            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, joined, true, step)?,
+        };
+        step.written = Some(attended.clone());
+        Ok(attended)
+    }
+
+    /// Of queries alone, `queries [T, heads * key_width]`, over rows that another layer has appended, in this step too:
+    /// `[T, heads * value_width]`. Nothing is written.
+    pub fn forward_over(&self, queries: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let attended = match &self.backend {
+            Backend::Mlx | Backend::Gpu(_) => self.attend_over(queries, step)?,
+            Backend::Cpu(cpu) => self.attend_in_blocks(cpu, queries, false, step)?,
         };
         step.written = Some(attended.clone());
         Ok(attended)
     }
 
     /// With MLX's operations.
+    fn attend_over(&self, queries: &Array, step: &mut Step<'_>) -> Result<Array> {
+        let CoreSpec { heads, value_width, .. } = self.spec;
+        let (tokens, group) = (queries.dim(0), step.pages.group(self.layer));
+        let queries = self.heads.queries(queries, &self.rope, step.positions)?;
+        let attended = match &self.paged {
+            Some(kernels) => {
+                let queries = queries.as_dtype(kernels.spec().dtype)?;
+                let mut pool = step.pages.pool(self.layer)?;
+                step.groups[group].paged.attend(kernels, &mut pool, &queries, None)?.0
+            }
+            None => step.groups[group].gathers.attend(&queries, step.pages.layer(self.layer)?, &self.scores())?,
+        };
+        Ok(attended.reshape(&[tokens, (heads * value_width) as i32])?)
+    }
+
+    fn scores(&self) -> Scores<'_> {
+        let CoreSpec { scale, window, soft_cap, .. } = self.spec;
+        Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() }
+    }
+
+    /// With MLX's operations.
     fn attend(&self, joined: &Array, step: &mut Step<'_>) -> Result<Array> {
-        let CoreSpec { heads, value_width, scale, window, soft_cap, .. } = self.spec;
+        let CoreSpec { heads, value_width, .. } = self.spec;
         let (tokens, group) = (joined.dim(0), step.pages.group(self.layer));
         let [queries, keys, values] = self.heads.split(joined, &self.rope, step.positions)?;
         let attended = match &self.paged {
@@ -93,31 +127,32 @@ impl AttentionCore {
                 let (queries, keys) = (queries.as_dtype(dtype)?, keys.as_dtype(dtype)?);
                 let values = values.as_dtype(dtype)?;
                 let mut pool = step.pages.pool(self.layer)?;
-                let (attended, unread) =
-                    step.groups[group].paged.attend(kernels, &mut pool, &queries, (&keys, &values))?;
+                let rows = Some((&keys, &values));
+                let (attended, unread) = step.groups[group].paged.attend(kernels, &mut pool, &queries, rows)?;
                 step.unread.extend(unread);
                 attended
             }
             None => {
                 let gathers = &mut step.groups[group].gathers;
                 let pools = step.pages.append(self.layer, gathers.writes(), &keys, &values)?;
-                let scores = Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() };
-                gathers.attend(&queries, pools, &scores)?
+                gathers.attend(&queries, pools, &self.scores())?
             }
         };
         Ok(attended.reshape(&[tokens, (heads * value_width) as i32])?)
     }
 
-    /// With the CPU kernels, over blocks.
-    fn attend_in_blocks(&self, cpu: &Cpu, joined: &Array, step: &Step<'_>) -> Result<Array> {
-        let CoreSpec { heads, kv_heads, scale, window, soft_cap, turned_first, .. } = self.spec;
+    /// With the CPU kernels, over blocks; `joined` has keys and values if it `appends`.
+    fn attend_in_blocks(&self, cpu: &Cpu, joined: &Array, appends: bool, step: &Step<'_>) -> Result<Array> {
+        let CoreSpec { heads, kv_heads, scale, window, soft_cap, turned_first, value_norm, .. } = self.spec;
         let placement = Arc::clone(&step.groups[step.pages.group(self.layer)].placement);
         let (key_pool, value_pool) = step.pages.layer(self.layer)?;
         let kind = AttentionKind { kv_heads, heads, scale, window, soft_cap };
         let heads = kernels::Heads {
             joined,
+            appends,
             query_norm: self.norms.as_ref().map(|[query, _]| query.parts()),
             key_norm: self.norms.as_ref().map(|[_, key]| key.parts()),
+            value_norm,
             turned_first,
             rotation: self.rope.rotation(),
             sinks: self.sinks.as_ref(),
