@@ -58,7 +58,8 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     Ok(spec)
 }
 
-fn rope_of(parameters: &Value, kind: &str) -> Result<RopeSpec> {
+/// The rotation of one kind of layer, where `rope_parameters` has one for each.
+pub(super) fn rope_of(parameters: &Value, kind: &str) -> Result<RopeSpec> {
     RopeSpec::deserialize(json!({ "rope_parameters": parameters.get(kind) }))
         .map_err(|e| Error::invalid_model(format!("config.json: rope_parameters.{kind}: {e}")))
 }

@@ -8,6 +8,7 @@ mod ernie;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gemma4;
 mod glm4_moe;
 mod glm4_moe_lite;
 mod gpt_oss;
@@ -149,6 +150,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "exaone4", models: "EXAONE 4", declare: exaone4::declare },
     Architecture { model_type: "gemma2", models: "Gemma 2", declare: gemma2::declare },
     Architecture { model_type: "gemma3_text", models: "Gemma 3, and the text part of those that see", declare: gemma3::declare },
+    Architecture { model_type: "gemma4_text", models: "Gemma 4, and the text part of those that see and hear", declare: gemma4::declare },
     Architecture { model_type: "glm4_moe", models: "GLM-4.5, GLM-4.6", declare: glm4_moe::declare },
     Architecture { model_type: "glm4_moe_lite", models: "GLM-4.7-Flash", declare: glm4_moe_lite::declare },
     Architecture { model_type: "gpt_oss", models: "gpt-oss 20B and 120B, as published or in MLX format", declare: gpt_oss::declare },
