@@ -122,8 +122,8 @@ impl DenseConfig {
             inner: self.intermediate_size,
             bias: self.mlp_bias.unwrap_or(false),
             activation: self.activation()?,
-            fused: false,
             names: GatedSpec::NAMES,
+            joined: None,
         });
         let layers = (0..self.num_hidden_layers)
             .map(|layer| {

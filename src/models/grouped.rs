@@ -36,8 +36,7 @@ impl GroupedConfig {
         let router = RouterSpec::corrected_sigmoid(self.n_group, self.topk_group, normalize, scale);
         let inner = self.moe_intermediate_size;
         let shared = self.n_shared_experts.filter(|&count| count > 0);
-        let shared =
-            shared.map(|count| SharedSpec { path: "shared_experts", inner: count * inner, bias: false, gate: None });
+        let shared = shared.map(|count| SharedSpec::new("shared_experts", count * inner));
         Ok(Some(ExpertsSpec { shared, ..ExpertsSpec::new(count, self.num_experts_per_tok, inner, router) }))
     }
 }

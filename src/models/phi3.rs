@@ -16,7 +16,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     }
     for layer in &mut spec.layers {
         if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
-            mlp.fused = true;
+            mlp.joined = Some(["gate_up_proj", "down_proj"]);
         }
     }
     Ok(spec)

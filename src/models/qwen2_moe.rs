@@ -21,8 +21,10 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let (dense, own): (DenseConfig, MixtureConfig) = (config.parse()?, config.parse()?);
     let mut spec = dense.decoder(scope, |layer| dense.qwen_window(layer))?;
     let router = RouterSpec { ties: Ties::First, ..RouterSpec::softmax(own.norm_topk_prob.unwrap_or(false)) };
-    let inner = own.shared_expert_intermediate_size;
-    let shared = SharedSpec { path: "shared_expert", inner, bias: false, gate: Some("shared_expert_gate") };
+    let shared = SharedSpec {
+        gate: Some("shared_expert_gate"),
+        ..SharedSpec::new("shared_expert", own.shared_expert_intermediate_size)
+    };
     let experts = ExpertsSpec::new(own.num_experts, own.num_experts_per_tok, own.moe_intermediate_size, router);
     for attention in spec.attentions() {
         (attention.qkv_bias, attention.output_bias) = (true, false);

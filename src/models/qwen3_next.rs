@@ -88,12 +88,8 @@ impl HybridConfig {
         };
         let router = RouterSpec::softmax(self.norm_topk_prob.unwrap_or(normalize));
         let shared = need(self.shared_expert_intermediate_size, "shared_expert_intermediate_size")?;
-        let shared = (shared > 0).then_some(SharedSpec {
-            path: "shared_expert",
-            inner: shared,
-            bias: false,
-            gate: Some("shared_expert_gate"),
-        });
+        let shared = (shared > 0)
+            .then_some(SharedSpec { gate: Some("shared_expert_gate"), ..SharedSpec::new("shared_expert", shared) });
         let per_token = need(self.num_experts_per_tok, "num_experts_per_tok")?;
         let inner = need(self.moe_intermediate_size, "moe_intermediate_size")?;
         Ok(Some(ExpertsSpec { shared, ..ExpertsSpec::new(count, per_token, inner, router) }))

@@ -4,6 +4,7 @@
 use mlx_rs::{Array, ops};
 
 use super::linear::Joined;
+use super::mlp::load_gated;
 use super::router::Router;
 use super::{Activation, Linear, RmsNorm, RouterSpec};
 use crate::error::{Error, Result};
@@ -43,12 +44,23 @@ pub struct ExpertsSpec {
 pub struct SharedSpec {
     /// Where `gate_proj`, `up_proj` and `down_proj` are.
     pub path: &'static str,
+    /// Whether that is a part of the path of the decoder's layer, beside that of the experts instead of below it (Granite 4).
+    pub beside: bool,
+    /// What checkpoints call the one matrix of gate and up, and down beside it, where they have these instead.
+    pub joined: Option<[&'static str; 2]>,
     /// Width inside.
     pub inner: usize,
     /// Whether they have biases.
     pub bias: bool,
     /// A projection to one number, whose sigmoid multiplies what they give.
     pub gate: Option<&'static str>,
+}
+
+impl SharedSpec {
+    /// Without biases and gate, by the usual names.
+    pub fn new(path: &'static str, inner: usize) -> Self {
+        Self { path, beside: false, joined: None, inner, bias: false, gate: None }
+    }
 }
 
 impl ExpertsSpec {
@@ -245,13 +257,20 @@ impl Experts {
 
 impl Shared {
     fn load(weights: &mut Weights, path: &str, hidden: usize, spec: &SharedSpec, gated: bool) -> Result<Self> {
-        let SharedSpec { path: part, inner, bias, gate } = *spec;
-        let [gate_name, up, down] = PROJECTIONS.map(|name| format!("{path}.{part}.{name}"));
-        let mut inputs = Vec::new();
-        for name in [gated.then_some(gate_name), Some(up)].into_iter().flatten() {
-            inputs.push(Linear::load(weights, &name, hidden, inner, bias)?);
-        }
-        let output = Linear::load(weights, &down, inner, hidden, bias)?;
+        let SharedSpec { path: part, beside, joined, inner, bias, gate } = *spec;
+        let own = match (beside, path.rsplit_once('.')) {
+            (false, _) => format!("{path}.{part}"),
+            (true, Some((parent, _))) => format!("{parent}.{part}"),
+            (true, None) => part.to_owned(),
+        };
+        let (inputs, output) = if gated {
+            let (inputs, output) = load_gated(weights, &own, (hidden, inner), bias, PROJECTIONS, joined)?;
+            (inputs.into(), output)
+        } else {
+            let [_, up, down] = PROJECTIONS.map(|name| format!("{own}.{name}"));
+            let input = Linear::load(weights, &up, hidden, inner, bias)?;
+            (vec![input], Linear::load(weights, &down, inner, hidden, bias)?)
+        };
         let gate = gate.map(|gate| Linear::load(weights, &format!("{path}.{gate}"), hidden, 1, false)).transpose()?;
         Ok(Self { input: Joined::new(inputs)?, output, gate })
     }

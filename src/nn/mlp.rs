@@ -17,15 +17,35 @@ pub struct GatedSpec {
     pub bias: bool,
     /// Of the gate.
     pub activation: Activation,
-    /// Whether gate and up are one matrix, `gate_up_proj`.
-    pub fused: bool,
     /// What checkpoints call gate, up and down.
     pub names: [&'static str; 3],
+    /// What they call the one matrix of gate and up, and down beside it, where they have these instead.
+    pub joined: Option<[&'static str; 2]>,
 }
 
 impl GatedSpec {
     /// The usual names.
     pub const NAMES: [&'static str; 3] = ["gate_proj", "up_proj", "down_proj"];
+}
+
+/// Gate and up, and down, between rows of width `hidden` and `inner` under `path`: [`GatedSpec`] has the rest.
+pub(super) fn load_gated(
+    weights: &mut Weights,
+    path: &str,
+    (hidden, inner): (usize, usize),
+    bias: bool,
+    [gate, up, down]: [&str; 3],
+    joined: Option<[&str; 2]>,
+) -> Result<([Linear; 2], Linear)> {
+    let joined = joined.filter(|[both, _]| weights.contains(&format!("{path}.{both}.weight")));
+    let mut load = |name, input, output| Linear::load(weights, &format!("{path}.{name}"), input, output, bias);
+    if let Some([both, down]) = joined {
+        let both = load(both, hidden, 2 * inner)?;
+        let inputs = [both.outputs(0, inner)?, both.outputs(inner, 2 * inner)?];
+        return Ok((inputs, load(down, inner, hidden)?));
+    }
+    let inputs = [load(gate, hidden, inner)?, load(up, hidden, inner)?];
+    Ok((inputs, load(down, inner, hidden)?))
 }
 
 /// `down(activation(gate(x)) * up(x))` (Shazeer 2020, "GLU Variants Improve Transformer").
@@ -37,21 +57,11 @@ pub struct GatedMlp {
 }
 
 impl GatedMlp {
-    /// Takes gate and up, or `gate_up_proj`, and down under `path`.
+    /// Takes gate, up and down under `path`.
     pub fn load(weights: &mut Weights, path: &str, hidden: usize, spec: &GatedSpec) -> Result<Self> {
-        let GatedSpec { inner, bias, activation, fused, names: [gate, up, down] } = *spec;
-        let mut project = |name: &str, width| Linear::load(weights, &format!("{path}.{name}"), hidden, width, bias);
-        let gate_up = if fused {
-            let both = project("gate_up_proj", 2 * inner)?;
-            vec![both.outputs(0, inner)?, both.outputs(inner, 2 * inner)?]
-        } else {
-            vec![project(gate, inner)?, project(up, inner)?]
-        };
-        Ok(Self {
-            gate_up: Joined::new(gate_up)?,
-            down: Linear::load(weights, &format!("{path}.{down}"), inner, hidden, bias)?,
-            activation,
-        })
+        let GatedSpec { inner, bias, activation, names, joined } = *spec;
+        let (gate_up, down) = load_gated(weights, path, (hidden, inner), bias, names, joined)?;
+        Ok(Self { gate_up: Joined::new(gate_up.into())?, down, activation })
     }
 
     /// `mlp(x)`, or `mlp(norm(x))`, added to `residual` if there is one; all `[T, hidden]`.

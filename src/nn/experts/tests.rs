@@ -372,7 +372,7 @@ const CLAMPED: ExpertActivation = ExpertActivation::ClampedSwiGlu { alpha: 1.702
 
 /// Every router there is, as the architectures have them.
 fn routers() -> Vec<(&'static str, ExpertsSpec)> {
-    let shared = |path, gate| Some(SharedSpec { path, inner: 32, bias: false, gate });
+    let shared = |path, gate| Some(SharedSpec { gate, ..SharedSpec::new(path, 32) });
     let corrected = |groups, kept, eps| RouterSpec::corrected_sigmoid(groups, kept, eps, 2.5);
     let of_chosen = RouterSpec::softmax_of_chosen;
     vec![

@@ -107,6 +107,37 @@ fn joined_gates_are_taken_apart() {
     });
 }
 
+/// Granite's: they stand beside the mixture, and a matrix has both gate and up, also where MLX's tools have packed it.
+#[test]
+fn shared_experts_stand_beside_and_are_taken_apart() {
+    let joined_names = Some(["input_linear", "output_linear"]);
+    let shared = SharedSpec { beside: true, joined: joined_names, ..SharedSpec::new("shared_mlp", 32) };
+    for format in [Format::Dense, Format::Affine(4)] {
+        let spec = ExpertsSpec { shared: Some(shared.clone()), ..spec(RouterSpec::softmax_of_chosen("router.layer")) };
+        let mixture = Mixture::new(spec, format, Format::Affine(8));
+        for whole in [true, false] {
+            same(&format!("shared, {format:?}, {whole}"), &mixture, |mixture| {
+                let tensors = &mut mixture.tensors;
+                for kind in if format == Format::Dense { &["weight"][..] } else { &["weight", "scales", "biases"] } {
+                    let [gate, up, down] =
+                        PROJECTIONS.map(|name| tensors.part(&format!("layer.shared_mlp.{name}.{kind}")));
+                    let (mut parts, mut names) = (vec![gate, up, down], PROJECTIONS.to_vec());
+                    if whole {
+                        let (dtype, mut shape, mut bytes) = parts.remove(0);
+                        shape[0] *= 2;
+                        bytes.extend(&parts[0].2);
+                        parts[0] = (dtype, shape, bytes);
+                        names = vec!["input_linear", "output_linear"];
+                    }
+                    for (name, part) in names.into_iter().zip(parts) {
+                        tensors.0.insert(format!("shared_mlp.{name}.{kind}"), part);
+                    }
+                }
+            });
+        }
+    }
+}
+
 #[test]
 fn blocks_of_mxfp4_are_taken_apart() {
     let (_, spec) = routers().into_iter().find(|(name, _)| *name == "gpt_oss").unwrap();
