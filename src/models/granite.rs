@@ -9,8 +9,9 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::DecoderSpec;
 
+/// The factors of all Granites.
 #[derive(Debug, Deserialize)]
-struct GraniteConfig {
+pub(super) struct Factors {
     embedding_multiplier: f32,
     attention_multiplier: f32,
     residual_multiplier: f32,
@@ -19,14 +20,20 @@ struct GraniteConfig {
 
 pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
     let dense: DenseConfig = config.parse_over(json!({ "tie_word_embeddings": true }))?;
-    let own: GraniteConfig = config.parse()?;
-    if own.logits_scaling == 0.0 {
-        return Err(Error::invalid_model("config.json: \"logits_scaling\" is 0"));
-    }
     let mut spec = dense.decoder(scope, |_| None)?;
-    spec.embedding_scale = own.embedding_multiplier;
-    spec.residual_scale = own.residual_multiplier;
-    spec.logit_scale = 1.0 / own.logits_scaling;
-    spec.attentions().for_each(|attention| attention.scale = own.attention_multiplier);
+    config.parse::<Factors>()?.apply(&mut spec)?;
     Ok(spec)
+}
+
+impl Factors {
+    pub fn apply(&self, spec: &mut DecoderSpec) -> Result<()> {
+        if self.logits_scaling == 0.0 {
+            return Err(Error::invalid_model("config.json: \"logits_scaling\" is 0"));
+        }
+        spec.embedding_scale = self.embedding_multiplier;
+        spec.residual_scale = self.residual_multiplier;
+        spec.logit_scale = 1.0 / self.logits_scaling;
+        spec.attentions().for_each(|attention| attention.scale = self.attention_multiplier);
+        Ok(())
+    }
 }

@@ -13,6 +13,7 @@ mod glm4_moe;
 mod glm4_moe_lite;
 mod gpt_oss;
 mod granite;
+mod granite_hybrid;
 mod grouped;
 mod hunyuan;
 mod kind;
@@ -155,6 +156,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "glm4_moe_lite", models: "GLM-4.7-Flash", declare: glm4_moe_lite::declare },
     Architecture { model_type: "gpt_oss", models: "gpt-oss 20B and 120B, as published or in MLX format", declare: gpt_oss::declare },
     Architecture { model_type: "granite", models: "Granite 3 and 4, dense", declare: granite::declare },
+    Architecture { model_type: "granitemoehybrid", models: "Granite 4: hybrids, mixtures, and dense ones of this type", declare: granite_hybrid::declare },
     Architecture { model_type: "hunyuan_v1_dense", models: "Hunyuan, dense", declare: hunyuan::declare },
     Architecture { model_type: "lfm2", models: "LFM2", declare: lfm2::declare },
     Architecture { model_type: "lfm2_moe", models: "LFM2, mixtures", declare: lfm2::declare_moe },
@@ -212,7 +214,11 @@ fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
         let known: Vec<_> = supported_types().collect();
         Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
     })?;
-    (found.declare)(config, scope)
+    let spec = (found.declare)(config, scope)?;
+    if spec.kv_layout(Dtype::Float32).layers.is_empty() {
+        return Err(Error::unsupported("models without attention layers are not supported"));
+    }
+    Ok(spec)
 }
 
 /// Whether this build has what `config` describes; the error says what it lacks, or lists the known architectures. A config that is

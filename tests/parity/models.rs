@@ -34,7 +34,6 @@ const EIGHT_BIT: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 /// Types of fixtures that nothing loads yet: whoever declares one takes its line away.
 #[rustfmt::skip] // One a line, so that branches that each take one away can be merged.
 const AWAITED: &[&str] = &[
-    "granitemoehybrid",
     "llama4",
     "llama4_text",
     "nemotron_h",
