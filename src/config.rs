@@ -20,7 +20,62 @@ pub fn read_json(path: &Path) -> Result<Value> {
         return Err(Error::invalid_model(format!("{name}: {size} bytes are too many for a JSON file")));
     }
     let bytes = std::fs::read(path).map_err(|e| Error::io(&name, &e))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::invalid_model(format!("{name}: {e}")))
+    parse_json(&bytes).map_err(|e| Error::invalid_model(format!("{name}: {e}")))
+}
+
+/// What Python writes for numbers that JSON does not have (Nemotron-H: `"time_step_limit": [0.0, Infinity]`), and what they are read
+/// as: a number that becomes infinite in f32, and nothing.
+const PYTHON_NUMBERS: [(&str, &str); 2] = [("Infinity", "1e308"), ("NaN", "null")];
+
+/// JSON, or what Python's `json` and transformers (`{"__float__": "Infinity"}`) make of it.
+fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
+    let mut value = match serde_json::from_slice(bytes) {
+        Ok(value) => value,
+        // The error is that of the file as it is.
+        Err(error) => serde_json::from_slice(&with_json_numbers(bytes)).map_err(|_| error)?,
+    };
+    unwrap_floats(&mut value);
+    Ok(value)
+}
+
+/// `bytes` with Python's numbers replaced, outside of strings.
+fn with_json_numbers(bytes: &[u8]) -> Vec<u8> {
+    let (mut out, mut rest, mut quoted) = (Vec::with_capacity(bytes.len()), bytes, false);
+    while let Some(&byte) = rest.first() {
+        let python = PYTHON_NUMBERS.iter().find(|(word, _)| !quoted && rest.starts_with(word.as_bytes()));
+        let (taken, written) = match python {
+            Some((word, number)) => (word.len(), number.as_bytes()),
+            // A quote behind a backslash ends nothing.
+            None if quoted && byte == b'\\' && rest.len() > 1 => (2, &rest[..2]),
+            None => {
+                quoted ^= byte == b'"';
+                (1, &rest[..1])
+            }
+        };
+        out.extend(written);
+        rest = &rest[taken..];
+    }
+    out
+}
+
+/// Replaces the objects that transformers writes for such numbers.
+fn unwrap_floats(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(unwrap_floats),
+        Value::Object(object) => {
+            let number = match (object.len(), object.get("__float__").and_then(Value::as_str)) {
+                (1, Some("Infinity")) => Some(Value::from(1e308)),
+                (1, Some("-Infinity")) => Some(Value::from(-1e308)),
+                (1, Some("NaN")) => Some(Value::Null),
+                _ => None,
+            };
+            match number {
+                Some(number) => *value = number,
+                None => object.values_mut().for_each(unwrap_floats),
+            }
+        }
+        _ => {}
+    }
 }
 
 /// A model's `config.json`, kept whole: each architecture takes out what it knows.
@@ -306,6 +361,23 @@ mod tests {
         assert_eq!((unnamed.model_type(), unnamed.is_wrapped()), ("seeing_text", true));
         let plain = config(json!({"hidden_size": 4, "text_config": null})).unwrap();
         assert_eq!((plain.model_type(), plain.integer("hidden_size"), plain.is_wrapped()), ("llama", Some(4), false));
+    }
+
+    #[test]
+    fn numbers_that_only_python_writes_are_read() {
+        let text = br#"{"limit": [0.0, Infinity, -Infinity, NaN], "said": "a \"Infinity\" of NaN", "c": "\\"}"#;
+        assert!(serde_json::from_slice::<Value>(text).is_err(), "it is JSON already");
+        let value = parse_json(text).unwrap();
+        let limit: (f32, f32, f32, Option<f32>) = serde_json::from_value(value["limit"].clone()).unwrap();
+        assert_eq!(limit, (0.0, f32::INFINITY, f32::NEG_INFINITY, None));
+        assert_eq!(value["said"], "a \"Infinity\" of NaN");
+        let named = br#"{"limit": [0.0, {"__float__": "Infinity"}], "other": {"__float__": "1", "x": {}}}"#;
+        let named = parse_json(named).unwrap();
+        assert_eq!(serde_json::from_value::<(f32, f32)>(named["limit"].clone()).unwrap(), (0.0, f32::INFINITY));
+        assert_eq!(named["other"], json!({"__float__": "1", "x": {}}));
+        for broken in [&br#"{"a": Infinit}"#[..], br#"{"a": "NaN}"#, br#"{"a": "\\"#, b"{\"a\": InfinityNaN}"] {
+            assert!(parse_json(broken).is_err(), "{}", String::from_utf8_lossy(broken));
+        }
     }
 
     #[test]
