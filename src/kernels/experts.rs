@@ -77,12 +77,14 @@ pub struct ExpertOperands<'a> {
     pub router: RouterOperands<'a>,
     /// Stacks `[experts, inner, columns]`, with biases `[experts, inner]`: gate and up, or up alone.
     pub inputs: Vec<Operand<'a>>,
-    /// Down: a stack `[experts, width, inner]`, with biases `[experts, width]`.
+    /// Down: a stack `[experts, columns, inner]`, with biases `[experts, columns]`.
     pub output: Operand<'a>,
     /// Between them, also of the shared ones.
     pub activation: ExpertActivation,
     /// Whether weights multiply what experts take instead of what they give.
     pub weighs_input: bool,
+    /// Before the stacks, to rows of their width, and behind the sum of what they give.
+    pub latent: Option<[Operand<'a>; 2]>,
     /// What all tokens pass.
     pub shared: Option<SharedOperands<'a>>,
 }
@@ -113,6 +115,12 @@ impl Cpu {
         let router = MatrixLayout::new(&projection, &mut inputs)?;
         let layouts = layouts(&layer.inputs, &mut inputs)?;
         let output = MatrixLayout::new(&layer.output, &mut inputs)?;
+        let latent = match &layer.latent {
+            None => None,
+            Some([narrow, wide]) => {
+                Some([MatrixLayout::new(narrow, &mut inputs)?, MatrixLayout::new(wide, &mut inputs)?])
+            }
+        };
         let shared = match &layer.shared {
             None => None,
             Some(shared) => Some(SharedLayout {
@@ -121,7 +129,8 @@ impl Cpu {
                 gate: shared.gate.map(|gate| MatrixLayout::new(&gate, &mut inputs)).transpose()?,
             }),
         };
-        let shape = [x.dim(0), output.rows as i32];
+        let width = latent.as_ref().map_or(output.rows, |[_, wide]| wide.rows);
+        let shape = [x.dim(0), width as i32];
         let kernel = Mixture {
             cpu: self.clone(),
             norm,
@@ -136,7 +145,9 @@ impl Cpu {
             output,
             activation: layer.activation,
             weighs_input: layer.weighs_input,
+            latent,
             shared,
+            width,
         };
         node(kernel, &inputs, &shape, Dtype::Float32)
     }
@@ -191,7 +202,10 @@ struct Mixture {
     output: MatrixLayout,
     activation: ExpertActivation,
     weighs_input: bool,
+    latent: Option<[MatrixLayout; 2]>,
     shared: Option<SharedLayout>,
+    /// Of the output.
+    width: usize,
 }
 
 impl CpuKernel for Mixture {
@@ -204,7 +218,6 @@ impl CpuKernel for Mixture {
         let x = self.normed(self.norm, &x, inputs)?.map_or(x, Into::into);
         let chosen = self.route(&x, inputs)?;
         let projections = read(&self.inputs, inputs)?;
-        out.fill(0.0);
         let experts = Experts {
             count: self.routing.experts,
             inputs: &projections,
@@ -213,7 +226,18 @@ impl CpuKernel for Mixture {
             weighs_input: self.weighs_input,
             precision: cpu.precision,
         };
-        experts.run(cpu.isa, &cpu.workers, &x, &chosen, out);
+        match &self.latent {
+            None => {
+                out.fill(0.0);
+                experts.run(cpu.isa, &cpu.workers, &x, &chosen, out);
+            }
+            Some([narrow, wide]) => {
+                let taken = self.product(&x, &[narrow.read(inputs)?], Finish::Concat, cpu.precision);
+                let mut given = vec![0f32; taken.len()];
+                experts.run(cpu.isa, &cpu.workers, &taken, &chosen, &mut given);
+                out.copy_from_slice(&self.product(&given, &[wide.read(inputs)?], Finish::Concat, cpu.precision));
+            }
+        }
         if let Some(shared) = &self.shared {
             self.add_shared(shared, &x, inputs, out)?;
         }
@@ -261,7 +285,7 @@ impl Mixture {
             Some(gate) => self.product(x, &[gate.read(inputs)?], Finish::Concat, Precision::Exact),
             None => Vec::new(),
         };
-        let width = self.output.rows.max(1);
+        let width = self.width.max(1);
         for (row, (out, y)) in out.chunks_exact_mut(width).zip(y.chunks_exact(width)).enumerate() {
             let gate = gates.get(row).map_or(1.0, |gate| 1.0 / (1.0 + (-gate).exp()));
             out.iter_mut().zip(y).for_each(|(out, y)| *out += gate * y);

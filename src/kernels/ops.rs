@@ -85,6 +85,8 @@ pub enum Join<'a> {
     SwiGlu,
     /// The Gaussian error linear unit of the only one: `[T, rows]`.
     Gelu,
+    /// The square of the positive part of the only one: `[T, rows]`.
+    SquaredRelu,
 }
 
 /// The rotation of [`Cpu::rotate`].
@@ -173,7 +175,9 @@ impl Cpu {
             operands.iter().map(|operand| MatrixLayout::new(operand, &mut inputs)).collect::<Result<Vec<_>>>()?;
         let width = match join {
             Join::Concat => layouts.iter().map(|layout| layout.rows).sum(),
-            Join::Add(_) | Join::SwiGlu | Join::Gelu => layouts.first().map_or(0, |layout| layout.rows),
+            Join::Add(_) | Join::SwiGlu | Join::Gelu | Join::SquaredRelu => {
+                layouts.first().map_or(0, |layout| layout.rows)
+            }
         };
         let finish = match join {
             Join::Concat => Ending::Concat,
@@ -183,6 +187,7 @@ impl Cpu {
             }
             Join::SwiGlu => Ending::SwiGlu,
             Join::Gelu => Ending::Gelu,
+            Join::SquaredRelu => Ending::SquaredRelu,
         };
         let rows = x.dim(0);
         node(Linear { cpu: self.clone(), norm, layouts, finish }, &inputs, &[rows, width as i32], Dtype::Float32)
@@ -330,6 +335,7 @@ enum Ending {
     Add,
     SwiGlu,
     Gelu,
+    SquaredRelu,
 }
 
 struct Linear {
@@ -357,6 +363,7 @@ impl CpuKernel for Linear {
             Ending::Add => Finish::Add(&residual),
             Ending::SwiGlu => Finish::SwiGlu,
             Ending::Gelu => Finish::Gelu,
+            Ending::SquaredRelu => Finish::SquaredRelu,
         };
         let precision = self.cpu.precision;
         let product = MatMul { x: &x, projections: &projections, experts: None, stacked: 1, finish, precision };

@@ -142,6 +142,7 @@ impl DenseConfig {
             norm: NormKind::Rms,
             norm_eps: self.rms_norm_eps,
             norms: NormPlacement::BEFORE,
+            embedding: "embed_tokens",
             final_norm: "norm",
             is_centred: None,
             embedding_scale: 1.0,

@@ -1,4 +1,4 @@
-//! Activations of encoders, composed by hand: those of mlx-rs use MLX's `compile`, which starts a compiler on the CPU.
+//! Activations, composed by hand: those of mlx-rs use MLX's `compile`, which starts a compiler on the CPU.
 
 use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 
@@ -17,6 +17,8 @@ pub enum Activation {
     Relu,
     /// `x * sigmoid(x)`.
     Silu,
+    /// `max(x, 0)^2` (So et al. 2021, "Primer").
+    SquaredRelu,
     /// Hyperbolic tangent.
     Tanh,
 }
@@ -28,6 +30,7 @@ impl Activation {
             "gelu" => Self::Gelu,
             "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Self::GeluTanh,
             "relu" => Self::Relu,
+            "relu2" => Self::SquaredRelu,
             "silu" | "swish" => Self::Silu,
             "tanh" => Self::Tanh,
             other => return Err(Error::unsupported(format!("activation {other:?} is not supported"))),
@@ -50,6 +53,7 @@ impl Activation {
             }
             Self::Relu => ops::maximum(x, Array::from_f32(0.0))?,
             Self::Silu => x.multiply(ops::sigmoid(x)?)?,
+            Self::SquaredRelu => ops::maximum(x, Array::from_f32(0.0))?.square()?,
             Self::Tanh => ops::tanh(x)?,
         };
         Ok(y.as_dtype(dtype)?)

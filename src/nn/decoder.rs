@@ -7,8 +7,8 @@ use mlx_rs::{Array, Dtype};
 
 use super::{
     Attention, AttentionSpec, CrossLayerAttention, CrossLayerSpec, DenseAndExperts, DenseAndExpertsSpec, Embedding,
-    Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, LatentAttention, LatentSpec, LayerInput, Linear, Norm,
-    NormKind, PagedIndex, PerLayerInputSpec, PerLayerInputs, RecurrentLayer, RecurrentSpec, RmsNorm, StateIndex,
+    Experts, ExpertsSpec, GatedMlp, GatedSpec, Gathers, LatentAttention, LatentSpec, LayerInput, Linear, Mlp, MlpSpec,
+    Norm, NormKind, PagedIndex, PerLayerInputSpec, PerLayerInputs, RecurrentLayer, RecurrentSpec, RmsNorm, StateIndex,
     StateLayout, StatePools,
 };
 use crate::cache::{GroupKind, KvLayout, Pages};
@@ -83,6 +83,8 @@ pub struct DecoderSpec {
     pub norm_eps: f32,
     /// Where the norms of a layer stand.
     pub norms: NormPlacement,
+    /// What the table of embeddings is called: `embed_tokens` or `embeddings`.
+    pub embedding: &'static str,
     /// What the norm behind the last layer is called.
     pub final_norm: &'static str,
     /// Whether a checkpoint's RMS norms store how far they are from one although [`norm`](Self::norm) says otherwise: MLX's tools
@@ -102,7 +104,7 @@ pub struct DecoderSpec {
     pub logit_scale: f32,
     /// Logits become `cap * tanh(logit / cap)`, after they were multiplied.
     pub logit_cap: Option<f32>,
-    /// Whether the checkpoint may have layers behind the last that draw several tokens at once; they are left out.
+    /// Whether the checkpoint may have layers, behind the last or in `mtp`, that draw several tokens at once; they are left out.
     pub predicts_ahead: bool,
     /// Whether the checkpoint has parts that are not the language model's; they are left out.
     pub wrapped: bool,
@@ -123,7 +125,7 @@ impl DecoderSpec {
                 Some((window.map_or(GroupKind::Full, GroupKind::Window), rows, rows))
             }
             MixerSpec::Latent(spec) => Some((GroupKind::Full, (1, spec.key_width()), (1, spec.value_width()))),
-            MixerSpec::CrossLayer(_) | MixerSpec::Recurrent(_) => None,
+            MixerSpec::CrossLayer(_) | MixerSpec::Recurrent(_) | MixerSpec::None => None,
         };
         KvLayout::new(&self.layers.iter().filter_map(layer).collect::<Vec<_>>(), dtype)
     }
@@ -171,7 +173,7 @@ impl DecoderSpec {
         self.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
             MixerSpec::Attention(spec) => Some(spec),
             MixerSpec::CrossLayer(spec) => Some(&mut spec.attention),
-            MixerSpec::Latent(_) | MixerSpec::Recurrent(_) => None,
+            MixerSpec::Latent(_) | MixerSpec::Recurrent(_) | MixerSpec::None => None,
         })
     }
 }
@@ -219,7 +221,7 @@ impl NormPlacement {
     pub const BEFORE: Self = Self::Before(["input_layernorm", "post_attention_layernorm"]);
 }
 
-/// One decoder layer.
+/// One decoder layer. If it has one part only, it has no norms of the other one either.
 #[derive(Debug, Clone)]
 pub struct LayerSpec {
     /// Its first part.
@@ -243,6 +245,8 @@ pub enum MixerSpec {
     Latent(LatentSpec),
     /// A state instead of keys and values.
     Recurrent(RecurrentSpec),
+    /// Not at all: the layer is a feed-forward layer.
+    None,
 }
 
 /// What a mixer keeps of a sequence.
@@ -258,7 +262,7 @@ impl MixerSpec {
         match self {
             Self::Attention(_) | Self::Latent(_) => Kept::Rows,
             Self::Recurrent(_) => Kept::State,
-            Self::CrossLayer(_) => Kept::Nothing,
+            Self::CrossLayer(_) | Self::None => Kept::Nothing,
         }
     }
 
@@ -269,21 +273,22 @@ impl MixerSpec {
             Self::CrossLayer(spec) => spec.row_numbers(),
             Self::Latent(spec) => spec.row_numbers(),
             Self::Recurrent(spec) => spec.row_numbers(),
+            Self::None => 0,
         }
     }
 
     /// Bytes of the state that it keeps of a sequence, at most.
     pub fn state_bytes(&self) -> usize {
         match self {
-            Self::Attention(_) | Self::CrossLayer(_) | Self::Latent(_) => 0,
+            Self::Attention(_) | Self::CrossLayer(_) | Self::Latent(_) | Self::None => 0,
             Self::Recurrent(spec) => spec.state_bytes(),
         }
     }
 
     /// `place` is that of [`DecoderSpec::place`].
-    fn load(&self, weights: &mut Weights, path: &str, place: usize, decoder: &DecoderSpec) -> Result<Mixer> {
+    fn load(&self, weights: &mut Weights, path: &str, place: usize, decoder: &DecoderSpec) -> Result<Option<Mixer>> {
         let DecoderSpec { hidden, context, .. } = *decoder;
-        Ok(match self {
+        Ok(Some(match self {
             Self::Attention(spec) => {
                 Mixer::Attention(Box::new(Attention::load(weights, path, hidden, place, spec, context)?))
             }
@@ -296,7 +301,8 @@ impl MixerSpec {
                 Mixer::Latent(Box::new(LatentAttention::load(weights, path, hidden, place, spec, context)?))
             }
             Self::Recurrent(spec) => Mixer::Recurrent(Box::new(spec.load(weights, path)?), place),
-        })
+            Self::None => return Ok(None),
+        }))
     }
 }
 
@@ -335,13 +341,18 @@ impl Mixer {
 
 /// What follows the mixer in a layer.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // One for each layer, and gone when that is loaded.
 pub enum FeedForwardSpec {
     /// One gated network for all tokens.
     Gated(GatedSpec),
+    /// One of two matrices, which are called that.
+    Plain(MlpSpec, [&'static str; 2]),
     /// Several, of which each token passes a few.
     Experts(ExpertsSpec),
     /// Both, side by side.
     DenseAndExperts(DenseAndExpertsSpec),
+    /// Nothing: the layer ends behind its mixer.
+    None,
 }
 
 impl FeedForwardSpec {
@@ -349,8 +360,10 @@ impl FeedForwardSpec {
     pub fn inner(&self) -> usize {
         match self {
             Self::Gated(spec) => spec.inner,
+            Self::Plain(spec, _) => spec.inner,
             Self::Experts(spec) => spec.per_token * spec.inner,
             Self::DenseAndExperts(spec) => spec.dense.inner + spec.experts.per_token * spec.experts.inner,
+            Self::None => 0,
         }
     }
 
@@ -358,25 +371,33 @@ impl FeedForwardSpec {
     pub fn row_numbers(&self, hidden: usize) -> usize {
         match self {
             Self::Gated(spec) => 3 * spec.inner,
+            Self::Plain(spec, _) => 2 * spec.inner,
             Self::Experts(spec) => spec.row_numbers(hidden),
             Self::DenseAndExperts(spec) => spec.row_numbers(hidden),
+            Self::None => 0,
         }
     }
 
-    fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<FeedForward> {
-        Ok(match self {
+    fn load(&self, weights: &mut Weights, path: &str, hidden: usize) -> Result<Option<FeedForward>> {
+        Ok(Some(match self {
             Self::Gated(spec) => FeedForward::Gated(GatedMlp::load(weights, path, hidden, spec)?),
+            Self::Plain(spec, names) => {
+                let [input, output] = names.map(|name| format!("{path}.{name}"));
+                FeedForward::Plain(Mlp::load(weights, &input, &output, hidden, spec)?)
+            }
             Self::Experts(spec) => FeedForward::Experts(Box::new(Experts::load(weights, path, hidden, spec)?)),
             Self::DenseAndExperts(spec) => {
                 FeedForward::DenseAndExperts(Box::new(DenseAndExperts::load(weights, path, hidden, spec)?))
             }
-        })
+            Self::None => return Ok(None),
+        }))
     }
 }
 
 #[derive(Debug)]
 enum FeedForward {
     Gated(GatedMlp),
+    Plain(Mlp),
     Experts(Box<Experts>),
     DenseAndExperts(Box<DenseAndExperts>),
 }
@@ -386,6 +407,7 @@ impl FeedForward {
     fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
         match self {
             Self::Gated(mlp) => mlp.forward(x, norm, residual),
+            Self::Plain(mlp) => mlp.forward(x, norm, residual),
             Self::Experts(experts) => experts.forward(x, norm, residual),
             Self::DenseAndExperts(both) => both.forward(x, norm, residual),
         }
@@ -442,8 +464,8 @@ enum LayerNorms {
 #[derive(Debug)]
 struct Layer {
     norms: LayerNorms,
-    mixer: Mixer,
-    feed_forward: FeedForward,
+    mixer: Option<Mixer>,
+    feed_forward: Option<FeedForward>,
     input: Option<LayerInput>,
     /// Multiplies what the layer gives, `[1]`.
     scalar: Option<Array>,
@@ -452,26 +474,28 @@ struct Layer {
 impl Layer {
     fn load(weights: &mut Weights, path: &str, index: usize, spec: &DecoderSpec) -> Result<Self> {
         let layer = &spec.layers[index];
-        let mut norm =
-            |name: &str| Norm::load(weights, &format!("{path}.{name}"), spec.hidden, spec.norm, spec.norm_eps);
-        let around = |before, after| Around { before, after, scale: spec.residual_scale };
-        let norms = match spec.norms {
-            NormPlacement::Before([mixer, feed_forward]) => {
-                LayerNorms::Chain([around(Some(norm(mixer)?), None), around(Some(norm(feed_forward)?), None)])
-            }
-            NormPlacement::Around => LayerNorms::Chain([
-                around(Some(norm("input_layernorm")?), Some(norm("post_attention_layernorm")?)),
-                around(Some(norm("pre_feedforward_layernorm")?), Some(norm("post_feedforward_layernorm")?)),
-            ]),
-            NormPlacement::After => LayerNorms::Chain([
-                around(None, Some(norm("post_attention_layernorm")?)),
-                around(None, Some(norm("post_feedforward_layernorm")?)),
-            ]),
-            NormPlacement::Parallel => LayerNorms::Parallel(norm("input_layernorm")?),
-        };
         let under = |part: &str| if part.is_empty() { path.to_owned() } else { format!("{path}.{part}") };
         let mixer = layer.mixer.load(weights, &under(layer.mixer_path), spec.place(index), spec)?;
         let feed_forward = layer.feed_forward.load(weights, &under(layer.feed_forward_path), spec.hidden)?;
+        let norm = |weights: &mut Weights, name: &str| {
+            Norm::load(weights, &format!("{path}.{name}"), spec.hidden, spec.norm, spec.norm_eps)
+        };
+        let mut around = |is_there: bool, [before, after]: [Option<&str>; 2]| -> Result<Around> {
+            let mut norm = |name: Option<&str>| name.filter(|_| is_there).map(|name| norm(weights, name)).transpose();
+            Ok(Around { before: norm(before)?, after: norm(after)?, scale: spec.residual_scale })
+        };
+        let mut chain = |first: [Option<&str>; 2], second: [Option<&str>; 2]| -> Result<LayerNorms> {
+            Ok(LayerNorms::Chain([around(mixer.is_some(), first)?, around(feed_forward.is_some(), second)?]))
+        };
+        let (behind_mixer, behind) = (Some("post_attention_layernorm"), Some("post_feedforward_layernorm"));
+        let norms = match spec.norms {
+            NormPlacement::Before([first, second]) => chain([Some(first), None], [Some(second), None])?,
+            NormPlacement::Around => {
+                chain([Some("input_layernorm"), behind_mixer], [Some("pre_feedforward_layernorm"), behind])?
+            }
+            NormPlacement::After => chain([None, behind_mixer], [None, behind])?,
+            NormPlacement::Parallel => LayerNorms::Parallel(norm(weights, "input_layernorm")?),
+        };
         let input =
             spec.per_layer_input.map(|input| LayerInput::load(weights, path, spec.hidden, input.width, spec.norm_eps));
         let input = input.transpose()?;
@@ -493,17 +517,28 @@ impl Layer {
 
     /// Mixer and feed-forward layer, `[T, hidden]`.
     fn parts(&self, x: &Array, step: &mut Step<'_>) -> Result<Array> {
-        match &self.norms {
+        let mut x = x.clone();
+        let Self { norms, mixer, feed_forward, .. } = self;
+        match norms {
             LayerNorms::Chain([first, second]) => {
-                let x = first.forward(x, |x, norm, residual| self.mixer.forward(x, norm, residual, step))?;
-                second.forward(&x, |x, norm, residual| self.feed_forward.forward(x, norm, residual))
+                if let Some(mixer) = mixer {
+                    x = first.forward(&x, |x, norm, residual| mixer.forward(x, norm, residual, step))?;
+                }
+                if let Some(feed_forward) = feed_forward {
+                    x = second.forward(&x, |x, norm, residual| feed_forward.forward(x, norm, residual))?;
+                }
             }
             LayerNorms::Parallel(norm) => {
-                let normed = norm.forward(x)?;
-                let x = self.mixer.forward(&normed, None, Some(x), step)?;
-                self.feed_forward.forward(&normed, None, Some(&x))
+                let normed = norm.forward(&x)?;
+                if let Some(mixer) = mixer {
+                    x = mixer.forward(&normed, None, Some(&x), step)?;
+                }
+                if let Some(feed_forward) = feed_forward {
+                    x = feed_forward.forward(&normed, None, Some(&x))?;
+                }
             }
         }
+        Ok(x)
     }
 }
 
@@ -525,12 +560,21 @@ pub struct Decoder {
 
 /// What may precede the names of all tensors but the head's, and those of the head's: nothing where a model was saved without its
 /// head, and more where it is a part of another one.
-const PREFIXES: [(&str, &str); 4] =
-    [("model.", ""), ("", ""), ("language_model.model.", "language_model."), ("model.language_model.", "")];
+const PREFIXES: [(&str, &str); 5] = [
+    ("model.", ""),
+    ("", ""),
+    ("backbone.", ""),
+    ("language_model.model.", "language_model."),
+    ("model.language_model.", ""),
+];
+
+/// What the table of embeddings is called.
+const TABLES: [&str; 2] = ["embed_tokens", "embeddings"];
 
 /// Those of a model whose tensors are `weights`.
 fn prefixes(weights: &Weights) -> (&'static str, &'static str) {
-    let stored = |(prefix, _): &(&str, &str)| weights.contains(&format!("{prefix}embed_tokens.weight"));
+    let stored =
+        |(prefix, _): &(&str, &str)| TABLES.iter().any(|table| weights.contains(&format!("{prefix}{table}.weight")));
     PREFIXES.into_iter().find(stored).unwrap_or(PREFIXES[0])
 }
 
@@ -546,14 +590,15 @@ impl Decoder {
         if spec.predicts_ahead {
             let layer =
                 |name: &str| name.strip_prefix(prefix)?.strip_prefix("layers.")?.split('.').next()?.parse().ok();
-            weights.discard(|name| layer(name).is_some_and(|layer: usize| layer >= spec.layers.len()));
+            let behind = |name: &str| layer(name).is_some_and(|layer: usize| layer >= spec.layers.len());
+            weights.discard(|name| name.starts_with("mtp.") || behind(name));
         }
         // Old exports carry the rotary tables, and some tied models a copy of their head.
         let tied = head == OutputHead::Tied;
         weights.discard(|name| {
             name.ends_with("rotary_emb.inv_freq") || (tied && name.starts_with(&format!("{head_prefix}lm_head.")))
         });
-        let embedding = Embedding::load(weights, &format!("{prefix}embed_tokens"), spec.vocab, hidden)?;
+        let embedding = Embedding::load(weights, &format!("{prefix}{}", spec.embedding), spec.vocab, hidden)?;
         let shape = (hidden, spec.layers.len());
         let inputs = spec.per_layer_input;
         let inputs = inputs.map(|inputs| PerLayerInputs::load(weights, prefix, shape, spec.norm_eps, inputs));
@@ -577,7 +622,7 @@ impl Decoder {
 
     /// What a sequence keeps in each layer with a state, in their order.
     pub fn state_layouts(&self) -> Vec<StateLayout> {
-        let layout = |layer: &Layer| match &layer.mixer {
+        let layout = |layer: &Layer| match layer.mixer.as_ref()? {
             Mixer::Recurrent(recurrent, _) => Some(recurrent.state_layout().clone()),
             Mixer::Attention(_) | Mixer::CrossLayer(_) | Mixer::Latent(_) => None,
         };

@@ -169,11 +169,11 @@ impl Layer {
 
     fn forward_after(&self, x: &Array, texts: &PackedTexts) -> Result<Array> {
         let x = self.attention_norm(self.attention.forward_onto(x, x, texts)?)?;
-        self.mlp_norm.forward(&self.mlp.forward_onto(&x, &x)?)
+        self.mlp_norm.forward(&self.mlp.forward(&x, None, Some(&x))?)
     }
 
     fn forward_before(&self, x: &Array, texts: &PackedTexts) -> Result<Array> {
         let x = self.attention.forward_onto(&self.attention_norm(x.clone())?, x, texts)?;
-        self.mlp.forward_onto(&self.mlp_norm.forward(&x)?, &x)
+        self.mlp.forward(&self.mlp_norm.forward(&x)?, None, Some(&x))
     }
 }

@@ -27,6 +27,8 @@ pub struct ExpertsSpec {
     pub activation: ExpertActivation,
     /// What chooses them.
     pub router: RouterSpec,
+    /// Narrower rows than those of the residual stream, which they compute in.
+    pub latent: Option<LatentExpertsSpec>,
     /// Whether a token's weights multiply what experts take instead of what they give (Llama 4).
     pub weighs_input: bool,
     /// Experts that all tokens pass.
@@ -37,6 +39,18 @@ pub struct ExpertsSpec {
     pub projections: [&'static str; 3],
     /// Whether Hugging Face's joined tensors are `[experts, input, output]` (Llama 4).
     pub transposed: bool,
+}
+
+/// What an architecture declares about the narrower rows of experts: one projection before all of them, one behind their weighted sum.
+/// The router and the experts that all tokens pass take the rows as they are (Nemotron 3, "LatentMoE").
+#[derive(Debug, Clone)]
+pub struct LatentExpertsSpec {
+    /// Width of the narrower rows.
+    pub width: usize,
+    /// Whether the projections have biases.
+    pub bias: bool,
+    /// What checkpoints call them.
+    pub names: [&'static str; 2],
 }
 
 /// What an architecture declares about experts that all tokens pass: one feed-forward layer with the experts' activation.
@@ -73,6 +87,7 @@ impl ExpertsSpec {
             bias: false,
             activation: ExpertActivation::SwiGlu,
             router,
+            latent: None,
             weighs_input: false,
             shared: None,
             stacked: "switch_mlp",
@@ -85,7 +100,13 @@ impl ExpertsSpec {
     /// long prompts: they compute about a thousand rows of experts at once.)
     pub fn row_numbers(&self, hidden: usize) -> usize {
         let shared = self.shared.as_ref().map_or(0, |shared| 2 * shared.inner + hidden);
-        self.experts + self.per_token * (2 * hidden + 2 * self.inner) + shared
+        let latent = self.latent.as_ref().map_or(0, |latent| 2 * latent.width);
+        self.experts + self.per_token * (2 * self.width(hidden) + 2 * self.inner) + shared + latent
+    }
+
+    /// Of the rows that experts take, where those of the residual stream have `hidden` columns.
+    fn width(&self, hidden: usize) -> usize {
+        self.latent.as_ref().map_or(hidden, |latent| latent.width)
     }
 
     fn check(&self) -> Result<()> {
@@ -93,6 +114,9 @@ impl ExpertsSpec {
         let Self { experts, per_token, inner, .. } = *self;
         if experts == 0 || per_token == 0 || per_token > experts || inner == 0 {
             return wrong(format!("{per_token} of {experts} experts of width {inner}"));
+        }
+        if self.width(1) == 0 {
+            return wrong("experts of rows of width 0".to_owned());
         }
         if u32::try_from(experts).is_err() {
             return wrong(format!("{experts} experts"));
@@ -118,6 +142,8 @@ const SORTED_FROM: usize = 64;
 pub struct Experts {
     router: Router,
     stacks: ExpertStacks,
+    /// To narrower rows and back.
+    latent: Option<[Linear; 2]>,
     shared: Option<Shared>,
     activation: ExpertActivation,
     weighs_input: bool,
@@ -138,7 +164,7 @@ impl Experts {
         let router = Router::load(weights, path, hidden, (spec.experts, spec.per_token), &spec.router)?;
         let shape = ExpertShape {
             count: spec.experts,
-            columns: hidden,
+            columns: spec.width(hidden),
             inner: spec.inner,
             gated: spec.activation.is_gated(),
             bias: spec.bias,
@@ -147,10 +173,18 @@ impl Experts {
             transposed: spec.transposed,
         };
         let stacks = weights.experts(path, &shape)?;
+        let latent = match &spec.latent {
+            None => None,
+            Some(LatentExpertsSpec { width, bias, names: [narrow, wide] }) => Some([
+                Linear::load(weights, &format!("{path}.{narrow}"), hidden, *width, *bias)?,
+                Linear::load(weights, &format!("{path}.{wide}"), *width, hidden, *bias)?,
+            ]),
+        };
         let shared = spec.shared.as_ref().map(|shared| Shared::load(weights, path, hidden, shared, shape.gated));
         Ok(Self {
             router,
             stacks,
+            latent,
             shared: shared.transpose()?,
             activation: spec.activation,
             weighs_input: spec.weighs_input,
@@ -176,7 +210,11 @@ impl Experts {
         }
         let normed = norm.map(|norm| norm.forward(x)).transpose()?;
         let x = normed.as_ref().unwrap_or(x);
-        let mut y = self.chosen(x, routed_by.unwrap_or(x))?;
+        let by = routed_by.unwrap_or(x);
+        let mut y = match &self.latent {
+            None => self.chosen(x, by)?,
+            Some([narrow, wide]) => wide.forward(&self.chosen(&narrow.forward(x)?, by)?)?,
+        };
         if let Some(shared) = &self.shared {
             y = y.add(shared.forward(x, self.activation)?)?;
         }
@@ -191,7 +229,8 @@ impl Experts {
         let operands = self.operands();
         let shared =
             operands.shared.iter().flat_map(|shared| shared.inputs.iter().chain([&shared.output]).chain(&shared.gate));
-        let mut all = operands.inputs.iter().chain([&operands.output, &operands.router.projection]).chain(shared);
+        let own = operands.inputs.iter().chain([&operands.output, &operands.router.projection]);
+        let mut all = own.chain(operands.latent.iter().flatten()).chain(shared);
         all.all(|operand| self.backend.kernels(operand.matrix).is_some())
             .then(|| self.backend.kernels(&self.stacks.output.matrix))
             .flatten()
@@ -204,6 +243,7 @@ impl Experts {
             output: operand(&self.stacks.output),
             activation: self.activation,
             weighs_input: self.weighs_input,
+            latent: self.latent.as_ref().map(|both| both.each_ref().map(Linear::operand)),
             shared: self.shared.as_ref().map(|shared| SharedOperands {
                 inputs: shared.input.operands(),
                 output: shared.output.operand(),

@@ -70,12 +70,18 @@ impl Linear {
         project(&self.backend, self.operand(), x)
     }
 
-    /// `activation(forward(x))`.
-    pub fn forward_activated(&self, x: &Array, activation: Activation) -> Result<Array> {
-        match Self::kernels(&[self]).filter(|_| activation == Activation::Gelu) {
-            Some(cpu) => cpu.linear(x, None, &[self.operand()], Join::Gelu),
-            None => activation.forward(&self.forward(x)?),
+    /// `activation(forward(y))`, where `y` is `x` or, if there is a norm, `norm(x)`.
+    pub fn forward_activated(&self, x: &Array, norm: Option<&RmsNorm>, activation: Activation) -> Result<Array> {
+        let join = match activation {
+            Activation::Gelu => Some(Join::Gelu),
+            Activation::SquaredRelu => Some(Join::SquaredRelu),
+            Activation::GeluTanh | Activation::Relu | Activation::Silu | Activation::Tanh => None,
+        };
+        if let (Some(cpu), Some(join)) = (Self::kernels(&[self]), join) {
+            return cpu.linear(x, norm.map(RmsNorm::parts), &[self.operand()], join);
         }
+        let normed = norm.map(|norm| norm.forward(x)).transpose()?;
+        activation.forward(&self.forward(normed.as_ref().unwrap_or(x))?)
     }
 
     /// `forward(x)`, added to `residual` if there is one.

@@ -70,7 +70,7 @@ impl GatedMlp {
     }
 }
 
-/// The feed-forward layer of an encoder: `output(activation(input(x)))`, or, gated, the activation of the first half of what
+/// A feed-forward layer of two matrices: `output(activation(input(x)))`, or, gated, the activation of the first half of what
 /// `input` gives times the second half.
 #[derive(Debug)]
 pub struct Mlp {
@@ -81,7 +81,7 @@ pub struct Mlp {
     gate: Option<usize>,
 }
 
-/// What an architecture declares about its feed-forward layer.
+/// What an architecture declares about such a layer.
 #[derive(Debug, Clone)]
 pub struct MlpSpec {
     /// Width inside.
@@ -107,16 +107,17 @@ impl Mlp {
         })
     }
 
-    /// `residual + mlp(x)`, all `[T, hidden]`.
-    pub fn forward_onto(&self, x: &Array, residual: &Array) -> Result<Array> {
+    /// `mlp(x)`, or `mlp(norm(x))`, added to `residual` if there is one; all `[T, hidden]`.
+    pub fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
         let inner = match self.gate {
-            None => self.input.forward_activated(x, self.activation)?,
+            None => self.input.forward_activated(x, norm, self.activation)?,
             Some(width) => {
-                let both = self.input.forward(x)?;
+                let normed = norm.map(|norm| norm.forward(x)).transpose()?;
+                let both = self.input.forward(normed.as_ref().unwrap_or(x))?;
                 let part = |from, to| mlx::columns(&both, from, to);
                 self.activation.forward(&part(0, width)?)?.multiply(part(width, 2 * width)?)?
             }
         };
-        self.output.forward_onto(&inner, residual)
+        self.output.forward_to(&inner, residual)
     }
 }

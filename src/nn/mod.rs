@@ -38,7 +38,7 @@ pub use decoder::{
 pub use dense_and_experts::{DenseAndExperts, DenseAndExpertsSpec};
 pub use embedding::Embedding;
 pub use encoder::{EncoderLayer, EncoderPaths, EncoderSpec, EncoderStack, NormPlace};
-pub use experts::{Experts, ExpertsSpec, SharedSpec};
+pub use experts::{Experts, ExpertsSpec, LatentExpertsSpec, SharedSpec};
 pub use gather::Gathers;
 pub use latent::{LatentAttention, LatentSpec};
 pub use linear::Linear;

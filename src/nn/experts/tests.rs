@@ -123,6 +123,8 @@ struct Mixture {
     stacks: [(Vec<f64>, Vec<f64>); 3],
     shared: [Vec<f64>; 3],
     shared_gate: Vec<f64>,
+    /// To narrower rows and back, with their biases.
+    latent: Option<[(Vec<f64>, Vec<f64>); 2]>,
 }
 
 impl Mixture {
@@ -154,7 +156,19 @@ impl Mixture {
             let has = spec.bias;
             (values, if has { t.floats(&format!("{path}.bias"), &[EXPERTS, rows], &biases) } else { none })
         };
-        let stacks = [stack(0, INNER, HIDDEN), stack(1, INNER, HIDDEN), stack(2, HIDDEN, INNER)];
+        let width = spec.width(HIDDEN);
+        let stacks = [stack(0, INNER, width), stack(1, INNER, width), stack(2, width, INNER)];
+        let latent = spec.latent.as_ref().map(|latent| {
+            let shapes = [[width, HIDDEN], [HIDDEN, width]];
+            [0, 1].map(|at| {
+                let (path, rows) = (name(latent.names[at]), shapes[at][0]);
+                let values = t.matrix(random, &path, format, &shapes[at]);
+                let biases = random.floats(rows, if latent.bias { 0.5 } else { 0.0 });
+                let biases =
+                    if latent.bias { t.floats(&format!("{path}.bias"), &[rows], &biases) } else { vec![0.0; rows] };
+                (values, biases)
+            })
+        });
         let (mut shared, mut shared_gate) = (<[Vec<f64>; 3]>::default(), Vec::new());
         if let Some(SharedSpec { path, inner, gate, .. }) = spec.shared {
             let shapes = [[inner, HIDDEN], [inner, HIDDEN], [HIDDEN, inner]];
@@ -193,6 +207,7 @@ impl Mixture {
             stacks,
             shared,
             shared_gate,
+            latent,
         }
     }
 
@@ -317,13 +332,17 @@ impl Mixture {
             let mut y = vec![0.0; HIDDEN];
             let mut add =
                 |more: Vec<f64>, weight: f64| y.iter_mut().zip(more).for_each(|(y, more)| *y += weight * more);
+            let linear = |(weights, biases): &(Vec<f64>, Vec<f64>), x: &[f64]| -> Vec<f64> {
+                product(weights, x).iter().zip(biases).map(|(y, b)| y + b).collect()
+            };
+            let taken = self.latent.as_ref().map_or(x.clone(), |[narrow, _]| linear(narrow, &x));
+            let mut given = vec![0.0; taken.len()];
             for (id, weight) in self.chosen(&by) {
-                if self.spec.weighs_input {
-                    add(self.expert(id, &x.iter().map(|x| x * weight).collect::<Vec<_>>()), 1.0);
-                } else {
-                    add(self.expert(id, &x), weight);
-                }
+                let scaled: Vec<f64> = taken.iter().map(|x| x * weight).collect();
+                let (x, weight) = if self.spec.weighs_input { (&scaled, 1.0) } else { (&taken, weight) };
+                given.iter_mut().zip(self.expert(id, x)).for_each(|(y, more)| *y += weight * more);
             }
+            add(self.latent.as_ref().map_or(given.clone(), |[_, wide]| linear(wide, &given)), 1.0);
             if self.spec.shared.is_some() {
                 let [gate, up, down] = &self.shared;
                 let gate = if gate.is_empty() { Vec::new() } else { product(gate, &x) };
@@ -428,16 +447,23 @@ fn routers() -> Vec<(&'static str, ExpertsSpec)> {
             spec(RouterSpec { correction: Some("expert_bias"), ties: Ties::Last, ..corrected(1, 1, Some(1e-6)) }),
         ),
         ("ernie4_5_moe", spec(RouterSpec { normalize: Normalize::SumAtLeast(0.8), ..RouterSpec::softmax(true) })),
-        (
-            "nemotron_h",
-            ExpertsSpec {
-                activation: ExpertActivation::SquaredRelu,
-                projections: ["", "fc1", "fc2"],
-                shared: shared("shared_experts", None),
-                ..spec(corrected(1, 1, Some(1e-20)))
-            },
-        ),
+        ("nemotron_h", nemotron()),
+        ("nemotron_h in narrower rows", ExpertsSpec { latent: narrower(true), ..nemotron() }),
+        ("narrower rows without biases", ExpertsSpec { latent: narrower(false), ..spec(RouterSpec::softmax(true)) }),
     ]
+}
+
+fn nemotron() -> ExpertsSpec {
+    ExpertsSpec {
+        activation: ExpertActivation::SquaredRelu,
+        projections: ["", "fc1", "fc2"],
+        shared: Some(SharedSpec::new("shared_experts", 32)),
+        ..spec(RouterSpec::corrected_sigmoid(1, 1, Some(1e-20), 2.5))
+    }
+}
+
+fn narrower(bias: bool) -> Option<LatentExpertsSpec> {
+    Some(LatentExpertsSpec { width: 64, bias, names: ["fc1_latent_proj", "fc2_latent_proj"] })
 }
 
 fn gemma() -> ExpertsSpec {
@@ -461,7 +487,7 @@ fn every_format_is_computed_with_a_router_in_another() {
     let formats = [Format::Affine(4), Format::Affine(8), Format::Mxfp4];
     for (format, router) in formats.into_iter().zip([Format::Affine(8), Format::Dense, Format::Affine(8)]) {
         for (what, spec) in routers() {
-            if ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3"].contains(&what) {
+            if ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h in narrower rows"].contains(&what) {
                 check(&format!("{what} {format:?}"), &Mixture::new(spec, format, router));
             }
         }
