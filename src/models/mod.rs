@@ -23,6 +23,7 @@ mod minimax;
 mod ministral3;
 mod mistral;
 mod mixtral;
+mod nemotron_h;
 mod null;
 mod olmo3;
 mod phi3;
@@ -165,6 +166,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
     Architecture { model_type: "mistral", models: "Mistral, with its sliding window where the config has one; also in `mistral3`", declare: mistral::declare },
     Architecture { model_type: "mixtral", models: "Mixtral", declare: mixtral::declare },
+    Architecture { model_type: "nemotron_h", models: "Nemotron-H, Nemotron Nano 2, Nemotron 3", declare: nemotron_h::declare },
     Architecture { model_type: "olmo3", models: "OLMo 3", declare: olmo3::declare },
     Architecture { model_type: "phi3", models: "Phi-3, Phi-4", declare: phi3::declare },
     Architecture { model_type: "qwen2", models: "Qwen2, Qwen2.5", declare: qwen2::declare },

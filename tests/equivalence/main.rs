@@ -259,7 +259,8 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
     let (mut preemptions, mut partial_steps, mut cut) = (0, 0, 0);
-    // Of each kind of layer and of cache: full, windows, both, sinks and experts, latent, states, other layers' keys.
+    // Of each kind of layer and of cache: full, windows, both, sinks and experts, latent, states, other layers' keys; and with one part
+    // in each layer.
     let models = [
         "qwen3-4bit",
         "llama-f32",
@@ -271,6 +272,7 @@ fn company_changes_nothing_on_tiny_models() {
         "qwen3_next-f32",
         "lfm2-f32",
         "gemma4_text-f32",
+        "nemotron_h-f32",
     ];
     for _ in 0..schedules(18).div_ceil(models.len()) {
         for name in models {

@@ -36,7 +36,6 @@ const EIGHT_BIT: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 const AWAITED: &[&str] = &[
     "llama4",
     "llama4_text",
-    "nemotron_h",
 ];
 
 pub(super) struct Expected {
