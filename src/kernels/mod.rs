@@ -17,7 +17,7 @@ mod transfer;
 
 pub use omlx_kernels_cpu as cpu;
 
-pub use cpu::attention::{AttentionKind, Segment};
+pub use cpu::attention::{AttentionKind, Segment, Window};
 pub use cpu::matmul::Precision;
 pub use cpu::routing::{GroupScore, Groups, Normalize, Routing, Scores, Ties};
 pub use cpu::sample::Draw;

@@ -6,7 +6,7 @@ use super::Scope;
 use crate::error::{Error, Result};
 use crate::nn::{
     Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, GatedSpec, LayerSpec, MixerSpec, NormKind, NormPlacement,
-    OutputHead, RopeSpec,
+    OutputHead, RopeSpec, Window,
 };
 
 /// The shared fields of `config.json`.
@@ -127,7 +127,7 @@ impl DenseConfig {
         });
         let layers = (0..self.num_hidden_layers)
             .map(|layer| {
-                let window = self.window(layer, default_window(layer))?;
+                let window = self.window(layer, default_window(layer))?.map(Window::Sliding);
                 Ok(LayerSpec {
                     mixer: MixerSpec::Attention(AttentionSpec { window, ..attention.clone() }),
                     mixer_path: "self_attn",

@@ -30,7 +30,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
         attention.rope = Some((rope.clone(), attention.head_dim));
         let norm = QkNorm::rms(dense.rms_norm_eps, NormOver::TurnedHead);
         let normed = own.use_qk_norm.unwrap_or(true);
-        attention.qk_norm = normed.then_some(QkNorm { names: ["query_layernorm", "key_layernorm"], ..norm });
+        attention.qk_norm = normed.then_some(QkNorm { names: Some(["query_layernorm", "key_layernorm"]), ..norm });
     }
     Ok(spec)
 }

@@ -90,7 +90,7 @@ impl LfmConfig {
         for attention in spec.attentions() {
             attention.output_name = "out_proj";
             let names = ["q_layernorm", "k_layernorm"];
-            attention.qk_norm = Some(QkNorm { names, ..QkNorm::rms(norm_eps, NormOver::Head) });
+            attention.qk_norm = Some(QkNorm { names: Some(names), ..QkNorm::rms(norm_eps, NormOver::Head) });
         }
         let hidden = spec.hidden;
         let recurrent = ShortConvSpec { hidden, taps: self.conv_taps, bias: self.conv_bias };

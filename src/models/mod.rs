@@ -19,6 +19,7 @@ mod hunyuan;
 mod kind;
 mod lfm2;
 mod llama;
+mod llama4;
 mod minimax;
 mod ministral3;
 mod mistral;
@@ -162,6 +163,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { model_type: "lfm2", models: "LFM2", declare: lfm2::declare },
     Architecture { model_type: "lfm2_moe", models: "LFM2, mixtures", declare: lfm2::declare_moe },
     Architecture { model_type: "llama", models: "Llama 2 and 3.x and their kin; RoPE scaling `linear`, `llama3`, `yarn`, `longrope`", declare: llama::declare },
+    Architecture { model_type: "llama4_text", models: "Llama 4 Scout and Maverick, in `llama4`; MobileLLM-R1", declare: llama4::declare },
     Architecture { model_type: "minimax", models: "MiniMax-M2 (also `minimax_m2`)", declare: minimax::declare },
     Architecture { model_type: "ministral3", models: "Ministral 3, in `mistral3`", declare: ministral3::declare },
     Architecture { model_type: "mistral", models: "Mistral, with its sliding window where the config has one; also in `mistral3`", declare: mistral::declare },

@@ -9,7 +9,7 @@ pub(super) use core::{AttentionCore, CoreSpec};
 use super::linear::Joined;
 use super::{Linear, Norm, NormKind, RmsNorm, Rope, RopeSpec, Step};
 use crate::error::{Error, Result};
-use crate::kernels::Backend;
+use crate::kernels::{Backend, Window};
 use crate::mlx;
 use crate::weights::Weights;
 
@@ -40,12 +40,12 @@ pub struct AttentionSpec {
     pub qk_norm: Option<QkNorm>,
     /// Epsilon of a norm without weights of each head of values (Gemma 4).
     pub value_norm: Option<f32>,
-    /// Where queries depend on their position.
+    /// Where queries depend on their position; norms of heads come after it, and would undo it.
     pub position_scale: Option<PositionScale>,
     /// What turns, and how many dimensions of each head; without it a token does not know its position.
     pub rope: Option<(RopeSpec, usize)>,
-    /// Tokens a query sees, itself included; `None` is all.
-    pub window: Option<usize>,
+    /// What a query sees; `None` is all up to itself.
+    pub window: Option<Window>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// A score for each query head that attends to nothing (`sinks`; Xiao et al. 2023, as gpt-oss has them).
@@ -61,14 +61,14 @@ pub struct QkNorm {
     pub kind: NormKind,
     /// What is normalised together.
     pub over: NormOver,
-    /// What checkpoints call those of queries and of keys.
-    pub names: [&'static str; 2],
+    /// What checkpoints call those of queries and of keys; `None` if they have no weights.
+    pub names: Option<[&'static str; 2]>,
 }
 
 impl QkNorm {
     /// RMS norms over `over`, `q_norm` and `k_norm`.
     pub fn rms(eps: f32, over: NormOver) -> Self {
-        Self { eps, kind: NormKind::Rms, over, names: ["q_norm", "k_norm"] }
+        Self { eps, kind: NormKind::Rms, over, names: Some(["q_norm", "k_norm"]) }
     }
 }
 
@@ -132,15 +132,15 @@ impl Attention {
         let norms = match spec.qk_norm {
             Some(norm) => {
                 let width = |all: usize| if norm.over == NormOver::Token { all } else { spec.head_dim };
-                let mut load = |name: &str, width| -> Result<RmsNorm> {
-                    let path = format!("{path}.{name}");
+                let mut load = |which: usize, width| -> Result<RmsNorm> {
+                    let Some(names) = norm.names else { return RmsNorm::plain(weights, width, norm.eps) };
+                    let path = format!("{path}.{}", names[which]);
                     match Norm::load(weights, &path, width, norm.kind, norm.eps)? {
                         Norm::Rms(norm) => Ok(norm),
                         Norm::Layer(_) => Err(Error::internal("layer norms of heads")),
                     }
                 };
-                let [query, key] = norm.names;
-                Some([load(query, width(queries))?, load(key, width(keys))?])
+                Some([load(0, width(queries))?, load(1, width(keys))?])
             }
             None => None,
         };

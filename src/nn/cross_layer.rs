@@ -62,13 +62,19 @@ impl CrossLayerAttention {
         let attention = &spec.attention;
         let name = |part: &str| format!("{path}.{part}");
         let mut unused = vec![name("k_proj."), name("v_proj.")];
-        unused.extend(attention.qk_norm.map(|norm| name(&format!("{}.", norm.names[1]))));
+        let norm_names = attention.qk_norm.and_then(|norm| norm.names);
+        unused.extend(norm_names.map(|[_, key]| name(&format!("{key}."))));
         weights.discard(|tensor| unused.iter().any(|unused| tensor.starts_with(unused)));
         let width = attention.heads * attention.head_dim;
         let query = Linear::load(weights, &name("q_proj"), hidden, width, attention.qkv_bias)?;
         let output = Linear::load(weights, &name(attention.output_name), width, hidden, attention.output_bias)?;
         let norms = attention.qk_norm.map(|norm| -> Result<[RmsNorm; 2]> {
-            match Norm::load(weights, &name(norm.names[0]), attention.head_dim, norm.kind, norm.eps)? {
+            let width = attention.head_dim;
+            let Some([query, _]) = norm.names else {
+                let norm = RmsNorm::plain(weights, width, norm.eps)?;
+                return Ok([norm.clone(), norm]);
+            };
+            match Norm::load(weights, &name(query), width, norm.kind, norm.eps)? {
                 // That of keys is never asked for.
                 Norm::Rms(norm) => Ok([norm.clone(), norm]),
                 Norm::Layer(_) => Err(Error::internal("layer norms of heads")),

@@ -11,15 +11,15 @@ use mlx_rs::ops::concatenate;
 
 use crate::cache::Writes;
 use crate::error::{Error, Result};
-use crate::kernels::{Placement, Segment};
+use crate::kernels::{Placement, Segment, Window};
 
 /// How queries and keys become weights.
 #[derive(Debug, Clone, Copy)]
 pub struct Scores<'a> {
     /// Factor on their products.
     pub scale: f32,
-    /// Tokens a query sees, itself included; `None` is all.
-    pub window: Option<usize>,
+    /// What a query sees; `None` is all up to itself.
+    pub window: Option<Window>,
     /// Products become `cap * tanh(product / cap)`.
     pub soft_cap: Option<f32>,
     /// `[heads]`: a score that attends to nothing.
@@ -33,7 +33,7 @@ pub struct Gathers {
     block_tokens: usize,
     writes: Option<Writes>,
     /// Of the window of the last layer.
-    parts: Option<(Option<usize>, Vec<Part>)>,
+    parts: Option<(Option<Window>, Vec<Part>)>,
 }
 
 /// Rows that are attended to by one call.
@@ -46,6 +46,8 @@ struct Part {
     tables: Array,
     /// Tokens of each sequence from there up to the last.
     lengths: Vec<usize>,
+    /// For each sequence and row of it the first of these tokens that the row sees.
+    firsts: Vec<usize>,
 }
 
 impl Gathers {
@@ -79,7 +81,7 @@ impl Gathers {
         }
     }
 
-    fn parts(&self, window: Option<usize>) -> Vec<Part> {
+    fn parts(&self, window: Option<Window>) -> Vec<Part> {
         let Placement { segments, tables, .. } = &*self.placement;
         let decoding = segments.iter().take_while(|segment| segment.rows.len() == 1).count();
         let groups = (decoding > 0).then_some(0..decoding).into_iter();
@@ -87,8 +89,8 @@ impl Gathers {
         groups
             .map(|group| {
                 let segments = &segments[group];
-                let first =
-                    |s: &Segment| window.map_or(0, |window| (s.start + 1).saturating_sub(window)) / self.block_tokens;
+                let seen = |position| window.map_or(0, |window| window.first(position));
+                let first = |s: &Segment| seen(s.start) / self.block_tokens;
                 let length = |s: &Segment| s.start + s.rows.len() - first(s) * self.block_tokens;
                 let lengths: Vec<usize> = segments.iter().map(length).collect();
                 let blocks = |length: usize| length.div_ceil(self.block_tokens);
@@ -102,6 +104,11 @@ impl Gathers {
                         .collect::<Vec<_>>()
                 };
                 let ids: Vec<i32> = segments.iter().zip(&lengths).flat_map(row).collect();
+                let firsts = segments.iter().flat_map(|s| {
+                    let positions = s.start..s.start + s.rows.len();
+                    positions.map(move |position| seen(position) - first(s) * self.block_tokens)
+                });
+                let firsts = firsts.collect();
                 let rows = segments[0].rows.start..segments[segments.len() - 1].rows.end;
                 let spare = self.placement.spare.iter().find(|spare| spare.start == rows.end);
                 Part {
@@ -109,6 +116,7 @@ impl Gathers {
                     spare: spare.map_or(0, |spare| spare.len()),
                     tables: Array::from_slice(&ids, &[segments.len() as i32, width as i32]),
                     lengths,
+                    firsts,
                 }
             })
             .collect()
@@ -117,7 +125,7 @@ impl Gathers {
 
 impl Part {
     fn attend(&self, queries: &Array, keys: &Array, values: &Array, scores: &Scores<'_>) -> Result<Array> {
-        let Scores { scale, window, soft_cap, sinks } = *scores;
+        let Scores { scale, soft_cap, sinks, .. } = *scores;
         let sequences = self.lengths.len() as i32;
         let rows = (self.rows.len() / self.lengths.len()) as i32;
         let (heads, width) = (queries.dim(1), queries.dim(2));
@@ -134,32 +142,34 @@ impl Part {
         };
         let (keys, values) = (gather(keys)?, gather(values)?);
         let one = self.lengths.iter().all(|&length| length == longest);
-        let windowed = window.filter(|&window| longest > window);
+        let windowed = self.firsts.iter().any(|&first| first > 0);
         let mask = || self.mask(rows as usize, longest, windowed);
         let attended = match (soft_cap, windowed) {
             (Some(cap), _) => capped_attention([&queries, &keys, &values], scale, cap, &mask()?)?,
-            (None, None) if one && rows == 1 => {
+            (None, false) if one && rows == 1 => {
                 scaled_dot_product_attention(&queries, &keys, &values, scale, None, sinks)?
             }
-            (None, None) if one => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, sinks)?,
+            (None, false) if one => scaled_dot_product_attention(&queries, &keys, &values, scale, Mask::Causal, sinks)?,
             (None, _) => scaled_dot_product_attention(&queries, &keys, &values, scale, &mask()?, sinks)?,
         };
         Ok(attended.transpose_axes(&[0, 2, 1, 3])?.reshape(&[sequences * rows, heads, values.dim(3)])?)
     }
 
     /// `[sequences, 1, rows, longest]` booleans: the last `rows` tokens of each sequence see themselves and what is before
-    /// them, in a window of less than `window` tokens before them.
-    fn mask(&self, rows: usize, longest: usize, window: Option<usize>) -> Result<Array> {
+    /// them, with `windowed` from the first one on that each sees.
+    fn mask(&self, rows: usize, longest: usize, windowed: bool) -> Result<Array> {
         let own: Vec<i32> =
             self.lengths.iter().flat_map(|&length| (length - rows..length).map(|position| position as i32)).collect();
         let all: Vec<i32> = (0..longest as i32).collect();
-        let own = Array::from_slice(&own, &[self.lengths.len() as i32, 1, rows as i32, 1]);
+        let shape = [self.lengths.len() as i32, 1, rows as i32, 1];
+        let own = Array::from_slice(&own, &shape);
         let all = Array::from_slice(&all, &[1, 1, 1, longest as i32]);
         let causal = all.le(&own)?;
-        match window {
-            Some(window) => Ok(causal.logical_and(own.subtract(&all)?.lt(Array::from_int(window as i32))?)?),
-            None => Ok(causal),
+        if !windowed {
+            return Ok(causal);
         }
+        let firsts: Vec<i32> = self.firsts.iter().map(|&first| first as i32).collect();
+        Ok(causal.logical_and(all.ge(Array::from_slice(&firsts, &shape))?)?)
     }
 }
 
@@ -196,23 +206,26 @@ mod tests {
             let nothing = Array::full::<f32>(&[1, 4, 1, 8], Array::from_f32(f32::NAN))?;
             let pool = |seed: u64| -> Result<Array> { Ok(concatenate(&[&nothing, &random(&[9, 4, 1, 8], seed)?], 0)?) };
             let (keys, values, queries) = (pool(1)?, pool(2)?, random(&[5, 2, 8], 3)?);
-            // Two rows that decode, and a piece of a prompt; the first ones to be seen are 10, 5 and 6.
+            // Two rows that decode, and a piece of a prompt; the first ones to be seen are 10, 5 and 6, in chunks 10.
             let row = |rows: std::ops::Range<usize>, start: usize, table: usize| Segment { rows, start, table };
             let segments = vec![row(0..1, 14, 0), row(1..2, 9, 4), row(2..5, 10, 7)];
-            let attend = |tables: [u32; 11]| -> Result<Vec<f32>> {
+            let attend = |window: Window, tables: [u32; 11]| -> Result<Vec<f32>> {
                 let placement =
                     Placement { tables: tables.to_vec(), segments: segments.clone(), ..Placement::default() };
-                let scores = Scores { scale: 0.3, window: Some(5), soft_cap: None, sinks: None };
+                let scores = Scores { scale: 0.3, window: Some(window), soft_cap: None, sinks: None };
                 let attended = Gathers::new(&Arc::new(placement), 4).attend(&queries, (&keys, &values), &scores)?;
                 Ok(attended.contiguous()?.as_slice::<f32>().to_vec())
             };
-            let all = attend([1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3])?;
-            assert!(all.iter().all(|number| number.is_finite()));
-            assert_eq!(attend([0, 0, 3, 4, 0, 6, 7, 0, 9, 2, 3])?, all);
-            for needed in [2, 5, 8] {
-                let mut tables = [1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3];
-                tables[needed] = 0;
-                assert!(attend(tables)?.iter().any(|number| number.is_nan()), "the block at {needed} is not read");
+            for (window, needed) in [(Window::Sliding(5), [2, 5, 8]), (Window::Chunked(5), [2, 5, 9])] {
+                let all = attend(window, [1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3])?;
+                assert!(all.iter().all(|number| number.is_finite()));
+                assert_eq!(attend(window, [0, 0, 3, 4, 0, 6, 7, 0, 9, 2, 3])?, all, "{window:?}");
+                for needed in needed {
+                    let mut tables = [1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3];
+                    tables[needed] = 0;
+                    let attended = attend(window, tables)?;
+                    assert!(attended.iter().any(|number| number.is_nan()), "the block at {needed} is not read");
+                }
             }
             Ok(())
         });

@@ -55,4 +55,4 @@ pub use rope::{Rope, RopeSpec};
 pub use router::RouterSpec;
 pub use whole::WholeTexts;
 
-pub use crate::kernels::{ExpertActivation, GroupScore, Groups, Normalize, Scores, Ties};
+pub use crate::kernels::{ExpertActivation, GroupScore, Groups, Normalize, Scores, Ties, Window};

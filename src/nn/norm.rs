@@ -34,6 +34,13 @@ impl RmsNorm {
         Ok(norm)
     }
 
+    /// Without a weight, computed by whoever computes with `weights`.
+    pub fn plain(weights: &Weights, size: usize, eps: f32) -> Result<Self> {
+        let weight = mlx_rs::ops::ones_dtype(&[size as i32], weights.float_type())?;
+        weight.eval()?;
+        Ok(Self { weight, eps, backend: weights.backend().clone() })
+    }
+
     /// `x [.., size]`, same shape out.
     pub fn forward(&self, x: &Array) -> Result<Array> {
         match &self.backend {

@@ -10,7 +10,7 @@ use mlx_rs::ops::concatenate;
 
 use crate::error::{Error, Result};
 use crate::kernels::gpu::{PagedAttention, Pool};
-use crate::kernels::{Placement, Segment};
+use crate::kernels::{Placement, Segment, Window};
 use crate::mlx;
 
 /// Pieces of prompts that go on are computed as if they began at a multiple of this, and ended at one: every new pair of
@@ -69,7 +69,7 @@ struct Chunk {
     gathered: Option<Gathered>,
     /// The same where a layer without rows of its own needs it: made when it first does.
     stored: Option<Gathered>,
-    mask: Option<(usize, Array)>,
+    mask: Option<(Window, Array)>,
 }
 
 #[derive(Debug)]
@@ -272,13 +272,17 @@ impl Chunk {
     }
 
     /// `[queries, keys]` booleans, if a causal mask is not enough; the last query's own key is the last one.
-    fn mask(&mut self, window: Option<usize>, queries: i32, keys: i32) -> Result<Option<&Array>> {
-        let Some(window) = window.filter(|&window| keys as usize > window) else { return Ok(None) };
+    fn mask(&mut self, window: Option<Window>, queries: i32, keys: i32) -> Result<Option<&Array>> {
+        let Some(window) = window.filter(|window| keys as usize > window.tokens()) else { return Ok(None) };
         if self.mask.as_ref().is_none_or(|(known, _)| *known != window) {
             let range = |from: i32, to: i32| mlx_rs::ops::arange::<i32, i32>(from, to, None);
             let own = range(keys - queries, keys)?.expand_dims(1)?;
             let all = range(0, keys)?.expand_dims(0)?;
-            let near = own.subtract(&all)?.lt(Array::from_int(window as i32))?;
+            let tokens = Array::from_int(window.tokens() as i32);
+            let near = match window {
+                Window::Sliding(_) => own.subtract(&all)?.lt(&tokens)?,
+                Window::Chunked(_) => own.floor_divide(&tokens)?.eq(all.floor_divide(&tokens)?)?,
+            };
             self.mask = Some((window, all.le(&own)?.logical_and(near)?));
         }
         Ok(self.mask.as_ref().map(|(_, mask)| mask))
@@ -357,6 +361,23 @@ mod tests {
         assert_eq!([1, 16, 17, 64, 65, 130, 1000].map(table_width), [16, 16, 32, 64, 96, 192, 1024]);
         let widths: std::collections::BTreeSet<usize> = (1..5000).map(table_width).collect();
         assert!(widths.len() < 25, "{widths:?}");
+    }
+
+    #[test]
+    fn masks_begin_where_windows_do() {
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(mlx::Device::Cpu, || {
+            let mut chunk = Chunk { rows: 0..6, gathered: None, stored: None, mask: None };
+            for window in [Window::Sliding(4), Window::Chunked(4)] {
+                let mask = chunk.mask(Some(window), 6, 11)?.unwrap().contiguous()?;
+                let expected: Vec<bool> =
+                    (5..11).flat_map(|own| (0..11).map(move |key| (window.first(own)..=own).contains(&key))).collect();
+                assert_eq!(mask.as_slice::<bool>(), expected, "{window:?}");
+                assert!(chunk.mask(Some(window), 4, 4)?.is_none());
+            }
+            Ok(())
+        });
+        outcome.unwrap();
     }
 
     #[test]

@@ -259,14 +259,15 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize) -> Poo
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
     let (mut preemptions, mut partial_steps, mut cut) = (0, 0, 0);
-    // Of each kind of layer and of cache: full, windows, both, sinks and experts, latent, states, other layers' keys; and with one part
-    // in each layer.
+    // Of each kind of layer and of cache: full, windows, both, sinks and experts, chunks, latent, states, other layers' keys; and
+    // with one part in each layer.
     let models = [
         "qwen3-4bit",
         "llama-f32",
         "mistral-sliding-window",
         "gemma3_text-f32",
         "gpt_oss-f32",
+        "llama4-f32",
         "qwen3_moe-4bit",
         "deepseek_v3-f32",
         "qwen3_next-f32",

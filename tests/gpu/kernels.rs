@@ -2,6 +2,7 @@
 
 use mlx_rs::Dtype;
 use omlx::error::{Error, Result};
+use omlx::kernels::Window;
 use omlx::kernels::gpu::PagedSpec;
 use omlx::nn::compare_paged;
 
@@ -18,7 +19,8 @@ pub fn agree() -> Result<()> {
     for spec in [
         bf16,
         PagedSpec { heads: 14, kv_heads: 2, head_dim: 64, block_tokens: 16, ..bf16 },
-        PagedSpec { heads: 32, window: Some(40), dtype: Dtype::Float16, ..bf16 },
+        PagedSpec { heads: 32, window: Some(Window::Sliding(40)), dtype: Dtype::Float16, ..bf16 },
+        PagedSpec { heads: 40, window: Some(Window::Chunked(40)), ..bf16 },
         PagedSpec { heads: 8, head_dim: 96, block_tokens: 8, dtype: Dtype::Float32, ..bf16 },
         PagedSpec { heads: 4, kv_heads: 1, head_dim: 256, block_tokens: 64, ..bf16 },
     ] {

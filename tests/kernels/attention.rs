@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use crate::cpu::Isa;
-use crate::cpu::attention::{Attention, AttentionKind, PoolView, Segment, append};
+use crate::cpu::attention::{Attention, AttentionKind, PoolView, Segment, Window, append};
 use crate::cpu::floats::Rows;
 use crate::cpu::matmul::Precision;
 use crate::guard::{EDGES, Edge, Guarded};
@@ -30,6 +30,21 @@ struct Plan {
     sinks: bool,
 }
 
+/// Of both kinds.
+fn windows(tokens: std::ops::Range<usize>) -> impl Strategy<Value = Option<Window>> {
+    let kind = |(tokens, chunked)| if chunked { Window::Chunked(tokens) } else { Window::Sliding(tokens) };
+    (tokens, any::<bool>()).prop_map(move |window| Some(kind(window)))
+}
+
+/// The first key that a query at `position` sees.
+fn first_seen(window: Option<Window>, position: usize) -> usize {
+    match window {
+        None => 0,
+        Some(Window::Sliding(tokens)) => (position + 1).saturating_sub(tokens),
+        Some(Window::Chunked(tokens)) => position - position % tokens,
+    }
+}
+
 /// Decoding rows and prompt chunks in one step, with few heads and any of the options: wide heads and short sequences,
 /// or narrow heads and sequences of several splits.
 fn plans() -> impl Strategy<Value = Plan> {
@@ -41,7 +56,7 @@ fn plans() -> impl Strategy<Value = Plan> {
     let short = (known, prop::collection::vec(lengths, 1..=4));
     let lengths = prop_oneof![2 => length(480..530, 1..40), 1 => length(1000..1100, 1..30)];
     let long = (1usize..50, prop::collection::vec(lengths, 1..=2));
-    let window = prop_oneof![3 => Just(None), 1 => (1usize..40).prop_map(Some), 1 => (40usize..700).prop_map(Some)];
+    let window = prop_oneof![3 => Just(None), 1 => windows(1..40), 1 => windows(40..700)];
     let heads = prop_oneof![4 => (1usize..=3, 1usize..=4), 1 => (1usize..=2, 5usize..=9), 1 => (Just(1), 24usize..=26)];
     let options = (window, prop::option::weighted(0.3, 5f32..60.0), any::<bool>());
     let shape = (heads, prop::option::weighted(0.2, 1usize..140), prop::sample::select(&TYPES[..]));
@@ -204,7 +219,7 @@ impl Sequences {
         let [keys, values] = &self.pools[sequence];
         let query = &self.queries[sequence][(token * heads + head) * key_width..][..key_width];
         let position = self.cached[sequence] + token;
-        let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = first_seen(window, position);
         let offset = |key: usize, width: usize| (key * kv_heads + head / (heads / kv_heads)) * width;
         let (mut scores, mut uncertain) = (Vec::new(), 0f64);
         for key in first..=position {
@@ -339,7 +354,7 @@ proptest! {
         // Whether an output must show it.
         let shows = |row: usize, of_head: usize, of_column: usize| {
             let position = cached + row;
-            let sees = position >= token && window.is_none_or(|window| token + window > position);
+            let sees = (first_seen(window, position)..=position).contains(&token);
             match what {
                 0 => row == token && of_head == head,
                 1 => sees && of_head / (heads / kv_heads) == head,
@@ -392,7 +407,7 @@ proptest! {
 
 /// A plan with nothing special.
 fn plain() -> Plan {
-    let kind = AttentionKind { kv_heads: 2, heads: 4, scale: 0.125, window: Some(20), soft_cap: None };
+    let kind = AttentionKind { kv_heads: 2, heads: 4, scale: 0.125, window: Some(Window::Sliding(20)), soft_cap: None };
     let lengths = vec![Length { cached: 30, new: 3 }, Length { cached: 0, new: 5 }];
     Plan { seed: 5, kind, widths: [64, 64], stored: Type::Bf16, lengths, sinks: true }
 }
@@ -430,8 +445,9 @@ fn bounds_notice_small_errors() {
         wrong
     };
     let wrongs = [
-        ("a key too many", change(&|s| s.kind.window = Some(21))),
-        ("a key too few", change(&|s| s.kind.window = Some(19))),
+        ("a key too many", change(&|s| s.kind.window = Some(Window::Sliding(21)))),
+        ("a key too few", change(&|s| s.kind.window = Some(Window::Sliding(19)))),
+        ("a chunk", change(&|s| s.kind.window = Some(Window::Chunked(20)))),
         ("another scale", change(&|s| s.kind.scale = 0.1251)),
         ("a cap", change(&|s| s.kind.soft_cap = Some(20.0))),
         ("no sinks", change(&|s| s.sinks = None)),

@@ -61,6 +61,34 @@ pub struct Segment {
     pub table: usize,
 }
 
+/// Which of the tokens up to its own a query sees, where that is not all of them; at most this many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// The newest ones.
+    Sliding(usize),
+    /// Those of its own chunk: chunks begin at the multiples of their length (Llama 4).
+    Chunked(usize),
+}
+
+impl Window {
+    /// Tokens it has at most.
+    pub fn tokens(self) -> usize {
+        match self {
+            Self::Sliding(tokens) | Self::Chunked(tokens) => tokens,
+        }
+    }
+
+    /// The first position that a query at `position` sees. It never goes back while positions go on, and lies behind
+    /// `position - tokens`.
+    #[inline(always)]
+    pub fn first(self, position: usize) -> usize {
+        match self {
+            Self::Sliding(tokens) => (position + 1).saturating_sub(tokens),
+            Self::Chunked(tokens) => position / tokens * tokens,
+        }
+    }
+}
+
 /// What a model's attention is like.
 #[derive(Debug, Clone)]
 pub struct AttentionKind {
@@ -70,8 +98,8 @@ pub struct AttentionKind {
     pub heads: usize,
     /// Multiplies scores.
     pub scale: f32,
-    /// Tokens a query sees, itself included.
-    pub window: Option<usize>,
+    /// What a query sees; `None` is all up to itself.
+    pub window: Option<Window>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
 }
@@ -277,7 +305,7 @@ impl Attention<'_> {
 
     /// The first key that a query at `position` sees.
     fn first_key(&self, position: usize) -> usize {
-        self.kind.window.map_or(0, |window| (position + 1).saturating_sub(window))
+        self.kind.window.map_or(0, |window| window.first(position))
     }
 
     /// Splits with keys that a tile's rows see.

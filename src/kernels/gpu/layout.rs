@@ -59,7 +59,7 @@ impl Layout {
 
     /// Into how many parts the keys of each row are split, for tables with room for `tokens` keys.
     pub fn splits(&self, spec: &PagedSpec, rows: usize, tokens: usize) -> usize {
-        let tokens = spec.window.map_or(tokens, |window| tokens.min(window));
+        let tokens = spec.window.map_or(tokens, |window| tokens.min(window.tokens()));
         let (_, sets) = self.subsets(spec.heads / spec.kv_heads);
         let groups = (rows * spec.kv_heads * sets).max(1);
         if groups > COUNTERS {
@@ -89,6 +89,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Window;
     use crate::kernels::gpu::paged::check_spec;
 
     /// All specs that are covered, with many numbers of heads in a group.
@@ -158,7 +159,7 @@ mod tests {
         ] {
             assert_eq!(layout.splits(&spec, rows, tokens), splits, "{rows} rows, {tokens} tokens");
         }
-        let narrow = PagedSpec { window: Some(1000), ..spec };
+        let narrow = PagedSpec { window: Some(Window::Sliding(1000)), ..spec };
         assert_eq!(layout.splits(&narrow, 1, 1 << 20), 7, "no more than the window has keys for");
     }
 }

@@ -31,6 +31,7 @@ use super::custom::Launch;
 use super::layout::{COUNTERS, Layout, MOST_SPLITS};
 use super::sources::Kernels;
 use crate::error::{Error, Result};
+use crate::kernels::Window;
 
 /// Shape of a token that is nothing else; at least 16 bytes, see above.
 const TOKEN: &[i32] = &[8];
@@ -51,8 +52,8 @@ pub struct PagedSpec {
     pub block_tokens: usize,
     /// Factor on the products of queries and keys.
     pub scale: f32,
-    /// Tokens a query sees, itself included; `None` is all.
-    pub window: Option<usize>,
+    /// What a query sees; `None` is all up to itself.
+    pub window: Option<Window>,
     /// Type of queries, pools and results: f32, f16 or bf16.
     pub dtype: Dtype,
 }
@@ -260,7 +261,7 @@ pub fn check_spec(spec: &PagedSpec) -> Result<()> {
         && [64, 80, 96, 128, 192, 256].contains(&head_dim)
         && block_tokens.is_power_of_two()
         && (8..=256).contains(&block_tokens)
-        && window.is_none_or(|window| (1..=i32::MAX as usize).contains(&window))
+        && window.is_none_or(|window| (1..=i32::MAX as usize).contains(&window.tokens()))
         && format_code(dtype).is_some();
     if supported { Ok(()) } else { Err(Error::internal(format!("the paged kernels do not cover {spec:?}"))) }
 }
@@ -299,7 +300,7 @@ mod tests {
             head_dim: 64,
             block_tokens: 32,
             scale: 0.1,
-            window: Some(7),
+            window: Some(Window::Sliding(7)),
             dtype: Dtype::Float16,
         };
         check_spec(&good).unwrap();
@@ -309,7 +310,8 @@ mod tests {
             PagedSpec { head_dim: 72, ..good },
             PagedSpec { block_tokens: 24, ..good },
             PagedSpec { block_tokens: 512, ..good },
-            PagedSpec { window: Some(0), ..good },
+            PagedSpec { window: Some(Window::Sliding(0)), ..good },
+            PagedSpec { window: Some(Window::Chunked(0)), ..good },
             PagedSpec { dtype: Dtype::Int32, ..good },
         ] {
             assert!(check_spec(&bad).is_err(), "{bad:?}");

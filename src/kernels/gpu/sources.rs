@@ -7,6 +7,7 @@ use super::custom::{Constant, CustomKernel, Source};
 use super::layout::{Layout, MOST_SPLITS};
 use super::paged::{COPY_THREADS, PagedSpec, format_code};
 use crate::error::Result;
+use crate::kernels::Window;
 
 /// The kernels of one kind of layer.
 #[derive(Debug)]
@@ -115,7 +116,7 @@ fn decode_kernel(constants: &[Constant], last_combines: bool, appends: bool, spl
 }
 
 /// What the kernels' bodies can use.
-fn constants(spec: &PagedSpec, layout: &Layout) -> [Constant; 15] {
+fn constants(spec: &PagedSpec, layout: &Layout) -> [Constant; 16] {
     let PagedSpec { heads, kv_heads, head_dim, block_tokens, dtype, window, scale } = *spec;
     let Layout { unroll, simds, lane_heads, .. } = *layout;
     let (subsets, sets) = layout.subsets(heads / kv_heads);
@@ -128,7 +129,8 @@ fn constants(spec: &PagedSpec, layout: &Layout) -> [Constant; 15] {
         Constant::Int("KV_HEADS", kv_heads as i32),
         Constant::Int("GROUP", (heads / kv_heads) as i32),
         Constant::Int("BLOCK_TOKENS", block_tokens as i32),
-        Constant::Int("WINDOW", window.map_or(0, |window| window as i32)),
+        Constant::Int("WINDOW", window.map_or(0, |window| window.tokens() as i32)),
+        Constant::Int("CHUNKED", i32::from(matches!(window, Some(Window::Chunked(_))))),
         Constant::Int("SCALE_BITS", scale.to_bits() as i32),
         Constant::Int("UNROLL", unroll as i32),
         Constant::Int("SIMDS", simds as i32),

@@ -6,7 +6,7 @@ use mlx_rs::Array;
 
 use crate::error::Result;
 use crate::kernels::gpu::{PagedAttention, PagedSpec};
-use crate::kernels::{self, AttentionKind, Backend, Cpu};
+use crate::kernels::{self, AttentionKind, Backend, Cpu, Window};
 use crate::nn::gather::Scores;
 use crate::nn::heads::Heads;
 use crate::nn::{RmsNorm, Rope, Step, check_paged};
@@ -25,8 +25,8 @@ pub(in crate::nn) struct CoreSpec {
     pub value_width: usize,
     /// Factor on the products of queries and keys.
     pub scale: f32,
-    /// Tokens a query sees, itself included; `None` is all.
-    pub window: Option<usize>,
+    /// What a query sees; `None` is all up to itself.
+    pub window: Option<Window>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// Whether heads are normalised after they have turned.
