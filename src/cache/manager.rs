@@ -407,7 +407,7 @@ impl BlockManager {
     /// Keeps the state that a sequence has now for others, if it is that of exactly `tokens`.
     pub fn keep_state(&mut self, table: &Table, tokens: &[u32]) {
         let step = self.step;
-        self.snapshots.iter_mut().for_each(|snapshots| snapshots.mark(table.state.as_ref(), tokens, step));
+        self.snapshots.iter_mut().for_each(|snapshots| snapshots.keep(table.state.as_ref(), tokens, step));
     }
 
     /// Whether rows from position `start` on may be written to a block: nobody else holds it, and none of its cached
@@ -578,9 +578,10 @@ impl BlockManager {
         let blocks = blocks.flat_map(|(at, blocks)| blocks.into_iter().flatten().map(move |block| (at, block)));
         let state = table.state;
         let state = self.snapshots.as_mut().and_then(|snapshots| snapshots.pin(state));
+        let holds = self.snapshots.is_none() || state.is_some();
         let pin = Pin { blocks: blocks.collect(), state };
         self.pins.insert(super::prefix::chain_key(self.index.key(ROOT), tokens), pin);
-        found.tokens
+        if holds { found.tokens } else { 0 }
     }
 
     /// Ends a pin; whether there was one.

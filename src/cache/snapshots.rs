@@ -40,7 +40,7 @@ impl State {
 }
 
 #[derive(Debug)]
-struct Mark {
+struct Snapshot {
     tokens: Rc<[u32]>,
     slot: SlotId,
     /// The step that wrote it.
@@ -57,7 +57,7 @@ pub type Unsaved = (Rc<[u32]>, SlotId);
 pub struct Snapshots {
     slots: BlockPool<u64>,
     /// By age.
-    marks: BTreeMap<u64, Mark>,
+    kept: BTreeMap<u64, Snapshot>,
     next: u64,
     /// Slots that sequences may need at the same time, and slots that there may be at most.
     reserve: usize,
@@ -77,7 +77,7 @@ impl Snapshots {
         let reserve = Self::reserve(sequences);
         Self {
             slots: BlockPool::new(reserve),
-            marks: BTreeMap::new(),
+            kept: BTreeMap::new(),
             next: 0,
             reserve,
             most: most.max(reserve),
@@ -111,9 +111,10 @@ impl Snapshots {
         self.pressed = false;
     }
 
-    /// Gives up slots behind the last one that holds something; how many are left.
+    /// Gives up slots behind the last one that holds something, but none that running sequences may need beside pins; how many
+    /// are left.
     pub fn shrink(&mut self) -> usize {
-        self.slots.shrink(self.reserve);
+        self.slots.shrink(self.reserve + self.pinned);
         self.capacity()
     }
 
@@ -124,17 +125,23 @@ impl Snapshots {
 
     /// Snapshots that there are.
     pub fn entries(&self) -> usize {
-        self.marks.len()
+        self.kept.len()
     }
 
     /// The longest snapshot of the beginning of `tokens`, of more than `from` of them, that `serves`: of how many, where it is,
     /// and which step wrote it.
     pub fn longest(&self, tokens: &[u32], from: usize, serves: impl Fn(usize) -> bool) -> Option<(usize, SlotId, u64)> {
-        let begins = |mark: &&Mark| mark.tokens.len() > from && tokens.starts_with(&mark.tokens);
-        let mut found: Vec<&Mark> = self.marks.values().filter(begins).collect();
-        found.sort_unstable_by_key(|mark| std::cmp::Reverse(mark.tokens.len()));
-        let best = found.into_iter().find(|mark| serves(mark.tokens.len()))?;
+        let fits = |kept: &&Snapshot| (from + 1..=tokens.len()).contains(&kept.tokens.len());
+        let mut longer: Vec<&Snapshot> = self.kept.values().filter(fits).collect();
+        longer.sort_unstable_by_key(|kept| std::cmp::Reverse(kept.tokens.len()));
+        let best = longer.into_iter().find(|kept| tokens.starts_with(&kept.tokens) && serves(kept.tokens.len()))?;
         Some((best.tokens.len(), best.slot, best.written))
+    }
+
+    /// How many tokens all snapshots of beginnings of `tokens` stand for.
+    pub fn lengths(&self, tokens: &[u32]) -> Vec<usize> {
+        let begins = self.kept.values().filter(|kept| tokens.starts_with(&kept.tokens));
+        begins.map(|kept| kept.tokens.len()).collect()
     }
 
     /// A sequence goes on from a snapshot of its first `tokens` tokens; `state` is what it had.
@@ -180,20 +187,20 @@ impl Snapshots {
 
     /// Makes a snapshot of a sequence's state, if it stands for exactly `tokens` and there is none of them; `step` has
     /// written it at the latest.
-    pub fn mark(&mut self, state: Option<&State>, tokens: &[u32], step: u64) {
+    pub fn keep(&mut self, state: Option<&State>, tokens: &[u32], step: u64) {
         let Some(state) = state.filter(|state| state.tokens == Some(tokens.len()) && !tokens.is_empty()) else {
             return;
         };
         if self.slots.content(state.slot).is_some() {
             return;
         }
-        if let Some(known) = self.marks.values().find(|mark| *mark.tokens == *tokens).map(|mark| mark.slot) {
+        if let Some(known) = self.kept.values().find(|mark| *mark.tokens == *tokens).map(|mark| mark.slot) {
             // It was of use just now, if only nearly.
             self.slots.retain(known);
             return self.slots.release(known);
         }
         self.slots.set_content(state.slot, self.next);
-        self.marks.insert(self.next, Mark { tokens: tokens.into(), slot: state.slot, written: step, saved: false });
+        self.kept.insert(self.next, Snapshot { tokens: tokens.into(), slot: state.slot, written: step, saved: false });
         self.next += 1;
     }
 
@@ -202,10 +209,12 @@ impl Snapshots {
         state.into_iter().for_each(|state| self.slots.release(state.slot));
     }
 
-    /// Keeps the snapshot that a sequence goes on from, if enough slots are left; gives back the state.
+    /// Keeps the snapshot that a sequence goes on from, if enough slots are left: otherwise more are wanted. Gives back the
+    /// state.
     pub fn pin(&mut self, state: Option<State>) -> Option<SlotId> {
         let state = state?;
-        if self.capacity() - self.pinned <= self.reserve {
+        if self.capacity() <= self.reserve + self.pinned {
+            self.pressed = self.capacity() < self.most;
             self.release(Some(state));
             return None;
         }
@@ -225,7 +234,7 @@ impl Snapshots {
         for &slot in &cached {
             if let Some(mark) = self.slots.content(slot) {
                 self.slots.forget(slot);
-                self.marks.remove(&mark);
+                self.kept.remove(&mark);
             }
         }
         cached.len()
@@ -243,18 +252,18 @@ impl Snapshots {
 
     /// A snapshot to be saved next, which a step before `step` has written. It counts as saved from now on.
     pub fn next_save(&mut self, step: u64) -> Option<Unsaved> {
-        let ready = |mark: &&mut Mark| !mark.saved && mark.written < step;
-        let mark = self.marks.values_mut().filter(|_| self.saves).find(ready)?;
+        let ready = |mark: &&mut Snapshot| !mark.saved && mark.written < step;
+        let mark = self.kept.values_mut().filter(|_| self.saves).find(ready)?;
         mark.saved = true;
         Some((Rc::clone(&mark.tokens), mark.slot))
     }
 
     /// Snapshots that are nowhere else.
     pub fn unsaved(&self) -> usize {
-        self.marks.values().filter(|mark| !mark.saved).count()
+        self.kept.values().filter(|mark| !mark.saved).count()
     }
 
-    /// A slot for a state of `tokens` tokens that comes from elsewhere, which [`mark`](Self::mark) makes a snapshot.
+    /// A slot for a state of `tokens` tokens that comes from elsewhere, which [`keep`](Self::keep) makes a snapshot.
     pub fn receive(&mut self, tokens: usize) -> Option<State> {
         let slot = self.take()?;
         Some(State { slot, tokens: Some(tokens) })
@@ -262,13 +271,13 @@ impl Snapshots {
 
     /// The snapshot of exactly `tokens` came from another tier.
     pub fn set_saved(&mut self, tokens: &[u32]) {
-        let same = self.marks.values_mut().filter(|mark| *mark.tokens == *tokens);
+        let same = self.kept.values_mut().filter(|mark| *mark.tokens == *tokens);
         same.for_each(|mark| mark.saved = true);
     }
 
     fn take(&mut self) -> Option<SlotId> {
         let (slot, evicted) = self.slots.take()?;
-        if let Some(mark) = evicted.and_then(|mark| self.marks.remove(&mark)) {
+        if let Some(mark) = evicted.and_then(|mark| self.kept.remove(&mark)) {
             self.pressed = self.capacity() < self.most;
             if self.saves && !mark.saved {
                 self.evicted.push((mark.tokens, slot));
@@ -287,7 +296,7 @@ mod tests {
         let mut state = None;
         snapshots.advance(&mut state, 0).expect("a slot");
         snapshots.complete(&mut state, tokens.len());
-        snapshots.mark(state.as_ref(), tokens, step);
+        snapshots.keep(state.as_ref(), tokens, step);
         state
     }
 
@@ -347,6 +356,8 @@ mod tests {
             pins.extend(snapshots.pin(state));
         }
         assert_eq!(pins.len(), 2, "pins leave what is needed");
+        assert!(snapshots.wanted() > 7, "more slots for more pins");
+        assert_eq!(snapshots.shrink(), 7, "what is needed beside pins is not given up");
         let mut running: Vec<_> = (0..3).map(|own| kept(&mut snapshots, &[20 + own, 5], 1)).collect();
         for state in &mut running {
             assert!(snapshots.advance(state, 2).is_some());
@@ -381,10 +392,10 @@ mod tests {
         let mut snapshots = Snapshots::new(1, 3);
         let mut state = None;
         snapshots.advance(&mut state, 0).unwrap();
-        snapshots.mark(state.as_ref(), &[1, 2], 1);
+        snapshots.keep(state.as_ref(), &[1, 2], 1);
         assert_eq!(snapshots.entries(), 0, "it has not passed all layers");
         snapshots.complete(&mut state, 3);
-        snapshots.mark(state.as_ref(), &[1, 2], 1);
+        snapshots.keep(state.as_ref(), &[1, 2], 1);
         assert_eq!(snapshots.entries(), 0);
         snapshots.release(state);
     }

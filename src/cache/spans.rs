@@ -3,7 +3,7 @@
 //! The hot and the cold tier keep rows in spans; this is what both know of them. A span has whole blocks, or a single
 //! incomplete one (the end of a prompt or of an answer), which goes when a longer block that begins with it comes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::prefix::{BlockKey, chain_key};
@@ -41,6 +41,8 @@ pub struct SpanIndex {
     block_tokens: usize,
     /// Every block of every span. Blocks with the same parent are neighbours, in the order of their tokens.
     blocks: BTreeMap<Edge, Place>,
+    /// Spans of one token, by how many tokens are before it: among them are all states.
+    singles: BTreeMap<usize, BTreeSet<SpanId>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,7 +83,7 @@ impl Span {
 impl SpanIndex {
     /// Without spans, whose blocks have `block_tokens` tokens.
     pub fn new(block_tokens: usize) -> Self {
-        Self { block_tokens, blocks: BTreeMap::new() }
+        Self { block_tokens, blocks: BTreeMap::new(), singles: BTreeMap::new() }
     }
 
     /// What follows the first `from` of `tokens` (whole blocks) without a gap: pieces in order, the last one perhaps with
@@ -111,15 +113,14 @@ impl SpanIndex {
     /// The longest beginning of `tokens`, of more than `from` of them, whose last token is a span by itself: that of a state,
     /// which stands for all tokens before it, too.
     pub fn find_state(&self, root: &BlockKey, tokens: &[u32], from: usize) -> Option<Piece> {
-        if self.is_empty() {
-            return None;
-        }
+        let mut singles = self.singles.range(from..tokens.len()).rev().peekable();
+        singles.peek()?;
         // Before each block.
         let mut keys = vec![*root];
         for block in tokens.chunks_exact(self.block_tokens) {
             keys.push(chain_key(&keys[keys.len() - 1], block));
         }
-        (from..tokens.len()).rev().find_map(|last| {
+        singles.find_map(|(&last, _)| {
             let before = &tokens[last / self.block_tokens * self.block_tokens..last];
             let key = keys[last / self.block_tokens];
             let parent = if before.is_empty() { key } else { chain_key(&key, before) };
@@ -174,6 +175,7 @@ impl SpanIndex {
     /// makes useless: their spans can go.
     pub fn insert(&mut self, id: SpanId, span: &Span) -> Vec<SpanId> {
         let mut useless = Vec::new();
+        self.note(id, span);
         for (edge, offset) in span.blocks(self.block_tokens) {
             while let Some((shorter, place)) = self.blocks.range(..&edge).next_back() {
                 if shorter.parent != edge.parent || !edge.tokens.starts_with(&shorter.tokens) {
@@ -188,12 +190,20 @@ impl SpanIndex {
         useless
     }
 
+    fn note(&mut self, id: SpanId, span: &Span) {
+        if span.tokens.len() == 1 {
+            self.singles.entry(span.start).or_default().insert(id);
+        }
+    }
+
     /// Adds many spans to an empty index, in a fraction of the time of one after the other. Of spans with the same block
     /// the first one has it. Returns the spans of incomplete blocks that longer ones make useless.
     pub fn fill<'a>(&mut self, spans: impl Iterator<Item = (SpanId, &'a Span)>) -> Vec<SpanId> {
-        let place = |id: SpanId| move |(edge, offset): (Edge, usize)| (edge, Place { span: id, offset });
-        let blocks = spans.flat_map(|(id, span)| span.blocks(self.block_tokens).map(place(id)));
-        let mut blocks: Vec<(Edge, Place)> = blocks.collect();
+        let mut blocks: Vec<(Edge, Place)> = Vec::new();
+        for (id, span) in spans {
+            self.note(id, span);
+            blocks.extend(span.blocks(self.block_tokens).map(|(edge, offset)| (edge, Place { span: id, offset })));
+        }
         blocks.sort_by(|(one, _), (other, _)| one.cmp(other));
         blocks.dedup_by(|(later, _), (first, _)| later == first);
         // A block that begins with another one comes right behind it.
@@ -207,6 +217,12 @@ impl SpanIndex {
 
     /// Removes a span.
     pub fn remove(&mut self, id: SpanId, span: &Span) {
+        if let Some(ids) = self.singles.get_mut(&span.start) {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.singles.remove(&span.start);
+            }
+        }
         for (edge, offset) in span.blocks(self.block_tokens) {
             if self.blocks.get(&edge) == Some(&Place { span: id, offset }) {
                 self.blocks.remove(&edge);

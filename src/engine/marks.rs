@@ -37,7 +37,8 @@ impl Marks {
         // What asks for the answer is a few tokens: computing them again costs less than keeping another state.
         let end = Some(self.prompt).filter(|end| end - self.last_message >= block_tokens);
         let every = self.every(block_tokens);
-        let regular = Some((start / every + 1) * every).filter(|&mark| mark < self.last_message);
+        // One shortly before the last message would cost a step of its own.
+        let regular = Some((start / every + 1) * every).filter(|&mark| mark + block_tokens <= self.last_message);
         let own = self.branches.iter().copied().chain([self.last_message]).chain(end).filter(|&mark| mark > start);
         own.chain(regular).min()
     }
@@ -68,6 +69,7 @@ mod tests {
         assert_eq!(all(&Marks::new(11, 7), 4), [7, 11]);
         assert_eq!(all(&Marks::new(1, 0), 4), [1]);
         assert_eq!(all(&Marks::new(300, 299), 4), [128, 256, 299]);
+        assert_eq!(all(&Marks::new(300, 259), 4), [128, 259, 300], "no two shortly after each other");
         let mut marks = Marks::new(300, 299);
         marks.branch(200, 4);
         marks.branch(202, 4);

@@ -149,16 +149,19 @@ impl Restores {
     /// the others find in the pools what it brings.
     pub fn ask(&mut self, tiers: &ModelTiers, scheduler: &mut Scheduler, inbox: &Sender<Command>) {
         if let Some(first) = self.queue.front_mut().filter(|first| first.table.is_none()) {
-            let (has, cached) = first.cached(scheduler);
+            let (mut has, mut cached) = first.cached(scheduler);
             if cached < first.from {
                 first.give_up(&mut self.ahead);
                 let (limit, seconds) = (first.limit(), scheduler.seconds_per_token(first.tokens.len()));
-                let fetches = tiers.find(&first.tokens[..limit], has, seconds, self.moving);
+                let fetches = tiers.find(&first.tokens[..limit], &has, seconds, self.moving);
+                let end = fetches.iter().map(Fetch::end).max().unwrap_or(cached);
+                let whole = end / scheduler.blocks().block_tokens() * scheduler.blocks().block_tokens();
                 // What is on its way is for another one.
-                first.begin_again(self.next, cached, fetches);
+                first.begin_again(self.next, cached.min(whole), fetches);
                 self.next += 1;
+                (has, cached) = first.cached(scheduler);
             }
-            first.skip_cached(has, cached, &mut self.ahead);
+            first.skip_cached(&has, cached, &mut self.ahead);
         }
         let mut beginnings: Vec<Arc<[u32]>> = Vec::new();
         for (place, restore) in self.queue.iter_mut().enumerate() {
@@ -320,8 +323,9 @@ impl Restore {
     /// What the pools have now, and the whole blocks of it.
     fn cached(&self, scheduler: &mut Scheduler) -> (Has, usize) {
         let blocks = scheduler.blocks();
-        let has: Has = blocks.look(&self.tokens[..self.end()]).into();
-        (has, has.rows / blocks.block_tokens() * blocks.block_tokens())
+        let has = Has::of(blocks, &self.tokens[..self.end()]);
+        let whole = has.rows / blocks.block_tokens() * blocks.block_tokens();
+        (has, whole)
     }
 
     /// Rows that the pools had were evicted meanwhile: `fetches` are behind those that are left.
@@ -333,7 +337,7 @@ impl Restore {
     }
 
     /// Another may have brought some of the rows meanwhile.
-    fn skip_cached(&mut self, has: Has, cached: usize, ahead: &mut usize) {
+    fn skip_cached(&mut self, has: &Has, cached: usize, ahead: &mut usize) {
         self.from = self.from.max(cached);
         for (fetch, rows) in self.fetches.iter_mut().zip(&mut self.rows) {
             let there = if fetch.is_state { has.tokens } else { self.from };
@@ -359,9 +363,10 @@ impl Restore {
         let had = if brings_rows { self.from } else { end };
         let rows = blocks.find_rows(&mut table, &self.tokens, had) == had
             && (!brings_rows || blocks.extend_with_restored(&mut table, self.from, end).is_ok());
-        let states =
-            self.fetches.iter().all(|fetch| !fetch.is_state) || rows && blocks.receive_state(&mut table, end).is_some();
-        let taken = rows && states;
+        // One that the slots had when it was looked for may be gone: then nothing is kept in its name.
+        let comes = |(fetch, rows): (&Fetch, &Arrival)| fetch.is_state && !matches!(rows, Arrival::InPlace);
+        let brings_state = self.fetches.iter().zip(&self.rows).any(comes);
+        let taken = rows && (!brings_state || blocks.receive_state(&mut table, end).is_some());
         if taken {
             self.table = Some(table);
         } else {
@@ -439,7 +444,7 @@ impl Restore {
     /// Puts what has come into the index.
     fn finish(mut self, scheduler: &mut Scheduler) -> (Arc<[u32]>, Then, usize) {
         let blocks = scheduler.blocks();
-        let mut reached = self.from;
+        let (mut reached, mut brings_state) = (self.from, false);
         if let Some(mut table) = self.table.take() {
             reached = self.reached(blocks);
             let tokens = &self.tokens[..reached];
@@ -451,16 +456,18 @@ impl Restore {
                 let first = own.map(|fetch| fetch.position).min().unwrap_or(reached);
                 blocks.set_saved(group, tokens, first);
             }
-            let state = self.fetches.iter().zip(&self.rows).find(|(fetch, _)| fetch.is_state);
-            let comes = state.is_some();
-            let there = state.filter(|(fetch, rows)| fetch.end() == reached && matches!(rows, Arrival::InPlace));
-            if there.is_some() {
+            let there = |(fetch, rows): (&Fetch, &Arrival)| {
+                fetch.is_state && fetch.end() == reached && matches!(rows, Arrival::InPlace)
+            };
+            brings_state = table.state().is_some() && self.fetches.iter().zip(&self.rows).any(there);
+            if brings_state {
                 blocks.keep_restored_state(&table, tokens);
             }
             blocks.release(table);
-            if comes && there.is_none() {
-                reached = blocks.peek(&self.tokens);
-            }
+        }
+        // Rows alone serve nobody where sequences have states.
+        if blocks.has_states() && !brings_state {
+            reached = blocks.peek(&self.tokens);
         }
         (self.tokens, self.then, reached)
     }

@@ -160,3 +160,19 @@ fn slots_are_wanted_when_snapshots_go() {
     assert_eq!((capacities[0], capacities[19]), (4, 10), "{capacities:?}");
     assert!(capacities.is_sorted());
 }
+
+/// The same where what they have in common begins behind a state in the middle of a block.
+#[test]
+fn answers_to_one_prompt_compute_it_once_behind_a_state_anywhere() {
+    let mut machine = roomy(8, 16);
+    machine.asks_with = 3;
+    let common: Vec<u32> = (20..50).collect();
+    assert_eq!(cost(&mut machine, &[&common[..], &[90, 91, 92]].concat(), 2), (33, 0));
+    let before = machine.scheduler.counters();
+    let prompt = [&common[..], &(50..79).collect::<Vec<u32>>()].concat();
+    machine.ask(prompt, 4, 4, Priority::Normal);
+    machine.settle().unwrap();
+    let after = machine.scheduler.counters();
+    assert_eq!(after.prompt_tokens - before.prompt_tokens, 29 + 3 * 3);
+    assert_eq!(after.cached_tokens - before.cached_tokens, 30 + 3 * 56);
+}

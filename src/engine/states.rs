@@ -48,6 +48,11 @@ impl States {
         self.pools.iter().map(|pools| pools.layout().slot_bytes()).sum()
     }
 
+    /// Bytes of the largest array: beside the one that takes its place while the number of slots changes.
+    pub fn largest(&self) -> usize {
+        self.pools.iter().flat_map(StatePools::arrays).map(Array::nbytes).max().unwrap_or(0)
+    }
+
     /// Changes the number of slots; those behind a smaller number are lost. No step may be on its way. After an error all
     /// layers have as many as before, or more.
     pub fn resize(&mut self, slots: usize) -> Result<()> {

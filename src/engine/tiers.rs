@@ -15,7 +15,7 @@ use crate::cache::prefix::chain_key;
 use crate::cache::rows::{RowBuffer, RowLayout};
 use crate::cache::spans::{Piece, Span, SpanId, root_key};
 use crate::cache::ssd::{ColdModel, ColdPiece, ColdReader, ColdTier, ColdWriter, ModelId, row_buffer};
-use crate::cache::{GroupKind, Save};
+use crate::cache::{BlockManager, GroupKind, Save};
 use crate::error::Result;
 use crate::sync::lock;
 
@@ -146,22 +146,26 @@ pub enum Stop {
 }
 
 /// What the pools have of the beginning of a prompt.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Has {
     /// Tokens that a sequence goes on behind.
     pub tokens: usize,
     /// Tokens whose rows are there: more than that where only the state is missing.
     pub rows: usize,
+    /// Tokens that states stand for which are there, whatever there is of rows.
+    pub states: Vec<usize>,
 }
 
-impl From<Found> for Has {
-    fn from(found: Found) -> Self {
-        Self { tokens: found.tokens, rows: found.rows.max(found.tokens) }
+impl Has {
+    /// Of `tokens`.
+    pub fn of(blocks: &mut BlockManager, tokens: &[u32]) -> Self {
+        let Found { tokens: reached, rows, .. } = blocks.look(tokens);
+        Self { tokens: reached, rows: rows.max(reached), states: blocks.state_lengths(tokens) }
     }
 }
 
 /// What is known of a prompt without the tiers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct InPools {
     /// What the pools have of it.
     pub has: Has,
@@ -341,7 +345,7 @@ impl ModelTiers {
 
     /// What other tiers have of `tokens`, of which the pools have the beginning, and what is faster to get than to compute, at
     /// `token_seconds` a token if that is known.
-    pub fn find(&self, tokens: &[u32], has: Has, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
+    pub fn find(&self, tokens: &[u32], has: &Has, token_seconds: Option<f64>, moving: MoveRate) -> Vec<Fetch> {
         let mut fetches = self.reachable(tokens, has);
         let Some(token_seconds) = token_seconds.filter(|_| !self.tiers.always_restore) else { return fetches };
         let (reading, from) = (self.reading_rate(), has.tokens);
@@ -371,16 +375,19 @@ impl ModelTiers {
 
     /// What the tiers have of `tokens` behind what the pools have, up to the last token at which both together have all rows that
     /// a sequence needs: of each group without a gap, in the order of the groups, the state last.
-    fn reachable(&self, tokens: &[u32], has: Has) -> Vec<Fetch> {
+    fn reachable(&self, tokens: &[u32], has: &Has) -> Vec<Fetch> {
         let (block_tokens, rows) = (self.hot.block_tokens, self.groups.iter().filter_map(|group| group.kind));
         let from = has.rows / block_tokens * block_tokens;
         let first = |kind: GroupKind, end| (kind.first_block(end, block_tokens) * block_tokens).max(from);
         let mut end = tokens.len();
         for _ in 0..LOOKS {
-            let state = self.state_group().map(|group| self.find_state(group, &tokens[..end], has.tokens));
-            match &state {
-                Some(None) => break,
-                Some(Some(state)) => end = state.end(),
+            let own = has.states.iter().copied().filter(|state| (has.tokens + 1..=end).contains(state)).max();
+            let from_tiers = |group| self.find_state(group, &tokens[..end], own.unwrap_or(has.tokens));
+            let states = self.state_group();
+            let state = states.and_then(from_tiers);
+            match state.as_ref().map(Fetch::end).or(own) {
+                Some(reached) => end = reached,
+                None if states.is_some() => break,
                 None => {}
             }
             let (mut fetches, mut reached) = (Vec::new(), end);
@@ -393,13 +400,13 @@ impl ModelTiers {
                 break;
             }
             // A shorter one may need earlier rows of windows, and another state.
-            let serves = match &state {
+            let serves = match states {
                 Some(_) => reached == end,
                 None => rows.clone().all(|kind| first(kind, reached) == first(kind, end)),
             };
             if serves {
                 cut(&mut fetches, reached);
-                fetches.extend(state.flatten());
+                fetches.extend(state);
                 return fetches;
             }
             end = reached;
@@ -515,7 +522,7 @@ impl ModelTiers {
         let (block_tokens, pool) = (self.hot.block_tokens, pools.has.tokens);
         let mut found = Whereabouts { tokens: tokens.len(), pool, ..Whereabouts::default() };
         let (mut reached, reading) = (pool, self.reading_rate());
-        for fetch in self.reachable(tokens, pools.has) {
+        for fetch in self.reachable(tokens, &pools.has) {
             // The pools may have the end of a prompt, too.
             let new = fetch.end().saturating_sub(reached);
             if new > 0 || fetch.group > 0 {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use omlx::engine::Usage;
 use omlx::pool::{EnginePool, PoolOptions, TierSet};
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::folders::{Random, fixture, root};
-use crate::{FLUSH, answer, exact, find, identified, open, stats, tiered};
+use crate::{FLUSH, answer, exact, find, identified, open, request, stats, tiered};
 
 const TURNS: usize = 10;
 
@@ -72,13 +73,7 @@ fn a_turn_computes_its_own_tokens_only_after_a_restart() {
 fn states_that_had_to_go_come_back_to_rows_that_stayed() {
     let model = MODELS[0];
     let folder = tempfile::tempdir().unwrap();
-    let options = PoolOptions {
-        block_tokens: Some(8),
-        max_sequences: Some(1),
-        // One part in four is for states, which is less than one of them.
-        cache_bytes: Some(64 << 10),
-        ..tiered(folder.path())
-    };
+    let options = PoolOptions { tiers: tiered(folder.path()).tiers, ..short_of_states() };
     let (alone, pool) = (open(&fixture(model), exact()), open(&fixture(model), options));
     identified(&pool);
     let prompts: Vec<Vec<u32>> = (0..6).map(|seed| (0..30).map(|at| (at * 7 + seed) % 48).collect()).collect();
@@ -95,6 +90,54 @@ fn states_that_had_to_go_come_back_to_rows_that_stayed() {
         alone.cache_clear(None, TierSet::ALL).unwrap();
     }
     assert!(stats(&pool)["cold"]["read_bytes"].as_u64() > Some(read));
+}
+
+/// A pool with room for the rows of everything and for one state beside those that sequences need.
+fn short_of_states() -> PoolOptions {
+    PoolOptions { block_tokens: Some(8), max_sequences: Some(1), cache_bytes: Some(64 << 10), ..exact() }
+}
+
+#[test]
+fn a_pinned_prompt_keeps_its_state() {
+    let pool = open(&fixture(MODELS[0]), short_of_states());
+    let prompts: Vec<Vec<u32>> = (0..6).map(|seed| (0..30).map(|at| (at * 7 + seed) % 48).collect()).collect();
+    let cached = |prompt: &[u32]| answer(&pool, &body(prompt)).2.cached_tokens;
+    prompts.iter().for_each(|prompt| assert_eq!(cached(prompt), 0));
+    assert_eq!(cached(&prompts[0]), 0, "the states of the others have taken its place");
+    assert_eq!(pool.cache_pin(&request(&body(&prompts[0]))).unwrap(), 29);
+    prompts[1..].iter().for_each(|prompt| _ = cached(prompt));
+    assert_eq!(cached(&prompts[0]), 29);
+    // There is one slot for pins.
+    cached(&prompts[1]);
+    assert_eq!(pool.cache_pin(&request(&body(&prompts[1]))).unwrap(), 0, "a pin that holds nothing");
+    pool.cache_unpin(&request(&body(&prompts[0]))).unwrap();
+    prompts[1..].iter().for_each(|prompt| _ = cached(prompt));
+    assert_eq!(cached(&prompts[0]), 0);
+}
+
+/// More rows than there are blocks: they go to files, and the states, which are small, stay where they are.
+#[test]
+fn rows_that_had_to_go_come_back_to_states_that_stayed() {
+    let model = MODELS[1];
+    let folder = tempfile::tempdir().unwrap();
+    let options = PoolOptions { cache_bytes: Some(160 << 10), ..tiered(folder.path()) };
+    let options = PoolOptions { block_tokens: Some(8), max_sequences: Some(1), ..options };
+    let (alone, pool) = (open(&fixture(model), exact()), open(&fixture(model), options));
+    identified(&pool);
+    let prompts: Vec<Vec<u32>> = (0..6).map(|seed| (0..250).map(|at| (at * 7 + seed) % 48).collect()).collect();
+    let expected: Vec<_> = prompts.iter().map(|prompt| answer(&alone, &body(prompt)).0).collect();
+    for (prompt, expected) in prompts.iter().zip(&expected) {
+        assert_eq!(answer(&pool, &body(prompt)).0, *expected);
+    }
+    // Whoever asks keeps the engine from being idle, which would write the states, too.
+    let first = || find(&pool, &body(&prompts[0]));
+    let comes_back = (0..400).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        first()["missing"] == 0
+    });
+    assert!(comes_back && first()["pool"] == 0 && first()["cold"] == 249, "{}", first());
+    let (tokens, _, usage) = answer(&pool, &body(&prompts[0]));
+    assert_eq!((tokens, usage.cached_tokens), (expected[0].clone(), 249));
 }
 
 /// The bundled model's tokenizer and template around a hybrid with random weights: its answers are noise, its prompts are not.

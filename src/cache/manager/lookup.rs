@@ -34,7 +34,11 @@ impl BlockManager {
         with_state: bool,
     ) -> Found {
         let nothing = Found { tokens: computed, rows: computed, more_soon: false };
-        if computed != table.indexed || limit <= computed {
+        // Hits of models with states end anywhere in a block, so that their sequences go on from there.
+        let behind = computed.checked_sub(table.indexed);
+        let may =
+            behind.is_some_and(|behind| behind == 0 || with_state && self.has_states() && behind < self.block_tokens);
+        if !may || limit <= computed {
             return nothing;
         }
         let path = self.path(table, &tokens[..limit]);
@@ -66,6 +70,11 @@ impl BlockManager {
             }
             reach.tail = None;
             reach.tokens = table.indexed + reach.path.len() * self.block_tokens;
+        }
+        // What the sequence has of the block that it was in gives way.
+        let whole = table.indexed / self.block_tokens;
+        for (group, blocks) in self.groups.iter_mut().zip(&mut table.groups) {
+            blocks.drain(whole.min(blocks.len())..).rev().flatten().for_each(|block| group.pool.release(block));
         }
         self.share(table, &reach);
         if let (Some(snapshots), Some(slot)) = (&mut self.snapshots, state) {
@@ -99,6 +108,11 @@ impl BlockManager {
             block.into_iter().for_each(|block| group.pool.retain(block));
             table.groups[at].push(block);
         }
+    }
+
+    /// How many tokens the states of beginnings of `tokens` stand for that are in slots, whatever there is of rows.
+    pub fn state_lengths(&self, tokens: &[u32]) -> Vec<usize> {
+        self.snapshots.as_ref().map_or_else(Vec::new, |snapshots| snapshots.lengths(tokens))
     }
 
     /// How many of `tokens` are cached, from the beginning.

@@ -25,6 +25,8 @@ pub struct Pins {
     list: Vec<Pin>,
     /// The blocks of the prefixes by the key of the tokens before them.
     blocks: HashMap<BlockKey, Vec<Arc<[u32]>>>,
+    /// Of each prefix the keys of the tokens before each block, in the last group: states, if there are some, are in that.
+    keys: Vec<Vec<BlockKey>>,
 }
 
 impl Pins {
@@ -63,25 +65,35 @@ impl Pins {
             let found = self.blocks.get(&key).is_some_and(|pinned| pinned.iter().any(same));
             key = chain_key(&key, tokens);
             found
+        }) || span.tokens.len() == 1 && self.protect_state(span)
+    }
+
+    /// Whether a state stands for a beginning of one of them: it is the span of the last token, within a block.
+    fn protect_state(&self, span: &Span) -> bool {
+        self.list.iter().zip(&self.keys).any(|(pin, keys)| {
+            let (block, last) = (span.start / pin.block_tokens, span.start);
+            let before = pin.tokens.get(block * pin.block_tokens..last);
+            let key = keys.get(block).zip(before).filter(|_| pin.tokens.get(last) == span.tokens.first());
+            key.is_some_and(|(key, before)| chain_key(key, before) == span.parent)
         })
     }
 
     fn index(&mut self) {
         self.blocks.clear();
+        self.keys.clear();
         for pin in &self.list {
+            let mut keys = Vec::new();
             for group in 0..pin.groups {
                 let mut key = root_key(&pin.fingerprint, group);
+                keys.clear();
                 for tokens in pin.tokens.chunks(pin.block_tokens) {
                     let next = chain_key(&key, tokens);
                     self.blocks.entry(key).or_default().push(tokens.into());
-                    // A state is known by the last token that it stands for and all before.
-                    for last in 1..tokens.len() {
-                        let before = chain_key(&key, &tokens[..last]);
-                        self.blocks.entry(before).or_default().push([tokens[last]].into());
-                    }
+                    keys.push(key);
                     key = next;
                 }
             }
+            self.keys.push(keys);
         }
     }
 }

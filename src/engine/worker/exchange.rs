@@ -53,7 +53,12 @@ impl Worker<'_> {
                 let _ = answer.send(freed + states);
             }
             CacheCommand::Pin(tokens, answer) => {
-                let _ = answer.send(blocks.pin(&tokens));
+                let mut pinned = blocks.pin(&tokens);
+                // For a state that is pinned there has to be another slot.
+                if self.grow_states().is_ok_and(|grown| grown) {
+                    pinned = self.scheduler.blocks().pin(&tokens);
+                }
+                let _ = answer.send(pinned);
                 self.tiers.iter().for_each(|tiers| tiers.pin(&tokens, true));
             }
             CacheCommand::Unpin(tokens, answer) => {
@@ -75,7 +80,7 @@ impl Worker<'_> {
             CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
             CacheCommand::Find(tokens, answer) => {
                 let tokens = &tokens[..tokens.len().saturating_sub(1)];
-                let (has, others) = (blocks.look(tokens).into(), blocks.goes_on_after(tokens));
+                let (has, others) = (Has::of(blocks, tokens), blocks.goes_on_after(tokens));
                 let token_seconds = self.scheduler.seconds_per_token(tokens.len());
                 let pools = InPools { has, others, token_seconds };
                 let moving = self.restores.moving();
@@ -124,11 +129,13 @@ impl Worker<'_> {
         let blocks = self.scheduler.blocks();
         // The last token is computed in any case.
         let limit = tokens.len().saturating_sub(1);
-        let has: Has = blocks.look(&tokens[..limit]).into();
+        // What the steps on their way write is there for any later one.
+        blocks.next_step();
+        let has = Has::of(blocks, &tokens[..limit]);
         let (pool, block_tokens) = (has.tokens, blocks.block_tokens());
         let token_seconds = self.scheduler.seconds_per_token(tokens.len());
         let moving = self.restores.moving();
-        let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], has, token_seconds, moving));
+        let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], &has, token_seconds, moving));
         // The pools have the end as well.
         fetches.iter_mut().filter(|fetches| fetches.iter().all(|fetch| fetch.end() <= pool)).for_each(Vec::clear);
         match fetches {
@@ -152,6 +159,9 @@ impl Worker<'_> {
             Then::Pin => {
                 blocks.next_step();
                 blocks.pin(&tokens);
+                if self.grow_states().is_ok_and(|grown| grown) {
+                    self.scheduler.blocks().pin(&tokens);
+                }
             }
         }
     }

@@ -32,20 +32,22 @@ impl Worker<'_> {
     }
 
     /// Makes more slots if snapshots had to go for want of some and there is memory. All that there are move, which running
-    /// answers wait for: so there are half as many more each time.
-    pub(super) fn grow_states(&mut self) -> Result<()> {
-        let Some(snapshots) = self.scheduler.blocks().snapshots() else { return Ok(()) };
+    /// answers wait for: so there are half as many more each time. Whether there are more.
+    pub(super) fn grow_states(&mut self) -> Result<bool> {
+        let Some(snapshots) = self.scheduler.blocks().snapshots() else { return Ok(false) };
         let (wanted, capacity) = (snapshots.wanted(), snapshots.capacity());
         if wanted == capacity {
-            return Ok(());
+            return Ok(false);
         }
         let more = self.snapshot_bytes(wanted) - self.snapshot_bytes(capacity);
-        let bytes = self.cache_bytes() + more;
+        let bytes = self.cache_bytes() + more + self.runner.states().largest();
         let granted = !self.runner.pages().is_resizing() && self.memory.grow(bytes as u64);
         if granted && !self.settle()? {
-            return Ok(());
+            return Ok(false);
         }
+        let started = Instant::now();
         let outcome = if granted { self.runner.states().resize(wanted) } else { Ok(()) };
+        self.growth.turn += started.elapsed();
         if let Err(error) = outcome {
             tracing::warn!(model = self.options.id, %error, "no memory for more states");
             let _ = kernels::check();
@@ -54,7 +56,7 @@ impl Worker<'_> {
         self.scheduler.blocks().snapshots().into_iter().for_each(|snapshots| snapshots.grow(slots));
         let bytes = self.cache_bytes() as u64;
         self.memory.has(bytes);
-        Ok(())
+        Ok(slots > capacity)
     }
 
     /// Gives back slots behind the last one that holds something. No step may be on its way.

@@ -66,13 +66,14 @@ impl StatePools {
     /// Changes the number of slots, one array at a time; no step may be on its way. Those behind a smaller number are lost.
     pub fn resize(&mut self, slots: usize) -> Result<()> {
         for at in 0..self.arrays.len() {
-            let old = self.take(at)?;
+            // It stays where the new one fails.
+            let old = self.array(at)?;
             let new = match &self.backend {
-                Backend::Cpu(cpu) => cpu.resize_rows(&old, slots)?,
+                Backend::Cpu(cpu) => cpu.resize_rows(old, slots)?,
                 Backend::Mlx | Backend::Gpu(_) => {
                     let (shape, dtype) = &self.layout.arrays[at];
                     let (kept, empty) = (slots.min(self.slots), ops::zeros_dtype(&dims(slots, shape)?, *dtype)?);
-                    mlx::write_rows(empty, &mlx::rows(&old, 0, kept)?, 0, kept)?
+                    mlx::write_rows(empty, &mlx::rows(old, 0, kept)?, 0, kept)?
                 }
             };
             new.eval()?;
