@@ -371,7 +371,7 @@ impl Pools {
         let (keys, values) = numbers().split_at(blocks * block);
         let mut tables: Vec<u32> = (0..blocks as u32).collect();
         Random(2).shuffle(&mut tables);
-        let view = |numbers| PoolView { numbers: Floats::Bf16(numbers), width: WIDTH };
+        let view = |numbers| PoolView::new(Floats::Bf16(numbers), WIDTH);
         Self { keys: view(keys), values: view(&values[..blocks * block]), tables, block_tokens, next: Cell::new(0) }
     }
 

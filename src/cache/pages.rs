@@ -44,7 +44,7 @@ pub struct LayerLayout {
     pub group: usize,
     /// Heads and width of keys.
     pub keys: (usize, usize),
-    /// Heads and width of values.
+    /// Heads and width of values; nothing where they are a part of keys.
     pub values: (usize, usize),
 }
 
@@ -264,6 +264,9 @@ impl Pages {
     fn resized(&self, layer: usize, values: bool, capacity: usize) -> Result<Array> {
         let pool = self.layers[layer].as_ref().ok_or_else(|| Error::internal("a layer without a pool"))?;
         let old = if values { &pool.values } else { &pool.keys };
+        if old.size() == 0 {
+            return self.empty(layer, values, capacity);
+        }
         match &self.backend {
             Backend::Cpu(cpu) => cpu.resize_rows(old, capacity + SPARE),
             Backend::Mlx | Backend::Gpu(_) => {
@@ -298,7 +301,9 @@ impl Pages {
         // Taken out, so that each operation holds the only handle and MLX writes in place.
         let LayerPool { keys: old_keys, values: old_values, order } =
             self.layers[layer].take().ok_or_else(|| Error::internal("a layer without a pool"))?;
-        let (keys, values) = (writes.apply(old_keys, keys)?, writes.apply(old_values, values)?);
+        let keys = writes.apply(old_keys, keys)?;
+        // There is nothing to write where values are a part of keys.
+        let values = if old_values.size() == 0 { old_values } else { writes.apply(old_values, values)? };
         let pool = LayerPool { keys, values, order };
         let pool = self.layers[layer].insert(pool);
         Ok((&pool.keys, &pool.values))

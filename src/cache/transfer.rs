@@ -37,9 +37,9 @@ impl Pages {
             let pool = self.layer(rows.layer)?;
             let block = layout.row_bytes(at);
             let (block_keys, block_values) = (block.0 * self.block_tokens(), block.1 * self.block_tokens());
-            let keys = keys.chunks_mut(block_keys).zip(blocks);
+            let keys = keys.chunks_mut(block_keys.max(1)).zip(blocks);
             let keys = keys.map(|(to, &block)| (pool.0, place(block) as usize * block_keys, to));
-            let values = values.chunks_mut(block_values).zip(blocks);
+            let values = values.chunks_mut(block_values.max(1)).zip(blocks);
             let values = values.map(|(to, &block)| (pool.1, place(block) as usize * block_values, to));
             cpu.read_parts(keys.chain(values).collect())?;
         }
@@ -54,13 +54,18 @@ impl Pages {
         for rows in &layout.layers {
             self.wait(rows.layer)?;
             let (keys, values) = self.layer(rows.layer)?;
-            gathered.extend([keys.take_axis(&places, 0)?, values.take_axis(&places, 0)?]);
+            for pool in [keys, values].into_iter().filter(|pool| pool.size() > 0) {
+                gathered.push(pool.take_axis(&places, 0)?);
+            }
         }
         mlx_rs::transforms::eval(&gathered)?;
-        for (at, pair) in gathered.chunks_exact(2).enumerate() {
+        let mut gathered = gathered.into_iter();
+        for at in 0..layout.layers.len() {
             let (keys, values) = to.rows_mut(at, 0..to.tokens());
-            read_array(&pair[0], keys)?;
-            read_array(&pair[1], values)?;
+            for to in [keys, values].into_iter().filter(|to| !to.is_empty()) {
+                let rows = gathered.next().ok_or_else(|| Error::internal("rows that were not gathered"))?;
+                read_array(&rows, to)?;
+            }
         }
         Ok(())
     }
@@ -79,9 +84,9 @@ impl Pages {
             let pool = self.layer(rows.layer)?;
             let block = layout.row_bytes(at);
             let (block_keys, block_values) = (block.0 * block_tokens, block.1 * block_tokens);
-            let keys = keys.chunks(block_keys).zip(blocks);
+            let keys = keys.chunks(block_keys.max(1)).zip(blocks);
             let keys = keys.map(|(from, &block)| (pool.0, place(block) as usize * block_keys, from));
-            let values = values.chunks(block_values).zip(blocks);
+            let values = values.chunks(block_values.max(1)).zip(blocks);
             let values = values.map(|(from, &block)| (pool.1, place(block) as usize * block_values, from));
             cpu.write_parts(keys.chain(values).collect())?;
         }
@@ -95,6 +100,10 @@ impl Pages {
         for (at, rows) in layout.layers.iter().enumerate() {
             let (keys, values) = from.rows(at, tokens.clone());
             let scattered = |pool: Array, rows: &[u8]| -> Result<Array> {
+                // Nothing where values are a part of keys.
+                if pool.size() == 0 {
+                    return Ok(pool);
+                }
                 let mut shape = pool.shape().to_vec();
                 shape[0] = blocks.len() as i32;
                 let bytes: usize = shape.iter().map(|&n| n as usize).product::<usize>() * mlx::item_size(pool.dtype());
@@ -129,7 +138,7 @@ mod tests {
         mlx::on_device(Device::Cpu, || {
             // The middle one is in another group, whose blocks of the same numbers are others.
             let (full, window) = (GroupKind::Full, GroupKind::Window(9));
-            let layers = [(full, (2, 4), (2, 4)), (window, (1, 4), (1, 4)), (full, (1, 8), (2, 3))];
+            let layers = [(full, (2, 4), (0, 0)), (window, (1, 4), (1, 4)), (full, (1, 8), (2, 3))];
             let layout = KvLayout::new(&layers, dtype);
             let mut pages = Pages::new(backend, &layout, 8)?;
             pages.resize(&[9, 2]);

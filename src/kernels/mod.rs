@@ -25,7 +25,7 @@ pub use cpu::scan::StateRun;
 pub use experts::{ExpertActivation, ExpertOperands, RouterOperands, SharedOperands};
 pub use gpu::Gpu;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
-pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation};
+pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation, ValuePool};
 pub use recurrent::{Recurrence, RecurrentColumns, RecurrentKind, RecurrentWeights, StatePlacement, Taps, UNIT_EPS};
 pub use texts::{Columns, TextAttentionKind};
 pub use transfer::read_array;

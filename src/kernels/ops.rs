@@ -105,6 +105,15 @@ pub struct Rotation {
 /// The weight `[width]` of an RMS norm, and what is added to the mean of squares.
 pub type NormOf<'a> = (&'a Array, f32);
 
+/// Where the values of a layer are.
+#[derive(Debug, Clone, Copy)]
+pub enum ValuePool<'a> {
+    /// In a pool of their own, `[blocks, block_tokens, kv_heads, width]`.
+    Own(&'a Array),
+    /// They are the last columns of keys, so many of each head.
+    InKeys(usize),
+}
+
 /// What a step attends with, and the pools of the layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Heads<'a> {
@@ -127,7 +136,7 @@ pub struct Heads<'a> {
     /// `[blocks, block_tokens, kv_heads, width]`, evaluated; written in place.
     pub key_pool: &'a Array,
     /// The same for values, whose width may differ.
-    pub value_pool: &'a Array,
+    pub value_pool: ValuePool<'a>,
 }
 
 /// Where the rows of a step belong.
@@ -231,7 +240,11 @@ impl Cpu {
     pub fn attention(&self, heads: Heads<'_>, kind: &AttentionKind, placement: Arc<Placement>) -> Result<Array> {
         let Heads { joined, appends, query_norm, key_norm, value_norm, turned_first, rotation, sinks, .. } = heads;
         let (key_pool, value_pool) = (heads.key_pool, heads.value_pool);
-        let shape = [joined.dim(0), kind.heads as i32 * value_pool.dim(3)];
+        let value_width = match value_pool {
+            ValuePool::Own(pool) => pool.dim(3) as usize,
+            ValuePool::InKeys(width) => width,
+        };
+        let shape = [joined.dim(0), (kind.heads * value_width) as i32];
         let mut inputs = vec![joined];
         let query_norm = query_norm.map(|norm| NormLayout::new(norm, &mut inputs));
         let key_norm = key_norm.map(|norm| NormLayout::new(norm, &mut inputs));
@@ -239,11 +252,16 @@ impl Cpu {
             inputs.push(sinks);
             inputs.len() - 1
         });
-        inputs.extend([key_pool, value_pool]);
+        inputs.push(key_pool);
+        let mut written = 1;
+        if let ValuePool::Own(pool) = value_pool {
+            inputs.push(pool);
+            written = 2;
+        }
         let (cpu, kind, rotation) = (self.clone(), kind.clone(), rotation.clone());
         let norms = (query_norm, key_norm, value_norm);
-        let kernel = Attend { cpu, kind, placement, appends, norms, turned_first, rotation, sinks };
-        writing_node(kernel, &inputs, 2, &shape, Dtype::Float32)
+        let kernel = Attend { cpu, kind, placement, appends, value_width, norms, turned_first, rotation, sinks };
+        writing_node(kernel, &inputs, written, &shape, Dtype::Float32)
     }
 }
 
@@ -447,6 +465,7 @@ struct Attend {
     kind: AttentionKind,
     placement: Arc<Placement>,
     appends: bool,
+    value_width: usize,
     /// Of queries and keys, and the epsilon of that of values.
     norms: (Option<NormLayout>, Option<NormLayout>, Option<f32>),
     turned_first: bool,
@@ -488,9 +507,10 @@ impl Attend {
 
 impl CpuKernel for Attend {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        let (key_shape, value_shape) = (outputs[1].shape(), outputs[2].shape());
-        let (mut value_pool, mut key_pool) = (last(&mut outputs)?, last(&mut outputs)?);
-        let (key_width, value_width) = (key_shape[3] as usize, value_shape[3] as usize);
+        let (key_shape, value_shape) = (outputs[1].shape(), outputs.get(2).map(|pool| pool.shape()));
+        let mut value_pool = value_shape.map(|_| last(&mut outputs)).transpose()?;
+        let mut key_pool = last(&mut outputs)?;
+        let (key_width, value_width) = (key_shape[3] as usize, self.value_width);
         let joined = inputs[0].to_f32()?;
         let stride = inputs[0].shape()[1] as usize;
         let (query_columns, key_columns) = (self.kind.heads * key_width, self.kind.kv_heads * key_width);
@@ -500,25 +520,32 @@ impl CpuKernel for Attend {
         let (query_norm, key_norm, value_norm) = self.norms;
         let queries = self.rotate(columns(0, query_columns), key_width, query_norm, inputs, &positions)?;
         if self.appends {
-            let value_columns = self.kind.kv_heads * value_width;
             let keys = columns(query_columns, key_columns);
             let keys = self.rotate(keys, key_width, key_norm, inputs, &positions)?;
+            for &(from, to) in &self.placement.copies {
+                copy_block(&mut key_pool, key_shape, from, to)?;
+            }
+            append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
+        }
+        if let (true, Some(pool), Some(shape)) = (self.appends, &mut value_pool, value_shape) {
+            let value_columns = self.kind.kv_heads * value_width;
             let values = columns(query_columns + key_columns, value_columns);
             let normed = value_norm.map(|eps| self.normalise(values, value_width, eps, &positions));
             let values = normed.as_ref().map_or(values, |normed| Rows::packed(normed, value_columns));
             for &(from, to) in &self.placement.copies {
-                copy_block(&mut key_pool, key_shape, from, to)?;
-                copy_block(&mut value_pool, value_shape, from, to)?;
+                copy_block(pool, shape, from, to)?;
             }
-            append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
-            append(&mut value_pool, values, &self.placement.slots);
+            append(pool, values, &self.placement.slots);
         }
         let sinks = self.sinks.map(|at| inputs[at].to_f32()).transpose()?;
         let attention = Attention {
             kind: &self.kind,
             queries: &queries,
-            keys: PoolView { numbers: view(&key_pool), width: key_width },
-            values: PoolView { numbers: view(&value_pool), width: value_width },
+            keys: PoolView::new(view(&key_pool), key_width),
+            values: match &value_pool {
+                Some(pool) => PoolView::new(view(pool), value_width),
+                None => PoolView::last_columns(view(&key_pool), key_width, value_width),
+            },
             block_tokens: key_shape[1] as usize,
             tables: &self.placement.tables,
             segments: &self.placement.segments,

@@ -176,6 +176,7 @@ impl Attention {
             kv_heads: spec.kv_heads,
             key_width: spec.head_dim,
             value_width: spec.head_dim,
+            values_in_keys: false,
             scale: spec.scale,
             window: spec.window,
             soft_cap: spec.soft_cap,

@@ -131,8 +131,11 @@ impl<'a> Case<'a> {
         let wide = |array: &Array| array.as_dtype(Dtype::Float32);
         let mut gathers = Gathers::new(&Arc::new(self.placement(singles, chunks, copies)), block_tokens);
         let pools = self.expected.append(0, gathers.writes(), &wide(&keys)?, &wide(&values)?)?;
-        let expected =
-            gathers.attend(&wide(&queries)?, pools, &Scores { scale, window, soft_cap: None, sinks: None })?;
+        let expected = gathers.attend(
+            &wide(&queries)?,
+            pools,
+            &Scores { scale, window, soft_cap: None, sinks: None, values_in_keys: None },
+        )?;
 
         if self.wrong_tables {
             placement.tables.reverse();

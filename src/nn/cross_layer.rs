@@ -89,6 +89,7 @@ impl CrossLayerAttention {
             kv_heads: attention.kv_heads,
             key_width: attention.head_dim,
             value_width: attention.head_dim,
+            values_in_keys: false,
             scale: attention.scale,
             window: attention.window,
             soft_cap: attention.soft_cap,

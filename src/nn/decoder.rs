@@ -128,7 +128,8 @@ impl DecoderSpec {
                 let rows = (*kv_heads, *head_dim);
                 Some((window.map_or(GroupKind::Full, |window| GroupKind::Window(window.tokens())), rows, rows))
             }
-            MixerSpec::Latent(spec) => Some((GroupKind::Full, (1, spec.key_width()), (1, spec.value_width()))),
+            // Values are a part of keys.
+            MixerSpec::Latent(spec) => Some((GroupKind::Full, (1, spec.key_width()), (0, 0))),
             MixerSpec::CrossLayer(_) | MixerSpec::Recurrent(_) | MixerSpec::None => None,
         };
         KvLayout::new(&self.layers.iter().filter_map(layer).collect::<Vec<_>>(), dtype)

@@ -24,6 +24,8 @@ pub struct Scores<'a> {
     pub soft_cap: Option<f32>,
     /// `[heads]`: a score that attends to nothing.
     pub sinks: Option<&'a Array>,
+    /// Values are the last columns of keys, so many; their pool is not looked at.
+    pub values_in_keys: Option<usize>,
 }
 
 /// A step's places as index arrays, made when first needed and shared by all layers.
@@ -140,7 +142,14 @@ impl Part {
             // What lies behind the last key of all: a view, nothing is copied.
             crate::mlx::keys(&keys, longest)
         };
-        let (keys, values) = (gather(keys)?, gather(values)?);
+        let keys = gather(keys)?;
+        let values = match scores.values_in_keys {
+            Some(columns) => {
+                let row = keys.dim(3) as usize;
+                crate::mlx::slice_axis(&keys, 3, row - columns, row)?
+            }
+            None => gather(values)?,
+        };
         let one = self.lengths.iter().all(|&length| length == longest);
         let windowed = self.firsts.iter().any(|&first| first > 0);
         let mask = || self.mask(rows as usize, longest, windowed);
@@ -212,7 +221,8 @@ mod tests {
             let attend = |window: Window, tables: [u32; 11]| -> Result<Vec<f32>> {
                 let placement =
                     Placement { tables: tables.to_vec(), segments: segments.clone(), ..Placement::default() };
-                let scores = Scores { scale: 0.3, window: Some(window), soft_cap: None, sinks: None };
+                let scores =
+                    Scores { scale: 0.3, window: Some(window), soft_cap: None, sinks: None, values_in_keys: None };
                 let attended = Gathers::new(&Arc::new(placement), 4).attend(&queries, (&keys, &values), &scores)?;
                 Ok(attended.contiguous()?.as_slice::<f32>().to_vec())
             };

@@ -69,7 +69,7 @@ impl Heads {
         let frequencies = Array::from_slice(&rotation.frequencies, &[rotation.frequencies.len() as i32]);
         let mut layer = Self { spec: *spec, norms, frequencies, kernel: None };
         let normed_last = turned_first && layer.norms.is_some();
-        let in_kernel = rotation.dims > 0 && !normed_last && key_width == value_width;
+        let in_kernel = rotation.dims > 0 && !normed_last && key_width == value_width && !spec.values_in_keys;
         if backend.gpu().is_some() && in_kernel {
             layer.kernel = layer.checked_kernel(
                 &HeadsSpec {
@@ -121,7 +121,7 @@ impl Heads {
     /// less than many on parts.
     fn composed(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
         let CoreSpec { heads, kv_heads, key_width, value_width, turned_first, .. } = self.spec;
-        if key_width != value_width {
+        if key_width != value_width || self.spec.values_in_keys {
             return self.apart(joined, rope, positions);
         }
         let joined = joined.reshape(&[joined.dim(0), (heads + 2 * kv_heads) as i32, key_width as i32])?;
@@ -137,7 +137,7 @@ impl Heads {
         ])
     }
 
-    /// The same for values of another width, which have no norms.
+    /// The same for values of another width, or within keys, which have no norms.
     fn apart(&self, joined: &Array, rope: &Rope, positions: &Array) -> Result<[Array; 3]> {
         let CoreSpec { heads, kv_heads, key_width, value_width, .. } = self.spec;
         if self.norms.is_some() {
@@ -147,9 +147,14 @@ impl Heads {
         let turned = mlx::columns(joined, 0, turning)?;
         let turned = turned.reshape(&[joined.dim(0), (heads + kv_heads) as i32, key_width as i32])?;
         let turned = rope.forward(&turned, positions)?;
-        let values = mlx::columns(joined, turning, turning + kv_heads * value_width)?;
-        let values = values.reshape(&[joined.dim(0), kv_heads as i32, value_width as i32])?;
-        Ok([mlx::heads(&turned, 0, heads)?, mlx::heads(&turned, heads, heads + kv_heads)?, values])
+        let keys = mlx::heads(&turned, heads, heads + kv_heads)?;
+        let values = if self.spec.values_in_keys {
+            mlx::slice_axis(&keys, 2, key_width - value_width, key_width)?
+        } else {
+            let values = mlx::columns(joined, turning, turning + kv_heads * value_width)?;
+            values.reshape(&[joined.dim(0), kv_heads as i32, value_width as i32])?
+        };
+        Ok([mlx::heads(&turned, 0, heads)?, keys, values])
     }
 
     /// The kernel for `spec`, if it works here; otherwise a warning. Checked once for each thread and kind of layer.

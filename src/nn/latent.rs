@@ -115,6 +115,7 @@ impl LatentAttention {
             kv_heads: 1,
             key_width: spec.key_width(),
             value_width: spec.value_width(),
+            values_in_keys: true,
             scale: spec.scale,
             window: None,
             soft_cap: None,
@@ -151,7 +152,7 @@ impl LatentAttention {
         let row = self.input.forward(x)?;
         let latent = self.norm.forward(&mlx::columns(&row, 0, rank)?)?;
         let keys = mlx::columns(&row, rank, rank + turning)?;
-        let joined = ops::concatenate(&[&queries, &keys, &latent, &latent], 1)?;
+        let joined = ops::concatenate(&[&queries, &keys, &latent], 1)?;
         let attended = self.core.forward(&joined, step)?.reshape(&[tokens, heads as i32, rank as i32])?;
         let values = self.release.forward(&attended)?.reshape(&[tokens, (heads * value) as i32])?;
         self.output.forward_to(&values, residual)

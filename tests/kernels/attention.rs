@@ -87,6 +87,8 @@ struct Sequences {
     /// Per sequence keys and values `[cached + new, kv_heads, width]`.
     pools: Vec<[Numbers; 2]>,
     sinks: Option<Vec<f32>>,
+    /// Values are read from the last columns of keys; their own pool is not shown.
+    values_in_keys: bool,
 }
 
 impl Plan {
@@ -101,7 +103,7 @@ impl Plan {
         let pools = self.lengths.iter().map(|l| self.widths.map(|width| pool(l.cached + l.new, width))).collect();
         let sinks = self.sinks.then(|| random.normals(heads));
         let cached = self.lengths.iter().map(|length| length.cached).collect();
-        Sequences { kind: self.kind.clone(), widths: self.widths, cached, queries, pools, sinks }
+        Sequences { kind: self.kind.clone(), widths: self.widths, cached, queries, pools, sinks, values_in_keys: false }
     }
 }
 
@@ -175,8 +177,11 @@ impl Sequences {
         let attention = Attention {
             kind: &self.kind,
             queries: &queries,
-            keys: PoolView { numbers: keys.floats(), width: self.widths[0] },
-            values: PoolView { numbers: values.floats(), width: self.widths[1] },
+            keys: PoolView::new(keys.floats(), self.widths[0]),
+            values: match self.values_in_keys {
+                true => PoolView::last_columns(keys.floats(), self.widths[0], self.widths[1]),
+                false => PoolView::new(values.floats(), self.widths[1]),
+            },
             block_tokens: block,
             tables: &tables,
             segments: &segments,
@@ -273,6 +278,30 @@ proptest! {
             prop_assert_eq!(bits(&found[0]), bits(&found[1]), "{:?}: depends on where buffers lie", isa);
             let kind = TYPES[1 + plan.seed as usize % 2];
             prop_assert_eq!(sequences.run(&sequences.whole(), how, kind), rounded(kind, &found[0]), "{:?}", isa);
+        }
+    }
+
+    /// Bit for bit, in either precision.
+    #[test]
+    fn values_within_keys_are_as_those_in_a_pool(plan in plans()) {
+        let mut own = plan.build();
+        let [key_width, value_width] = plan.widths;
+        if value_width > key_width {
+            return Ok(());
+        }
+        for [keys, values] in &mut own.pools {
+            for at in 0..values.len() {
+                let (row, column) = (at / value_width, at % value_width);
+                values.set(at, keys.get(row * key_width + key_width - value_width + column));
+            }
+        }
+        let within = Sequences { values_in_keys: true, ..own.clone() };
+        for isa in Isa::available() {
+            for precision in [Precision::Exact, Precision::Fast] {
+                let how = How { precision, ..how(isa, &plan) };
+                let [own, within] = [&own, &within].map(|sequences| sequences.run_f32(&sequences.whole(), how));
+                prop_assert_eq!(bits(&own), bits(&within), "{:?}", isa);
+            }
         }
     }
 
@@ -531,7 +560,7 @@ fn sizes_that_do_not_agree_are_refused() {
     let (queries, pool, sinks) = ([1f32; 16], [1f32; 16], [0f32; 3]);
     let segments = [Segment { rows: 0..2, start: 1, table: 0 }];
     let (late, far) = ([Segment { table: 1, ..segments[0].clone() }], [Segment { start: 3, ..segments[0].clone() }]);
-    let view = |len: usize| PoolView { numbers: crate::cpu::floats::Floats::F32(&pool[..len]), width: 4 };
+    let view = |len: usize| PoolView::new(crate::cpu::floats::Floats::F32(&pool[..len]), 4);
     let good = || Attention {
         kind: &kind,
         queries: &queries,

@@ -41,13 +41,28 @@ const FEW_ROWS: usize = 8;
 /// Tasks that a thread should have, so that all end together.
 const TASKS_PER_THREAD: usize = 1;
 
-/// A pool's rows `[blocks * block_tokens, kv_heads, width]`.
+/// A pool's rows `[blocks * block_tokens, kv_heads, row]`, or some columns of each.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolView<'a> {
     /// The elements.
-    pub numbers: Floats<'a>,
+    numbers: Floats<'a>,
     /// Width of a head.
-    pub width: usize,
+    width: usize,
+    /// Elements from one head to the next, and before the first column of one.
+    row: usize,
+    first: usize,
+}
+
+impl<'a> PoolView<'a> {
+    /// Heads of `width` elements.
+    pub fn new(numbers: Floats<'a>, width: usize) -> Self {
+        Self { numbers, width, row: width, first: 0 }
+    }
+
+    /// The last `width` columns of heads of `row` elements.
+    pub fn last_columns(numbers: Floats<'a>, row: usize, width: usize) -> Self {
+        Self { numbers, width, row, first: row - width }
+    }
 }
 
 /// Consecutive tokens of one sequence.
@@ -224,7 +239,7 @@ impl Attention<'_> {
         assert!(self.queries.len() >= tokens * heads * self.keys.width, "size of the queries");
         assert!(out >= tokens * heads * self.values.width, "size of the output");
         assert!(self.sinks.is_none_or(|sinks| sinks.len() == heads), "one sink a head");
-        let slots = |pool: &PoolView<'_>| pool.numbers.len() / (kv_heads * pool.width).max(1);
+        let slots = |pool: &PoolView<'_>| pool.numbers.len() / (kv_heads * pool.row).max(1);
         let blocks = slots(&self.keys).min(slots(&self.values)) / self.block_tokens.max(1);
         assert!(self.tables.iter().all(|&block| (block as usize) < blocks), "a block that does not exist");
         for segment in self.segments {

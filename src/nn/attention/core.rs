@@ -6,7 +6,7 @@ use mlx_rs::Array;
 
 use crate::error::Result;
 use crate::kernels::gpu::{PagedAttention, PagedSpec};
-use crate::kernels::{self, AttentionKind, Backend, Cpu, Window};
+use crate::kernels::{self, AttentionKind, Backend, Cpu, ValuePool, Window};
 use crate::nn::gather::Scores;
 use crate::nn::heads::Heads;
 use crate::nn::{RmsNorm, Rope, Step, check_paged};
@@ -23,6 +23,9 @@ pub(in crate::nn) struct CoreSpec {
     pub key_width: usize,
     /// Width of a head of values.
     pub value_width: usize,
+    /// Whether values are the last columns of keys, once these have turned: then there are none of them in `joined`, nor in the
+    /// cache.
+    pub values_in_keys: bool,
     /// Factor on the products of queries and keys.
     pub scale: f32,
     /// What a query sees; `None` is all up to itself.
@@ -64,7 +67,7 @@ impl AttentionCore {
     ) -> Result<Self> {
         let (backend, dtype) = (weights.backend().clone(), weights.float_type());
         let CoreSpec { heads, kv_heads, key_width, value_width, scale, window, soft_cap, .. } = spec;
-        let plain = soft_cap.is_none() && sinks.is_none() && key_width == value_width;
+        let plain = soft_cap.is_none() && sinks.is_none() && key_width == value_width && !spec.values_in_keys;
         let paged = backend.gpu().filter(|_| plain).and_then(|gpu| {
             let block_tokens = gpu.block_tokens;
             check_paged(&PagedSpec { heads, kv_heads, head_dim: key_width, block_tokens, scale, window, dtype })
@@ -112,8 +115,9 @@ impl AttentionCore {
     }
 
     fn scores(&self) -> Scores<'_> {
-        let CoreSpec { scale, window, soft_cap, .. } = self.spec;
-        Scores { scale, window, soft_cap, sinks: self.sinks.as_ref() }
+        let CoreSpec { scale, window, soft_cap, value_width, values_in_keys, .. } = self.spec;
+        let values_in_keys = values_in_keys.then_some(value_width);
+        Scores { scale, window, soft_cap, sinks: self.sinks.as_ref(), values_in_keys }
     }
 
     /// With MLX's operations.
@@ -146,6 +150,10 @@ impl AttentionCore {
         let CoreSpec { heads, kv_heads, scale, window, soft_cap, turned_first, value_norm, .. } = self.spec;
         let placement = Arc::clone(&step.groups[step.pages.group(self.layer)].placement);
         let (key_pool, value_pool) = step.pages.layer(self.layer)?;
+        let value_pool = match self.spec {
+            CoreSpec { values_in_keys: true, value_width, .. } => ValuePool::InKeys(value_width),
+            _ => ValuePool::Own(value_pool),
+        };
         let kind = AttentionKind { kv_heads, heads, scale, window, soft_cap };
         let heads = kernels::Heads {
             joined,

@@ -6,7 +6,7 @@ use super::super::dot::{load_tail, sum_all};
 use super::super::floats::{Element, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
-use super::{Attention, CHUNK, FEW_ROWS, Partial, Scratch, Tile, exp};
+use super::{Attention, CHUNK, FEW_ROWS, Partial, PoolView, Scratch, Tile, exp};
 
 /// Some neighbouring keys, and a tile that attends to them.
 pub(super) struct Chunk<'a> {
@@ -163,24 +163,24 @@ impl<T: Element> Work for AttendChunk<'_, T> {
         let Scratch { queries, keys, values, scores, split, .. } = scratch;
         let (attention, tile) = (chunk.attention, chunk.tile);
         let rows = attention.rows_per_head(tile);
-        let (key_width, value_width) = (attention.keys.width, attention.values.width);
-        let key_padded = key_width.next_multiple_of(LANES);
+        let key_padded = attention.keys.width.next_multiple_of(LANES);
         let stride = attention.kind.kv_heads;
-        let pooled = |numbers, width, head, next| Pooled {
+        let pooled = |numbers, view: &PoolView<'_>, head, next| Pooled {
             numbers,
-            width,
-            stride: stride * width,
-            offset: head * width,
+            width: view.width,
+            stride: stride * view.row,
+            offset: head * view.row + view.first,
             slots,
             next,
             fetch: (0, 0),
         };
+        let (key_view, value_view) = (&attention.keys, &attention.values);
         let heads = || tile.kv_heads.clone().enumerate();
         if rows > FEW_ROWS {
             // Many rows: keys and values are widened once for all of them.
             for (i, head) in heads() {
-                let key_rows = pooled(self.keys, key_width, head, next);
-                let value_rows = pooled(self.values, value_width, head, next);
+                let key_rows = pooled(self.keys, key_view, head, next);
+                let value_rows = pooled(self.values, value_view, head, next);
                 let mut sums = split.of_head(i, rows);
                 simd.call(Widen { rows: key_rows, seen: chunk.seen.clone(), out: keys });
                 simd.call(Widen { rows: value_rows, seen: chunk.seen.clone(), out: values });
@@ -200,7 +200,7 @@ impl<T: Element> Work for AttendChunk<'_, T> {
         });
         for strip in strips(&fours(&chunk.seen)) {
             for (i, head) in heads() {
-                let keys = pooled(self.keys, key_width, head, &ahead);
+                let keys = pooled(self.keys, key_view, head, &ahead);
                 let scores = &mut scores[i * rows * CHUNK..];
                 chunk.score(simd, &queries[i * rows * key_padded..], keys, strip.clone(), scores);
             }
@@ -210,7 +210,7 @@ impl<T: Element> Work for AttendChunk<'_, T> {
         }
         for strip in strips(&chunk.seen) {
             for (i, head) in heads() {
-                let values = pooled(self.values, value_width, head, &ahead);
+                let values = pooled(self.values, value_view, head, &ahead);
                 let scores = &scores[i * rows * CHUNK..];
                 chunk.add_values(simd, scores, values, strip.clone(), &mut split.of_head(i, rows));
             }

@@ -6,7 +6,7 @@ use super::super::gemm::{Pair, RoundPairs, TimesPanel, WIDTH, lanes_at, row_step
 use super::super::matmul::Precision;
 use super::super::simd::{Isa, LANES, Simd, WORDS, Work};
 use super::chunk::{Chunk, HeadRows, Pooled};
-use super::{Attention, CHUNK, Scratch};
+use super::{Attention, CHUNK, PoolView, Scratch};
 
 // A chunk is a panel of keys.
 const _: () = assert!(CHUNK == WIDTH);
@@ -75,17 +75,18 @@ impl Work for AttendPairs<'_> {
         panels.values.resize(value_width * halves, 0.0);
         panels.weights.resize(rows * halves, 0.0);
         for (i, head) in tile.kv_heads.clone().enumerate() {
-            let pooled = |numbers, width| Pooled {
+            let pooled = |numbers, view: &PoolView<'_>| Pooled {
                 numbers,
-                width,
-                stride: kv_heads * width,
-                offset: head * width,
+                width: view.width,
+                stride: kv_heads * view.row,
+                offset: head * view.row + view.first,
                 slots,
                 next,
                 fetch: (0, CHUNK),
             };
-            simd.call(LayOutKeys { rows: pooled(as_bf16(keys), key_width), panel: &mut panels.keys });
-            let (rows_of_values, seen) = (pooled(as_bf16(values), value_width), (chunk.seen.start, chunk.seen.end));
+            simd.call(LayOutKeys { rows: pooled(as_bf16(keys), &attention.keys), panel: &mut panels.keys });
+            let (rows_of_values, seen) =
+                (pooled(as_bf16(values), &attention.values), (chunk.seen.start, chunk.seen.end));
             simd.call(LayOutValues { rows: rows_of_values, seen, panels: &mut panels.values });
 
             let scores = &mut scores[..rows * CHUNK];
