@@ -113,7 +113,7 @@ impl SpanIndex {
     /// The longest beginning of `tokens`, of more than `from` of them, whose last token is a span by itself: that of a state,
     /// which stands for all tokens before it, too.
     pub fn find_state(&self, root: &BlockKey, tokens: &[u32], from: usize) -> Option<Piece> {
-        let mut singles = self.singles.range(from..tokens.len()).rev().peekable();
+        let mut singles = self.singles.range(from.min(tokens.len())..tokens.len()).rev().peekable();
         singles.peek()?;
         // Before each block.
         let mut keys = vec![*root];

@@ -7,8 +7,8 @@
 //! cargo test --release --test gpu -- shapes          what has "shapes" in its name
 //! ```
 //!
-//! Without a GPU it says so and does only what a CPU can: how steps are packed for a GPU, by MLX's operations, and rows that leave
-//! the pools and come back.
+//! Without a GPU it says so and does only what a CPU can: how steps are packed for a GPU, by MLX's operations, rows that leave
+//! the pools and come back, and the answers of every registered type.
 
 mod company;
 mod engine;
@@ -18,6 +18,7 @@ mod pools;
 mod shapes;
 mod steps;
 mod tiers;
+mod types;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -28,7 +29,7 @@ use omlx::mlx::{self, Device};
 type Check = fn() -> Result<()>;
 
 /// Name, check, and whether it needs a GPU.
-const CHECKS: [(&str, Check, bool); 10] = [
+const CHECKS: [(&str, Check, bool); 11] = [
     ("company changes no logits in buckets, MLX's operations", company::changes_nothing_in_buckets, false),
     ("kernels compute what MLX's operations do", kernels::agree, true),
     ("company changes no logits in half", company::changes_nothing_in_half, true),
@@ -36,6 +37,7 @@ const CHECKS: [(&str, Check, bool); 10] = [
     ("wrong tables are noticed", company::wrong_tables_are_noticed, true),
     ("answers are those alone", engine::answers_are_those_alone, true),
     ("pools are written in place", pools::written_in_place, true),
+    ("types give the reference tokens, and go on from what is cached", types::give_the_reference_tokens, false),
     ("rows come back from files and the host's memory", tiers::restored_rows_are_those_that_left, false),
     ("hosts may exit at any time", exit::hosts_end_normally, false),
     ("5000 shapes run", shapes::run, true),
