@@ -336,6 +336,11 @@ impl Decoder {
         }
     }
 
+    /// Rows `[n, hidden]` of the embedding table for `ids [n]` (u32), as they are stored: those of the output head if that is tied.
+    pub fn table_rows(&self, ids: &Array) -> Result<Array> {
+        self.embedding.forward(ids)
+    }
+
     /// Runs some of the layers over the step's tokens: `x [T, hidden]` (and the inputs of single layers) before the first of them,
     /// the same shape behind the last; behind the last of all `[T, hidden]`.
     pub fn pass(&self, x: Array, layers: Range<usize>, step: &mut Step<'_>) -> Result<Array> {

@@ -41,12 +41,12 @@ impl WholeTexts {
         Self { backend: weights.backend().clone(), most }
     }
 
-    /// Hidden states `x [T, hidden]` of `texts` before the first layer to those behind the last. A token stores `layout`;
-    /// `layers` takes the rows of a step through a range of layers.
+    /// Hidden states `x [T, hidden]` of `texts` before the first of `depth` layers to those behind the last. A token stores
+    /// `layout`, which not every layer has a part in; `layers` takes the rows of a step through a range of layers.
     pub fn forward(
         &self,
         texts: &PackedTexts,
-        layout: &KvLayout,
+        (layout, depth): (&KvLayout, usize),
         mut x: Array,
         layers: impl Fn(Array, Range<usize>, &mut Step<'_>) -> Result<Array>,
     ) -> Result<Array> {
@@ -54,7 +54,6 @@ impl WholeTexts {
         let (pieces, blocks) = pieces(&texts.segments(), self.most, block_tokens);
         let mut pages = Pages::shared(self.backend.clone(), layout, block_tokens, blocks)?;
         let passes = pieces.iter().map(|pieces| Pass::new(pieces, block_tokens)).collect::<Result<Vec<_>>>()?;
-        let depth = layout.layers.len();
         if let [pass] = &passes[..] {
             // What is written and never read need not be evaluated: `Step::unread` is dropped.
             return layers(x, 0..depth, &mut pass.step(&mut pages));

@@ -51,7 +51,7 @@ impl CausalEncoder {
             return Err(Error::unsupported("decoders with states are not supported as encoders"));
         }
         if spec.crosses_layers() || spec.per_layer_input.is_some() {
-            // Here layers of one shape share a pool, and a row of the table alone is taken for one of the head.
+            // Here layers of one shape share a pool, and batches are planned without what travels beside hidden states.
             return Err(Error::unsupported(
                 "decoders that share keys between layers or have inputs of layers are not supported as encoders",
             ));
@@ -61,14 +61,20 @@ impl CausalEncoder {
         Ok(Self { model, whole, shape })
     }
 
-    /// The rows of the output head that belong to `ids [n]`: `[n, hidden]`. Nothing else of a head of its own is kept.
+    /// The rows of the output head that belong to `ids [n]`, times the factor of logits: `[n, hidden]`, f32. Nothing else of a head
+    /// of its own is kept.
     fn head_rows(&self, config: &ModelConfig, ids: &Array, weights: &mut Weights) -> Result<Array> {
         let EncoderShape { hidden, vocab, .. } = self.shape;
-        let head = models::declare(config, &Scope::whole(config, 1))?.head;
-        if head.decided(weights) == OutputHead::Tied {
-            return self.model.embed(ids);
+        let DecoderSpec { head, logit_scale, logit_cap, .. } = models::declare(config, &Scope::whole(config, 1))?;
+        if logit_cap.is_some() {
+            // The difference of two capped logits is no product with one vector.
+            return Err(Error::unsupported("rerankers that answer with capped logits are not supported"));
         }
-        Embedding::load(weights, "lm_head", vocab, hidden)?.forward(ids)
+        let rows = match head.decided(weights) {
+            OutputHead::Tied => self.model.table_rows(ids)?,
+            _ => Embedding::load(weights, "lm_head", vocab, hidden)?.forward(ids)?,
+        };
+        Ok(rows.as_dtype(Dtype::Float32)?.multiply(Array::from_f32(logit_scale))?)
     }
 }
 
@@ -79,8 +85,8 @@ impl Encoder for CausalEncoder {
 
     fn forward(&self, texts: &PackedTexts) -> Result<Array> {
         let x = self.model.embed(&texts.tokens)?;
-        let layout = self.model.kv_layout();
-        let hidden = self.whole.forward(texts, layout, x, |x, layers, step| self.model.pass(x, layers, step))?;
+        let layers = (self.model.kv_layout(), self.model.depth());
+        let hidden = self.whole.forward(texts, layers, x, |x, layers, step| self.model.pass(x, layers, step))?;
         self.model.final_norm(&hidden)
     }
 }
@@ -117,7 +123,7 @@ impl LastTokenHead {
         if wanted.iter().any(|&id| id as usize >= encoder.shape.vocab) {
             return Err(Error::invalid_model("an answer of the reranker is no token of the model"));
         }
-        let rows = encoder.head_rows(config, &ids(&wanted), weights)?.as_dtype(Dtype::Float32)?;
+        let rows = encoder.head_rows(config, &ids(&wanted), weights)?;
         let row = |at: usize| mlx::rows(&rows, at, at + 1);
         Self::of_rows(&if no.is_some() { row(0)?.subtract(row(1)?)? } else { row(0)? })
     }
@@ -141,13 +147,127 @@ fn ids(values: &[u32]) -> Array {
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+
+    use safetensors::SafeTensors;
+    use serde_json::json;
+
     use super::*;
-    use crate::kernels::{Backend, Cpu, Precision};
+    use crate::cache::Pages;
+    use crate::config::read_json;
+    use crate::error::Status;
+    use crate::kernels::{Backend, Cpu, Placement, Precision, Segment};
     use crate::mlx::Device;
+    use crate::nn::Step;
+
+    fn decoder(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+    }
+
+    fn backends() -> [Backend; 2] {
+        [Backend::Mlx, Backend::Cpu(Cpu::new(Some(2), Precision::Exact))]
+    }
+
+    fn host(array: &Array) -> Vec<f32> {
+        array.contiguous().unwrap().as_slice::<f32>().to_vec()
+    }
+
+    fn alone(text: &[u32]) -> PackedTexts {
+        let zeros = vec![0; text.len()];
+        PackedTexts::new(&[(text, &zeros)])
+    }
+
+    /// Prompt and logits of its last token, as mlx-lm has them.
+    fn reference(folder: &Path) -> (Vec<u32>, Vec<f32>) {
+        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let words = |name: &str| -> Vec<[u8; 4]> {
+            file.tensor(name).unwrap().data().chunks_exact(4).map(|word| word.try_into().unwrap()).collect()
+        };
+        let prompt: Vec<u32> = words("prompt").into_iter().map(u32::from_le_bytes).collect();
+        let logits: Vec<f32> = words("logits").into_iter().map(f32::from_le_bytes).collect();
+        let last = logits[logits.len() / prompt.len() * (prompt.len() - 1)..].to_vec();
+        (prompt, last)
+    }
+
+    /// What the reranker in `folder` gives for `prompt`.
+    fn answer(folder: &Path, prompt: &[u32], answers: AnswerTokens, backend: &Backend) -> Result<Array> {
+        let config = ModelConfig::load(folder)?;
+        let mut weights = Weights::open(folder, &config, Some(Dtype::Float32))?.computed_by(backend.clone());
+        let encoder = CausalEncoder::load(&config, &mut weights)?;
+        let head = LastTokenHead::answers(&encoder, &config, answers, &mut weights)?;
+        let packed = alone(prompt);
+        head.forward(&encoder.forward(&packed)?, &packed)
+    }
+
+    /// Embeddings are multiplied in Granite and Gemma 3, logits in Granite and Command; Llama has a head of its own.
+    #[test]
+    fn answers_are_differences_of_the_language_models_logits() {
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(Device::Cpu, || {
+            for backend in backends() {
+                for name in ["granite-f32", "gemma3_text-f32", "cohere2-f32", "qwen3-f32", "llama-f32"] {
+                    let (prompt, logits) = reference(&decoder(name));
+                    let largest = logits.iter().fold(0.0, |largest: f32, logit| largest.max(logit.abs()));
+                    for (no, expected) in [(Some(31), logits[7] - logits[31]), (None, logits[7])] {
+                        let given = answer(&decoder(name), &prompt, AnswerTokens { yes: 7, no }, &backend)?;
+                        let error = (host(&given)[0] - expected).abs() / largest;
+                        assert!(error < 1e-4, "{name} by {backend:?} against {no:?}: {error}");
+                    }
+                }
+                let answers = AnswerTokens { yes: 7, no: Some(31) };
+                let capped = answer(&decoder("gemma2-f32"), &[1, 2, 3], answers, &backend).unwrap_err();
+                assert!(capped.status() == Status::Unsupported && capped.message().contains("capped"), "{capped}");
+            }
+            Ok(())
+        });
+        outcome.unwrap();
+    }
+
+    /// `[T, hidden]` of one text, in one step as a language model takes it.
+    fn in_a_step(model: &Decoder, text: &[u32]) -> Result<Array> {
+        let mut pages = Pages::new(Backend::Mlx, model.kv_layout(), 32)?;
+        pages.resize(&vec![1; pages.capacities().len()]);
+        pages.resize_all()?;
+        let places: Vec<i32> = (0..text.len() as i32).collect();
+        let positions = mlx::indices(&places)?;
+        let segments = vec![Segment { rows: 0..text.len(), start: 0, table: 0 }];
+        let slots = places.iter().map(|&at| 32 + at as u32).collect();
+        let placement = Arc::new(Placement { tables: vec![1], slots, segments, ..Placement::default() });
+        let placements = vec![placement; pages.capacities().len()];
+        let mut step = Step::new(&positions, &mut pages, &placements);
+        model.final_norm(&model.pass(model.embed(&ids(text))?, 0..model.depth(), &mut step)?)
+    }
+
+    #[test]
+    fn layers_without_rows_are_passed_too() {
+        let mut config = read_json(&decoder("nemotron_h-f32").join("config.json")).unwrap();
+        let changes = json!({ "hybrid_override_pattern": "-*E*-", "num_hidden_layers": 5 });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let config = ModelConfig::from_value(config).unwrap();
+        let text: Vec<u32> = (0..20).map(|at| (at * at) % 48).collect();
+        let packed = alone(&text);
+        mlx::init().unwrap();
+        let outcome = mlx::on_device(Device::Cpu, || {
+            let mut weights = Weights::random(&config, Some(Dtype::Float32));
+            let mut encoder = CausalEncoder::load(&config, &mut weights)?;
+            assert_eq!((encoder.model.depth(), encoder.model.kv_layout().layers.len()), (5, 2));
+            let expected = host(&in_a_step(&encoder.model, &text)?);
+            for most in [PASS_ROWS, 5] {
+                encoder.whole = WholeTexts::new(&weights, most);
+                let found = host(&encoder.forward(&packed)?);
+                let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(found.len() == expected.len() && worst < 1e-5, "{most} rows: {worst}");
+            }
+            Ok(())
+        });
+        outcome.unwrap();
+    }
 
     #[test]
     fn rows_that_take_turns_are_what_they_are_together() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/qwen3-embedding");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/qwen3-embedding");
         let config = ModelConfig::load(&folder).unwrap();
         let texts: Vec<Vec<u32>> = [1, 40, 9, 1, 70, 33]
             .iter()
@@ -157,7 +277,7 @@ mod tests {
         let parts: Vec<_> = texts.iter().map(|ids| (&ids[..], &zeros[..ids.len()])).collect();
         mlx::init().unwrap();
         let outcome = mlx::on_device(Device::Cpu, || {
-            for backend in [Backend::Mlx, Backend::Cpu(Cpu::new(Some(2), Precision::Exact))] {
+            for backend in backends() {
                 let hidden = |most: usize| -> Result<Vec<f32>> {
                     let mut weights = Weights::open(&folder, &config, None)?.computed_by(backend.clone());
                     let mut encoder = CausalEncoder::load(&config, &mut weights)?;
