@@ -35,6 +35,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let mut spec = own.decoder(dense, scope, DeltaProjections::Interleaved)?;
     // Authors keep experts apart; MLX's tools stack them, and add one to the norms.
     spec.is_centred = Some(|weights| weights.any(|name| name.contains(".experts.0.")));
+    spec.predicts_ahead = true;
     let step = own.decoder_sparse_step.unwrap_or(1).max(1);
     let experts = own.experts(false)?;
     for (index, layer) in spec.layers.iter_mut().enumerate() {

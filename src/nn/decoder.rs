@@ -275,7 +275,6 @@ fn head_path(weights: &Weights) -> String {
 impl Decoder {
     /// Takes all weights that `spec` describes.
     pub fn load(weights: &mut Weights, spec: &DecoderSpec) -> Result<Self> {
-        let spec = &spec.centred(weights);
         let (hidden, head) = (spec.hidden, spec.head.decided(weights));
         let (prefix, head_path) = (prefixes(weights).0, head_path(weights));
         if spec.wrapped {
@@ -287,6 +286,8 @@ impl Decoder {
             let behind = |name: &str| layer(name).is_some_and(|layer: usize| layer >= spec.layers.len());
             weights.discard(|name| name.starts_with("mtp.") || behind(name));
         }
+        // Of what is left: the layers that draw ahead may be stored otherwise.
+        let spec = &spec.centred(weights);
         // Old exports carry the rotary tables, and some tied models a copy of their head.
         let tied = head == OutputHead::Tied;
         weights.discard(|name| {
