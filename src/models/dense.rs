@@ -38,12 +38,20 @@ pub(super) struct DenseConfig {
 /// Upper bound of any size in a config: keeps the products of two of them far from overflow.
 const MAX_SIZE: usize = 1 << 24;
 
+/// An error that names the first of `sizes` that is none or too large.
+pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|&&(_, n)| n == 0 || n > MAX_SIZE) {
+        Some((name, size)) => Err(Error::invalid_model(format!("config.json: {name:?} is {size}"))),
+        None => Ok(()),
+    }
+}
+
 /// What transformers assumes where a Qwen config has no `max_window_layers`.
 const QWEN_WINDOW_LAYERS: usize = 28;
 
 impl DenseConfig {
     fn check(&self) -> Result<()> {
-        let sizes = [
+        check_sizes(&[
             ("hidden_size", self.hidden_size),
             ("num_hidden_layers", self.num_hidden_layers),
             ("intermediate_size", self.intermediate_size),
@@ -51,10 +59,7 @@ impl DenseConfig {
             ("num_key_value_heads", self.kv_heads()),
             ("head_dim", self.head_dim()),
             ("vocab_size", self.vocab_size),
-        ];
-        if let Some((name, size)) = sizes.into_iter().find(|&(_, n)| n == 0 || n > MAX_SIZE) {
-            return Err(Error::invalid_model(format!("config.json: {name:?} is {size}")));
-        }
+        ])?;
         if !self.num_attention_heads.is_multiple_of(self.kv_heads()) {
             return Err(Error::invalid_model("config.json: attention heads are not a multiple of key/value heads"));
         }

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::Scope;
-use super::dense::DenseConfig;
+use super::dense::{DenseConfig, check_sizes};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::{
@@ -40,7 +40,7 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
     let mut spec = own.decoder(config, scope)?;
     for layer in &mut spec.layers {
         if let FeedForwardSpec::Gated(mlp) = &mut layer.feed_forward {
-            mlp.inner = own.inner(mlp.inner);
+            mlp.inner = own.inner(mlp.inner)?;
             mlp.names = ["w1", "w3", "w2"];
         }
     }
@@ -105,14 +105,17 @@ impl LfmConfig {
     }
 
     /// Width inside of dense layers, of the one that the config has.
-    fn inner(&self, declared: usize) -> usize {
+    fn inner(&self, declared: usize) -> Result<usize> {
         if !self.block_auto_adjust_ff_dim.unwrap_or(false) {
-            return declared;
+            return Ok(declared);
         }
         let mut inner = 2 * declared / 3;
         if let Some(factor) = self.block_ffn_dim_multiplier {
             inner = (factor * inner as f64) as usize;
         }
-        inner.next_multiple_of(self.block_multiple_of.unwrap_or(1).max(1))
+        let multiple = self.block_multiple_of.unwrap_or(1).max(1);
+        let inner = inner.checked_next_multiple_of(multiple).unwrap_or(usize::MAX);
+        check_sizes(&[("block_ff_dim", inner)])?;
+        Ok(inner)
     }
 }

@@ -36,6 +36,8 @@ mod qwen3_moe;
 mod qwen3_next;
 mod seed_oss;
 mod smollm3;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
@@ -46,7 +48,7 @@ pub use kind::ModelKind;
 use crate::cache::{GroupKind, KvLayout};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Status};
-use crate::nn::{Decoder, DecoderSpec, LayerSpec, StateLayout, Step};
+use crate::nn::{Decoder, DecoderSpec, LayerSpec, MixerSpec, StateLayout, Step};
 use crate::weights::Weights;
 
 /// A loaded language model. Owned by one thread, as all MLX arrays are.
@@ -219,6 +221,11 @@ fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec> {
         Error::unsupported(format!("unknown model type {wanted:?}; known types: {}", known.join(", ")))
     })?;
     let spec = (found.declare)(config, scope)?;
+    for layer in &spec.layers {
+        if let MixerSpec::Recurrent(state) = &layer.mixer {
+            state.check()?;
+        }
+    }
     if spec.kv_layout(Dtype::Float32).layers.is_empty() {
         return Err(Error::unsupported("models without attention layers are not supported"));
     }

@@ -41,7 +41,6 @@ pub struct DeltaNetSpec {
 impl DeltaNetSpec {
     /// Takes the projections, `conv1d`, `dt_bias`, `A_log`, `norm` and `out_proj` under `path`.
     pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
-        self.check()?;
         let kind = self.kind();
         let (keys, values, heads) = (kind.key_columns(), kind.value_columns(), kind.heads);
         let mut project =
@@ -67,7 +66,8 @@ impl DeltaNetSpec {
         Ok(RecurrentLayer { input: Joined::new(input)?, inner: Inner::Recurrent(Box::new(recurrent)), output })
     }
 
-    fn check(&self) -> Result<()> {
+    /// Of sizes within bounds, that they fit together.
+    pub(super) fn check(&self) -> Result<()> {
         let Self { key_heads, value_heads, taps, .. } = *self;
         if key_heads == 0 || !value_heads.is_multiple_of(key_heads) || taps < 2 {
             return Err(Error::invalid_model(format!(

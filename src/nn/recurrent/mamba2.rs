@@ -38,7 +38,6 @@ pub struct Mamba2Spec {
 impl Mamba2Spec {
     /// Takes `in_proj`, `conv1d`, `dt_bias`, `A_log`, `D`, `norm` and `out_proj` under `path`.
     pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
-        self.check()?;
         let kind = self.kind();
         let mut project = |name: &str, input, output| {
             Linear::load(weights, &format!("{path}.{name}"), input, output, self.projection_bias)
@@ -49,7 +48,8 @@ impl Mamba2Spec {
         Ok(RecurrentLayer { input, inner: Inner::Recurrent(Box::new(recurrent)), output })
     }
 
-    fn check(&self) -> Result<()> {
+    /// Of sizes within bounds, that they fit together.
+    pub(super) fn check(&self) -> Result<()> {
         let Self { heads, groups, norm_groups, taps, .. } = *self;
         let divides = |groups: usize, all: usize| groups > 0 && all.is_multiple_of(groups);
         if !divides(groups, heads) || !divides(norm_groups, heads * self.head_width) || taps < 2 {

@@ -23,11 +23,18 @@ pub use state::{StateIndex, StateLayout, StatePools};
 use compose::{ChunksFrom, ConvolutionForm};
 use short_conv::GatedConvolution;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::{Backend, Recurrence, RecurrentKind, RecurrentWeights, Taps};
 use crate::nn::linear::Joined;
 use crate::nn::{Linear, RmsNorm};
 use crate::weights::Weights;
+
+/// Upper bound of any size: keeps the products of two of them far from overflow.
+const MAX_SIZE: usize = 1 << 24;
+
+/// Upper bound of the numbers that a layer keeps of a sequence, and of those of a row: some hundred times what models have, and far from
+/// overflow where plans multiply by layers and sequences.
+const MAX_NUMBERS: usize = 1 << 28;
 
 /// What an architecture declares about a layer with a state.
 #[derive(Debug, Clone)]
@@ -41,15 +48,58 @@ pub enum RecurrentSpec {
 }
 
 impl RecurrentSpec {
-    /// Bytes that it keeps of a sequence, at most.
-    pub fn state_bytes(&self) -> usize {
-        let recurrence = |kind: RecurrentKind| (kind.taps, kind.channels(), kind.value_columns() * kind.key_width);
+    /// That its sizes fit together and are within bounds, which everything else assumes.
+    pub fn check(&self) -> Result<()> {
+        let sizes: &[(&str, usize)] = match self {
+            Self::DeltaNet(spec) => &[
+                ("key_heads", spec.key_heads),
+                ("value_heads", spec.value_heads),
+                ("key_width", spec.key_width),
+                ("value_width", spec.value_width),
+                ("taps", spec.taps),
+            ],
+            Self::Mamba2(spec) => &[
+                ("heads", spec.heads),
+                ("head_width", spec.head_width),
+                ("state_width", spec.state_width),
+                ("groups", spec.groups),
+                ("taps", spec.taps),
+                ("norm_groups", spec.norm_groups),
+            ],
+            Self::ShortConv(spec) => &[("hidden", spec.hidden), ("taps", spec.taps)],
+        };
+        if let Some((name, size)) = sizes.iter().find(|&&(_, n)| n == 0 || n > MAX_SIZE) {
+            return Err(Error::invalid_model(format!("config.json: {name:?} of a layer with a state is {size}")));
+        }
+        match self {
+            Self::DeltaNet(spec) => spec.check()?,
+            Self::Mamba2(spec) => spec.check()?,
+            Self::ShortConv(spec) => spec.check()?,
+        }
+        let (kept, row) = (self.kept_numbers(), self.row_numbers());
+        if kept > MAX_NUMBERS || row > MAX_NUMBERS {
+            return Err(Error::invalid_model(format!(
+                "config.json: a layer with a state of {kept} numbers, and rows of {row}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Numbers that it keeps of a sequence; the largest there is instead of larger ones.
+    fn kept_numbers(&self) -> usize {
+        let recurrence =
+            |kind: RecurrentKind| (kind.taps, kind.channels(), kind.value_columns().saturating_mul(kind.key_width));
         let (taps, channels, state) = match self {
             Self::DeltaNet(spec) => recurrence(spec.kind()),
             Self::Mamba2(spec) => recurrence(spec.kind()),
             Self::ShortConv(spec) => (spec.taps, spec.hidden, 0),
         };
-        size_of::<f32>() * (taps.saturating_sub(1) * channels + state)
+        taps.saturating_sub(1).saturating_mul(channels).saturating_add(state)
+    }
+
+    /// Bytes that it keeps of a sequence, at most.
+    pub fn state_bytes(&self) -> usize {
+        size_of::<f32>() * self.kept_numbers()
     }
 
     /// Numbers of a row that are alive in the layer at the same time: what comes from the projections, and what is made of it.
@@ -63,6 +113,7 @@ impl RecurrentSpec {
 
     /// Takes the layer's tensors under `path`.
     pub fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
+        self.check()?;
         match self {
             Self::DeltaNet(spec) => spec.load(weights, path),
             Self::Mamba2(spec) => spec.load(weights, path),

@@ -24,12 +24,17 @@ pub struct ShortConvSpec {
 }
 
 impl ShortConvSpec {
+    /// That there is a row before the last one.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.taps {
+            0 | 1 => Err(Error::invalid_model(format!("a convolution of {} rows", self.taps))),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes `in_proj`, `conv` and `out_proj` under `path`.
     pub(super) fn load(&self, weights: &mut Weights, path: &str) -> Result<RecurrentLayer> {
         let Self { hidden, taps, bias } = *self;
-        if taps < 2 {
-            return Err(Error::invalid_model(format!("a convolution of {taps} rows")));
-        }
         let input = Linear::load(weights, &format!("{path}.in_proj"), hidden, 3 * hidden, bias)?;
         let convolution = Convolution::load(weights, &format!("{path}.conv"), hidden, taps, bias)?;
         let output = Linear::load(weights, &format!("{path}.out_proj"), hidden, hidden, bias)?;
