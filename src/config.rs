@@ -12,6 +12,9 @@ use crate::mlx::{QuantFormat, QuantMode};
 /// Largest JSON file of a model folder that is read; real ones stay far below.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
+/// Where configs keep rotary settings, among them what others have beside these.
+const ROPE_OBJECTS: [&str; 2] = ["rope_parameters", "rope_scaling"];
+
 /// Reads and parses a JSON file; `InvalidModel` names the file when it is not valid JSON.
 pub fn read_json(path: &Path) -> Result<Value> {
     let name = path.display();
@@ -139,9 +142,14 @@ impl ModelConfig {
             .map_err(|e| Error::invalid_model(format!("config.json of type {:?}: {e}", self.model_type)))
     }
 
-    /// The same, where what the config does not have is taken from `defaults`, an object.
+    /// The same, where what the config does not have is taken from `defaults`, an object. It has a `rope_theta`, too, if that is
+    /// among other rotary settings, where transformers 5 keeps it.
     pub fn parse_over<T: DeserializeOwned>(&self, mut defaults: Value) -> Result<T> {
         if let (Some(defaults), Some(own)) = (defaults.as_object_mut(), self.text().as_object()) {
+            let names_theta = |object: &&str| own.get(*object).is_some_and(|rope| !rope["rope_theta"].is_null());
+            if ROPE_OBJECTS.iter().any(names_theta) {
+                defaults.remove("rope_theta");
+            }
             let given = own.iter().filter(|(_, value)| !value.is_null());
             defaults.extend(given.map(|(key, value)| (key.clone(), value.clone())));
         }

@@ -51,12 +51,8 @@ pub(super) fn declare(config: &ModelConfig, scope: &Scope) -> Result<DecoderSpec
         "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
         "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 1, "no_rope_layer_interval": 4, "use_qk_norm": true, "floor_scale": 8192,
-        "attn_scale": 0.1, "num_local_experts": 0, "attn_temperature_tuning": false,
+        "attn_scale": 0.1, "num_local_experts": 0, "attn_temperature_tuning": false, "rope_theta": 5e5,
     });
-    let names_theta = |key: &&str| config.field(key).is_some_and(|rope| rope.get("rope_theta").is_some());
-    if !["rope_parameters", "rope_scaling"].iter().any(names_theta) {
-        defaults["rope_theta"] = json!(5e5);
-    }
     if large {
         defaults["num_local_experts"] = json!(16);
         defaults["attn_temperature_tuning"] = json!(true);

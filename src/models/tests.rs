@@ -70,3 +70,49 @@ fn widths_that_are_adjusted_have_bounds() {
         assert_eq!(adjusted(changes.clone()).unwrap_err(), Status::InvalidModel, "{changes}");
     }
 }
+
+/// The largest base of a rotation: that of layers which see everything.
+fn theta(name: &str, changes: &Value) -> f32 {
+    let config = changed(name, changes);
+    let mut spec = declare(&config, &Scope::whole(&config, 64)).unwrap();
+    let latent = spec.layers.iter().filter_map(|layer| match &layer.mixer {
+        MixerSpec::Latent(latent) => Some(latent.rope.theta()),
+        _ => None,
+    });
+    let latent: Vec<f32> = latent.collect();
+    let turning = spec.attentions().filter_map(|attention| attention.rope.as_ref());
+    turning.map(|(rope, _)| rope.theta()).chain(latent).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_base_among_rotary_settings_goes_before_a_default() {
+    let names = [
+        ("gemma3_text-f32", 1e6),
+        ("glm4_moe_lite-f32", 1e6),
+        ("gpt_oss-f32", 1.5e5),
+        ("lfm2-f32", 1e6),
+        ("lfm2_moe-f32", 1e6),
+        ("llama-f32", 1e4),
+        ("llama4_text-f32", 5e5),
+        ("mixtral-f32", 1e6),
+    ];
+    for (name, default) in names {
+        let silent = json!({ "rope_theta": null, "rope_scaling": null, "rope_parameters": null });
+        let with = |key: &str, value: Value| {
+            let mut changes = silent.clone();
+            changes[key] = value;
+            changes
+        };
+        assert_eq!(theta(name, &silent), default, "{name}");
+        assert_eq!(theta(name, &with("rope_theta", json!(7e6))), 7e6, "{name}");
+        for object in ["rope_parameters", "rope_scaling"] {
+            let rope = |theta: Value| with(object, json!({ "rope_type": "default", "rope_theta": theta }));
+            assert_eq!(theta(name, &rope(json!(7e6))), 7e6, "{name}: {object}");
+            assert_eq!(theta(name, &rope(Value::Null)), default, "{name}: {object}");
+            // What a config says beside the object holds, as it did.
+            let mut both = rope(json!(7e6));
+            both["rope_theta"] = json!(2e6);
+            assert_eq!(theta(name, &both), 2e6, "{name}: {object}");
+        }
+    }
+}
