@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::kernels::Rotation;
+use crate::mlx;
 
 /// The rotary settings of a `config.json`, in any of the spellings that exist.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -55,13 +56,10 @@ struct Scaling {
 /// Rotates the first `dims` of every head by angles that grow with the token's position.
 #[derive(Debug)]
 pub struct Rope {
-    base: Option<f32>,
-    /// Multiplies positions.
-    scale: f32,
-    /// Wavelengths over 2 pi, `[dims / 2]`, instead of `base`.
-    wavelengths: Option<Array>,
-    /// What MLX and the CPU kernels need alike; its magnitude is the "attention factor" of YaRN and LongRoPE.
+    /// What the CPU kernels need; its magnitude is the "attention factor" of YaRN and LongRoPE.
     rotation: Rotation,
+    /// Angle per position of each pair, `[1, 1, dims / 2]` f32.
+    frequencies: Array,
 }
 
 const DEFAULT_THETA: f32 = 10_000.0;
@@ -129,13 +127,8 @@ impl RopeSpec {
             }
         }
         let plain = || plain_wavelengths(dims, theta);
-        let frequencies = stretched.clone().unwrap_or_else(plain).iter().map(|w| scale / w).collect();
-        Ok(Rope {
-            base: stretched.is_none().then_some(theta),
-            scale,
-            wavelengths: stretched.map(|w| Array::from_slice(&w, &[w.len() as i32])),
-            rotation: Rotation { dims, frequencies, traditional: self.rope_traditional, magnitude },
-        })
+        let frequencies = stretched.unwrap_or_else(plain).iter().map(|w| scale / w).collect();
+        Ok(Rope::new(Rotation { dims, frequencies, traditional: self.rope_traditional, magnitude }))
     }
 }
 
@@ -244,8 +237,12 @@ fn longrope(dims: usize, theta: f32, scaling: &Scaling, trained: usize, context:
 impl Rope {
     /// Turns nothing.
     pub fn none() -> Self {
-        let rotation = Rotation { dims: 0, frequencies: Arc::new([]), traditional: false, magnitude: 1.0 };
-        Self { base: Some(DEFAULT_THETA), scale: 1.0, wavelengths: None, rotation }
+        Self::new(Rotation { dims: 0, frequencies: Arc::new([]), traditional: false, magnitude: 1.0 })
+    }
+
+    fn new(rotation: Rotation) -> Self {
+        let frequencies = Array::from_slice(&rotation.frequencies, &[1, 1, rotation.frequencies.len() as i32]);
+        Self { rotation, frequencies }
     }
 
     /// What the CPU kernels need to know.
@@ -253,34 +250,36 @@ impl Rope {
         &self.rotation
     }
 
-    /// `x [T, heads, width]` with the dimensions that turn multiplied by the magnitude.
-    fn magnify(&self, x: &Array) -> Result<Array> {
-        let Rotation { dims, magnitude, .. } = self.rotation;
-        let width = x.dim(2) as usize;
-        let factors: Vec<f32> = (0..width).map(|dim| if dim < dims { magnitude } else { 1.0 }).collect();
-        Ok(x.multiply(Array::from_slice(&factors, &[width as i32]).as_dtype(x.dtype())?)?)
-    }
-
     /// Rotates `x [T, heads, width]`; `positions [T]` i32 are the tokens' places in their sequences.
+    ///
+    /// In plain operations: MLX's own takes one offset for each sequence of a batch, and with tokens as the batch its CUDA kernel
+    /// is launched with more threads along one dimension than there may be.
     pub fn forward(&self, x: &Array, positions: &Array) -> Result<Array> {
-        let shape = x.shape().to_vec();
         let Rotation { dims, traditional, magnitude, .. } = self.rotation;
         if dims == 0 {
             return Ok(x.clone());
         }
-        let x = if magnitude == 1.0 { x.clone() } else { self.magnify(x)? };
-        // MLX rotates along the axis before the last; tokens become the batch so that each has its own offset.
-        let x = x.reshape(&[shape[0], shape[1], 1, shape[2]])?;
-        let rotated = mlx_rs::fast::rope_dynamic(
-            &x,
-            dims as i32,
-            traditional,
-            self.base,
-            self.scale,
-            positions,
-            self.wavelengths.as_ref(),
-        )?;
-        Ok(rotated.reshape(&shape)?)
+        let (tokens, heads, width) = (x.dim(0), x.dim(1), x.dim(2) as usize);
+        let angles = positions.as_dtype(Dtype::Float32)?.reshape(&[tokens, 1, 1])?.multiply(&self.frequencies)?;
+        let factor = Array::from_f32(magnitude);
+        let (cos, sin) = (angles.cos()?.multiply(&factor)?, angles.sin()?.multiply(&factor)?);
+        let turning = mlx::slice_axis(x, 2, 0, dims)?.as_dtype(Dtype::Float32)?;
+        // Neighbours are a pair, or a dimension and the one half of all further on.
+        let half = (dims / 2) as i32;
+        let (shape, axis) = if traditional { ([tokens, heads, half, 2], 3) } else { ([tokens, heads, 2, half], 2) };
+        let pairs = turning.reshape(&shape)?;
+        let part = |at: usize| -> Result<Array> {
+            Ok(mlx::slice_axis(&pairs, axis, at, at + 1)?.squeeze_axes(&[axis as i32])?)
+        };
+        let (one, other) = (part(0)?, part(1)?);
+        let turned =
+            [one.multiply(&cos)?.subtract(other.multiply(&sin)?)?, one.multiply(&sin)?.add(other.multiply(&cos)?)?];
+        let turned = mlx_rs::ops::stack(&turned, axis as i32)?.reshape(&[tokens, heads, dims as i32])?;
+        let turned = turned.as_dtype(x.dtype())?;
+        if dims == width {
+            return Ok(turned);
+        }
+        Ok(mlx_rs::ops::concatenate(&[&turned, &mlx::slice_axis(x, 2, dims, width)?], 2)?)
     }
 }
 
@@ -316,7 +315,7 @@ mod tests {
             json!({"type": "linear", "rope_type": "linear", "factor": 2.0}),
         ] {
             let spec: RopeSpec = serde_json::from_value(json!({"rope_theta": 1e4, "rope_scaling": scaling})).unwrap();
-            assert_eq!(spec.build(8, 64).unwrap().scale, 0.5);
+            assert_eq!(spec.build(8, 64).unwrap().rotation().frequencies[0], 0.5);
         }
     }
 }
