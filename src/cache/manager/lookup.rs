@@ -15,7 +15,8 @@ struct Reach {
 
 impl BlockManager {
     /// Adds to `table`, which holds the whole blocks of `tokens[..computed]`, what the index has of the tokens behind
-    /// them, but none from `limit` on. Without effect unless `computed` is the end of the table's last indexed block.
+    /// them, but none from `limit` on. Without effect unless `computed` is the end of the table's last indexed block, or, for models
+    /// with states, within the block behind that.
     pub fn find(&mut self, table: &mut Table, tokens: &[u32], computed: usize, limit: usize) -> Found {
         self.find_with(table, tokens, (computed, limit), true)
     }
