@@ -994,7 +994,7 @@ omlx_status omlx_cache_get_limits(omlx_pool *pool, omlx_cache_limits *limits, om
 
 /// Keeps what is cached of the beginning of a request's prompt until it is unpinned: neither other requests nor
 /// `omlx_cache_clear` take its place. With a `cache_dir` it is kept there too, and comes back with the model; without one
-/// it goes with it. `tokens`, which may be NULL, receives for how many tokens; run the
+/// it goes with it. `tokens`, which may be NULL, receives for how many tokens, 0 if nothing of it can be kept; run the
 /// request first, with a `max_tokens` of 1 if no answer is wanted. Pinning again adds what has been cached since.
 /// `request_json` is as for `omlx_generate`. Blocking while the model loads and the tokenizer is read.
 ///

@@ -51,6 +51,11 @@ impl Table {
         self.state.as_ref().map(State::slot)
     }
 
+    /// Its sequence's first `computed` tokens have passed all layers with the step that is being planned.
+    pub fn complete(&mut self, computed: usize) {
+        self.state.iter_mut().for_each(|state| state.complete(computed));
+    }
+
     /// Blocks of a group that it holds.
     pub fn held(&self, group: usize) -> usize {
         self.blocks(group).flatten().count()
@@ -399,11 +404,6 @@ impl BlockManager {
         self.snapshots.as_mut()?.advance(&mut table.state, start)
     }
 
-    /// The first `computed` tokens of a sequence have passed all layers with the step that is being planned.
-    pub fn complete_state(&mut self, table: &mut Table, computed: usize) {
-        self.snapshots.iter_mut().for_each(|snapshots| snapshots.complete(&mut table.state, computed));
-    }
-
     /// Keeps the state that a sequence has now for others, if it is that of exactly `tokens`.
     pub fn keep_state(&mut self, table: &Table, tokens: &[u32]) {
         let step = self.step;
@@ -547,13 +547,8 @@ impl BlockManager {
         }
     }
 
-    /// Forgets the states that nobody uses and nothing pins; returns how many slots became free.
-    pub fn clear_states(&mut self) -> usize {
-        self.snapshots.as_mut().map_or(0, Snapshots::clear)
-    }
-
-    /// Forgets the rows that nobody uses and nothing pins; returns how many blocks of each group became free.
-    pub fn clear(&mut self) -> Vec<usize> {
+    /// Forgets what nobody uses and nothing pins; returns how many blocks of each group became free, and how many slots of states.
+    pub fn clear(&mut self) -> (Vec<usize>, usize) {
         let mut freed = Vec::with_capacity(self.groups.len());
         for at in 0..self.groups.len() {
             let cached: Vec<BlockId> = self.groups[at].pool.cached().collect();
@@ -565,7 +560,7 @@ impl BlockManager {
                 }
             }
         }
-        freed
+        (freed, self.snapshots.as_mut().map_or(0, Snapshots::clear))
     }
 
     /// Keeps what is cached of the beginning of `tokens` until it is unpinned; returns for how many tokens. Pinning the

@@ -18,3 +18,4 @@ pub use blocks::{BlockCounts, BlockId};
 pub use group::GroupKind;
 pub use manager::{BlockCopy, BlockManager, Save, Table};
 pub use pages::{KvLayout, LayerLayout, Pages, Writes, copy_places, place};
+pub use transfer::{places_filled_with, row_type};

@@ -37,6 +37,11 @@ impl State {
     pub fn slot(&self) -> SlotId {
         self.slot
     }
+
+    /// The first `tokens` tokens of its sequence have passed all layers when the step that is being planned has run.
+    pub fn complete(&mut self, tokens: usize) {
+        self.tokens = Some(tokens);
+    }
 }
 
 #[derive(Debug)]
@@ -128,14 +133,19 @@ impl Snapshots {
         self.kept.len()
     }
 
-    /// The longest snapshot of the beginning of `tokens`, of more than `from` of them, that `serves`: of how many, where it is,
-    /// and which step wrote it.
-    pub fn longest(&self, tokens: &[u32], from: usize, serves: impl Fn(usize) -> bool) -> Option<(usize, SlotId, u64)> {
+    /// Of the longest snapshot of the beginning of `tokens`, of more than `from` of them, that `serves`: where it is, which step
+    /// wrote it, and what `serves` says of so many tokens.
+    pub fn longest<T>(
+        &self,
+        tokens: &[u32],
+        from: usize,
+        serves: impl Fn(usize) -> Option<T>,
+    ) -> Option<(SlotId, u64, T)> {
         let fits = |kept: &&Snapshot| (from + 1..=tokens.len()).contains(&kept.tokens.len());
         let mut longer: Vec<&Snapshot> = self.kept.values().filter(fits).collect();
         longer.sort_unstable_by_key(|kept| std::cmp::Reverse(kept.tokens.len()));
-        let best = longer.into_iter().find(|kept| tokens.starts_with(&kept.tokens) && serves(kept.tokens.len()))?;
-        Some((best.tokens.len(), best.slot, best.written))
+        let mut begins = longer.into_iter().filter(|kept| tokens.starts_with(&kept.tokens));
+        begins.find_map(|kept| Some((kept.slot, kept.written, serves(kept.tokens.len())?)))
     }
 
     /// How many tokens all snapshots of beginnings of `tokens` stand for.
@@ -180,11 +190,6 @@ impl Snapshots {
         Some((slot, copy))
     }
 
-    /// The first `tokens` tokens of a sequence have passed all layers when the step that is being planned has run.
-    pub fn complete(&mut self, state: &mut Option<State>, tokens: usize) {
-        state.iter_mut().for_each(|state| state.tokens = Some(tokens));
-    }
-
     /// Makes a snapshot of a sequence's state, if it stands for exactly `tokens` and there is none of them; `step` has
     /// written it at the latest.
     pub fn keep(&mut self, state: Option<&State>, tokens: &[u32], step: u64) {
@@ -194,7 +199,7 @@ impl Snapshots {
         if self.slots.content(state.slot).is_some() {
             return;
         }
-        if let Some(known) = self.kept.values().find(|mark| *mark.tokens == *tokens).map(|mark| mark.slot) {
+        if let Some(known) = self.kept.values().find(|kept| *kept.tokens == *tokens).map(|kept| kept.slot) {
             // It was of use just now, if only nearly.
             self.slots.retain(known);
             return self.slots.release(known);
@@ -232,9 +237,9 @@ impl Snapshots {
     pub fn clear(&mut self) -> usize {
         let cached: Vec<SlotId> = self.slots.cached().collect();
         for &slot in &cached {
-            if let Some(mark) = self.slots.content(slot) {
+            if let Some(name) = self.slots.content(slot) {
                 self.slots.forget(slot);
-                self.kept.remove(&mark);
+                self.kept.remove(&name);
             }
         }
         cached.len()
@@ -252,15 +257,15 @@ impl Snapshots {
 
     /// A snapshot to be saved next, which a step before `step` has written. It counts as saved from now on.
     pub fn next_save(&mut self, step: u64) -> Option<Unsaved> {
-        let ready = |mark: &&mut Snapshot| !mark.saved && mark.written < step;
-        let mark = self.kept.values_mut().filter(|_| self.saves).find(ready)?;
-        mark.saved = true;
-        Some((Rc::clone(&mark.tokens), mark.slot))
+        let ready = |kept: &&mut Snapshot| !kept.saved && kept.written < step;
+        let kept = self.kept.values_mut().filter(|_| self.saves).find(ready)?;
+        kept.saved = true;
+        Some((Rc::clone(&kept.tokens), kept.slot))
     }
 
     /// Snapshots that are nowhere else.
     pub fn unsaved(&self) -> usize {
-        self.kept.values().filter(|mark| !mark.saved).count()
+        self.kept.values().filter(|kept| !kept.saved).count()
     }
 
     /// A slot for a state of `tokens` tokens that comes from elsewhere, which [`keep`](Self::keep) makes a snapshot.
@@ -271,16 +276,16 @@ impl Snapshots {
 
     /// The snapshot of exactly `tokens` came from another tier.
     pub fn set_saved(&mut self, tokens: &[u32]) {
-        let same = self.kept.values_mut().filter(|mark| *mark.tokens == *tokens);
-        same.for_each(|mark| mark.saved = true);
+        let same = self.kept.values_mut().filter(|kept| *kept.tokens == *tokens);
+        same.for_each(|kept| kept.saved = true);
     }
 
     fn take(&mut self) -> Option<SlotId> {
         let (slot, evicted) = self.slots.take()?;
-        if let Some(mark) = evicted.and_then(|mark| self.kept.remove(&mark)) {
+        if let Some(kept) = evicted.and_then(|name| self.kept.remove(&name)) {
             self.pressed = self.capacity() < self.most;
-            if self.saves && !mark.saved {
-                self.evicted.push((mark.tokens, slot));
+            if self.saves && !kept.saved {
+                self.evicted.push((kept.tokens, slot));
             }
         }
         Some(slot)
@@ -295,7 +300,7 @@ mod tests {
     fn kept(snapshots: &mut Snapshots, tokens: &[u32], step: u64) -> Option<State> {
         let mut state = None;
         snapshots.advance(&mut state, 0).expect("a slot");
-        snapshots.complete(&mut state, tokens.len());
+        state.iter_mut().for_each(|state| state.complete(tokens.len()));
         snapshots.keep(state.as_ref(), tokens, step);
         state
     }
@@ -314,7 +319,7 @@ mod tests {
             end_with(&mut snapshots, tokens);
         }
         let longest = |tokens: &[u32], from, most: usize| {
-            snapshots.longest(tokens, from, |tokens| tokens <= most).map(|(tokens, _, _)| tokens)
+            snapshots.longest(tokens, from, |tokens| (tokens <= most).then_some(tokens)).map(|(_, _, tokens)| tokens)
         };
         assert_eq!(longest(&[1, 2, 3, 4, 5], 0, 9), Some(4));
         assert_eq!(longest(&[1, 2, 3, 4, 5], 0, 3), Some(2), "rows end before");
@@ -328,18 +333,18 @@ mod tests {
     fn a_kept_state_is_copied_before_its_sequence_goes_on() {
         let mut snapshots = Snapshots::new(2, 4);
         let mut first = kept(&mut snapshots, &[1, 2], 1);
-        let (found, slot, _) = snapshots.longest(&[1, 2, 3], 0, |_| true).unwrap();
+        let (slot, _, found) = snapshots.longest(&[1, 2, 3], 0, Some).unwrap();
         let mut second = None;
         snapshots.take_up(&mut second, slot, found);
         for state in [&mut first, &mut second] {
             let (to, copy) = snapshots.advance(state, 2).unwrap();
             assert_eq!(copy, Some(SlotCopy { from: slot, to }));
             assert!(to != slot && snapshots.advance(state, 2).is_none(), "it is on its way");
-            snapshots.complete(state, 3);
+            state.iter_mut().for_each(|state| state.complete(3));
             assert_eq!(snapshots.advance(state, 3), Some((to, None)), "in place");
         }
         assert!(snapshots.advance(&mut None, 3).is_none(), "from nothing in the middle");
-        assert!(snapshots.longest(&[1, 2, 3], 0, |_| true).is_some_and(|(_, kept, _)| kept == slot));
+        assert!(snapshots.longest(&[1, 2, 3], 0, Some).is_some_and(|(kept, _, _)| kept == slot));
         snapshots.release(first);
         snapshots.release(second);
         assert_eq!(snapshots.counts(), BlockCounts { used: 0, cached: 1, free: 3 });
@@ -394,7 +399,7 @@ mod tests {
         snapshots.advance(&mut state, 0).unwrap();
         snapshots.keep(state.as_ref(), &[1, 2], 1);
         assert_eq!(snapshots.entries(), 0, "it has not passed all layers");
-        snapshots.complete(&mut state, 3);
+        state.iter_mut().for_each(|state| state.complete(3));
         snapshots.keep(state.as_ref(), &[1, 2], 1);
         assert_eq!(snapshots.entries(), 0);
         snapshots.release(state);

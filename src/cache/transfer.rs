@@ -16,12 +16,7 @@ impl Pages {
     /// What a token of a group stores; `None` where rows have a number format that no tier takes.
     pub fn row_layout(&self, group: usize) -> Option<Arc<RowLayout>> {
         let layout = self.layout();
-        let dtype = match layout.dtype {
-            Dtype::Float32 => RowType::F32,
-            Dtype::Float16 => RowType::F16,
-            Dtype::Bfloat16 => RowType::Bf16,
-            _ => return None,
-        };
+        let dtype = row_type(layout.dtype)?;
         let layers = layout.layers.iter().enumerate().filter(|(_, layer)| layer.group == group);
         let layers = layers.map(|(layer, rows)| LayerRows { layer, keys: rows.keys, values: rows.values });
         Some(Arc::new(RowLayout { dtype, state: None, layers: layers.collect() }))
@@ -104,13 +99,8 @@ impl Pages {
                 if pool.size() == 0 {
                     return Ok(pool);
                 }
-                let mut shape = pool.shape().to_vec();
-                shape[0] = blocks.len() as i32;
-                let bytes: usize = shape.iter().map(|&n| n as usize).product::<usize>() * mlx::item_size(pool.dtype());
-                let mut filled = HostBuffer::new(bytes)?;
-                filled.as_mut_slice()[..rows.len()].copy_from_slice(rows);
-                let rows = filled.into_array(&shape, pool.dtype())?;
-                mlx::scatter(pool, &[&places], &rows.expand_dims(1)?)
+                let update = places_filled_with(&pool, blocks.len(), rows)?;
+                mlx::scatter(pool, &[&places], &update)
             };
             self.replace(rows.layer, |key_pool, value_pool| {
                 Ok((scattered(key_pool, keys)?, scattered(value_pool, values)?))
@@ -119,6 +109,27 @@ impl Pages {
         let pools = layout.layers.iter().map(|rows| self.layer(rows.layer)).collect::<Result<Vec<_>>>()?;
         Ok(mlx_rs::transforms::eval(pools.into_iter().flat_map(|(keys, values)| [keys, values]))?)
     }
+}
+
+/// The format of rows of numbers of a type, if tiers take it.
+pub fn row_type(dtype: Dtype) -> Option<RowType> {
+    match dtype {
+        Dtype::Float32 => Some(RowType::F32),
+        Dtype::Float16 => Some(RowType::F16),
+        Dtype::Bfloat16 => Some(RowType::Bf16),
+        _ => None,
+    }
+}
+
+/// `bytes`, and zeros where there are too few of them, as the update of a scatter to `count` places of `pool [places, ..]`:
+/// `[count, 1, ..]`.
+pub fn places_filled_with(pool: &Array, count: usize, bytes: &[u8]) -> Result<Array> {
+    let mut shape = pool.shape().to_vec();
+    shape[0] = count as i32;
+    let all: usize = shape.iter().map(|&n| n as usize).product::<usize>() * mlx::item_size(pool.dtype());
+    let mut filled = HostBuffer::new(all)?;
+    filled.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
+    Ok(filled.into_array(&shape, pool.dtype())?.expand_dims(1)?)
 }
 
 /// Places of blocks in the arrays, as an array.

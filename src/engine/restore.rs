@@ -73,6 +73,13 @@ pub fn read_ahead(span: u64, limit: Option<u64>) -> u64 {
     limit.map_or(READ_AHEAD, |limit| READ_AHEAD.min(limit / SHARE_OF_LIMIT)).max(span)
 }
 
+/// Tokens in whole blocks whose rows the pools have, before the end of what is brought: where only a state is, they have the end,
+/// too.
+pub fn whole_blocks(has: &Has, fetches: &[Fetch], block_tokens: usize) -> usize {
+    let end = fetches.iter().map(Fetch::end).max().unwrap_or(has.rows);
+    has.rows.min(end) / block_tokens * block_tokens
+}
+
 /// All restores of an engine, first come, first served.
 #[derive(Debug)]
 pub struct Restores {
@@ -154,10 +161,9 @@ impl Restores {
                 first.give_up(&mut self.ahead);
                 let (limit, seconds) = (first.limit(), scheduler.seconds_per_token(first.tokens.len()));
                 let fetches = tiers.find(&first.tokens[..limit], &has, seconds, self.moving);
-                let end = fetches.iter().map(Fetch::end).max().unwrap_or(cached);
-                let whole = end / scheduler.blocks().block_tokens() * scheduler.blocks().block_tokens();
+                let from = whole_blocks(&has, &fetches, scheduler.blocks().block_tokens());
                 // What is on its way is for another one.
-                first.begin_again(self.next, cached.min(whole), fetches);
+                first.begin_again(self.next, from, fetches);
                 self.next += 1;
                 (has, cached) = first.cached(scheduler);
             }
@@ -324,7 +330,7 @@ impl Restore {
     fn cached(&self, scheduler: &mut Scheduler) -> (Has, usize) {
         let blocks = scheduler.blocks();
         let has = Has::of(blocks, &self.tokens[..self.end()]);
-        let whole = has.rows / blocks.block_tokens() * blocks.block_tokens();
+        let whole = whole_blocks(&has, &self.fetches, blocks.block_tokens());
         (has, whole)
     }
 

@@ -414,7 +414,7 @@ impl Scheduler {
         let (start, prompt) = (sequence.computed, sequence.prompt_len);
         self.counters.prompt_tokens += (end.min(prompt) - start.min(prompt)) as u64;
         let samples = sequence.run_to(end);
-        self.blocks.complete_state(table, end);
+        table.complete(end);
         self.blocks.index(table, &sequence.tokens, end);
         let keeps_state = self.blocks.has_states() && sequence.marks.contains(end, self.blocks.block_tokens());
         if end == prompt || keeps_state {
@@ -546,7 +546,6 @@ impl Scheduler {
             self.ends.push((sequence, Err(error.clone())));
         }
         self.blocks.clear();
-        self.blocks.clear_states();
         ids
     }
 

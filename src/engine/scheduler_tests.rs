@@ -556,7 +556,6 @@ fn play(machine: &mut Machine, actions: &[Action]) -> Result<(), TestCaseError> 
             }
             Action::ClearCache => {
                 machine.scheduler.blocks().clear();
-                machine.scheduler.blocks().clear_states();
             }
         }
     }

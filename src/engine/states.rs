@@ -8,9 +8,10 @@ use super::scheduler::Run;
 use super::shape::Shape;
 use crate::cache::rows::{LayerRows, RowBuffer, RowLayout, RowType};
 use crate::cache::snapshots::{SlotCopy, SlotId};
+use crate::cache::{places_filled_with, row_type};
 use crate::error::{Error, Result};
 use crate::kernels::{Backend, StatePlacement, StateRun, read_array};
-use crate::mlx::{self, HostBuffer};
+use crate::mlx;
 use crate::nn::{StateLayout, StatePools};
 
 /// States of all layers that have some.
@@ -19,13 +20,16 @@ pub struct States {
     backend: Backend,
     pools: Vec<StatePools>,
     slots: usize,
+    /// Of a slot, in all layers.
+    slot_bytes: usize,
 }
 
 impl States {
     /// `slots` slots for layers that keep `layouts` of a sequence.
     pub fn new(backend: &Backend, layouts: &[StateLayout], slots: usize) -> Result<Self> {
         let pools = layouts.iter().map(|layout| StatePools::new(backend.clone(), layout, slots));
-        Ok(Self { backend: backend.clone(), pools: pools.collect::<Result<_>>()?, slots })
+        let slot_bytes = layouts.iter().map(StateLayout::slot_bytes).sum();
+        Ok(Self { backend: backend.clone(), pools: pools.collect::<Result<_>>()?, slots, slot_bytes })
     }
 
     /// Whether no layer has a state.
@@ -45,7 +49,7 @@ impl States {
 
     /// Bytes of a slot in all layers.
     pub fn slot_bytes(&self) -> usize {
-        self.pools.iter().map(|pools| pools.layout().slot_bytes()).sum()
+        self.slot_bytes
     }
 
     /// Bytes of the largest array: beside the one that takes its place while the number of slots changes.
@@ -101,24 +105,23 @@ impl States {
 
     /// Copies a state to the one row of `to`. No step may be on its way that writes it.
     pub fn read(&self, slot: SlotId, to: &mut RowBuffer) -> Result<()> {
-        let mut gathered = Vec::new();
-        if !matches!(self.backend, Backend::Cpu(_)) {
-            let place = mlx::indices(&[slot as i32])?;
-            for array in self.pools.iter().flat_map(StatePools::arrays) {
-                gathered.push(array.take_axis(&place, 0)?);
+        if let Backend::Cpu(cpu) = &self.backend {
+            for (at, pools) in self.pools.iter().enumerate() {
+                let (kept, state) = to.rows_mut(at, 0..1);
+                let parts = pools.arrays().zip([kept, state]).map(|(array, to)| (array, slot as usize * to.len(), to));
+                cpu.read_parts(parts.collect())?;
             }
-            mlx_rs::transforms::eval(&gathered)?;
+            return Ok(());
         }
-        let mut gathered = gathered.into_iter();
+        let place = mlx::indices(&[slot as i32])?;
+        let gathered = self.pools.iter().flat_map(StatePools::arrays).map(|array| array.take_axis(&place, 0));
+        let gathered = gathered.collect::<std::result::Result<Vec<_>, _>>()?;
+        mlx_rs::transforms::eval(&gathered)?;
+        let mut gathered = gathered.iter();
         for (at, pools) in self.pools.iter().enumerate() {
             let (kept, state) = to.rows_mut(at, 0..1);
-            for (array, to) in pools.arrays().zip([kept, state]) {
-                let offset = slot as usize * to.len();
-                match (&self.backend, gathered.next()) {
-                    (Backend::Cpu(cpu), _) => cpu.read_parts(vec![(array, offset, to)])?,
-                    (_, Some(row)) => read_array(&row, to)?,
-                    (_, None) => return Err(Error::internal("a state that was not gathered")),
-                }
+            for (to, array) in [kept, state].into_iter().zip(gathered.by_ref().take(pools.layout().arrays.len())) {
+                read_array(array, to)?;
             }
         }
         Ok(())
@@ -136,29 +139,11 @@ impl States {
             }
             let place = mlx::indices(&[slot as i32])?;
             pools.replace(|pool| {
-                let row = one_row(&pool, rows.next().unwrap_or_default())?;
-                mlx::scatter(pool, &[&place], &row)
+                let update = places_filled_with(&pool, 1, rows.next().unwrap_or_default())?;
+                mlx::scatter(pool, &[&place], &update)
             })?;
             mlx_rs::transforms::eval(pools.arrays())?;
         }
         Ok(())
-    }
-}
-
-/// `bytes` as the update of a scatter to one slot of `pool [slots, ..]`: `[1, 1, ..]`.
-fn one_row(pool: &Array, bytes: &[u8]) -> Result<Array> {
-    let mut shape = pool.shape().to_vec();
-    shape[0] = 1;
-    let mut filled = HostBuffer::new(bytes.len())?;
-    filled.as_mut_slice().copy_from_slice(bytes);
-    Ok(filled.into_array(&shape, pool.dtype())?.expand_dims(1)?)
-}
-
-fn row_type(dtype: Dtype) -> Option<RowType> {
-    match dtype {
-        Dtype::Float32 => Some(RowType::F32),
-        Dtype::Float16 => Some(RowType::F16),
-        Dtype::Bfloat16 => Some(RowType::Bf16),
-        _ => None,
     }
 }

@@ -336,7 +336,7 @@ impl Worker<'_> {
     fn run(&mut self, inbox: &Receiver<Command>) -> Result<()> {
         loop {
             while let Ok(command) = inbox.try_recv() {
-                if !self.handle(command) {
+                if !self.handle(command)? {
                     return Ok(());
                 }
             }
@@ -391,11 +391,11 @@ impl Worker<'_> {
             Err(RecvTimeoutError::Disconnected) => None,
             Ok(command) => Some(command),
         };
-        Ok(command.is_some_and(|command| self.handle(command)))
+        command.map_or(Ok(false), |command| self.handle(command))
     }
 
-    /// Whether to go on.
-    fn handle(&mut self, command: Command) -> bool {
+    /// Whether to go on; errors only for defects.
+    fn handle(&mut self, command: Command) -> Result<bool> {
         match command {
             Command::Admit(prepared, text) => {
                 let choices = prepared.choices as SequenceId;
@@ -403,18 +403,18 @@ impl Worker<'_> {
                 sequences.iter().for_each(|new| self.runner.add(new.id(), new.prompt(), new.sampling()));
                 self.next_id += choices;
                 let prompt: Arc<[u32]> = sequences.first().map_or(Arc::default(), |first| first.prompt().into());
-                self.bring(prompt, Then::Run(sequences));
+                self.bring(prompt, Then::Run(sequences))?;
             }
             Command::Wake => {}
             Command::Cache(command) => {
-                self.handle_cache(command);
+                self.handle_cache(command)?;
                 self.publish();
             }
-            Command::Identified(fingerprint) => self.identified(fingerprint),
+            Command::Identified(fingerprint) => self.identified(fingerprint)?,
             Command::Fetched(restore, fetch, rows) => self.restores.arrived(restore, fetch, rows),
-            Command::Stop => return false,
+            Command::Stop => return Ok(false),
         }
-        true
+        Ok(true)
     }
 
     fn launch(&mut self) -> Result<Option<(Launched, Turn)>> {

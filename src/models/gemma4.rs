@@ -13,8 +13,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::nn::{
     Activation, AttentionSpec, CrossLayerSpec, DecoderSpec, DenseAndExpertsSpec, ExpertActivation, ExpertsSpec,
-    FeedForwardSpec, GatedSpec, LayerSpec, MixerSpec, NormOver, NormPlacement, PerLayerInputSpec, QkNorm, RopeSpec,
-    RouterSpec,
+    FeedForwardSpec, LayerSpec, MixerSpec, NormOver, NormPlacement, PerLayerInputSpec, QkNorm, RopeSpec, RouterSpec,
 };
 
 /// Names of the norms around experts.
@@ -167,8 +166,13 @@ impl Gemma4Config {
             let FeedForwardSpec::Gated(dense) = &mut layer.feed_forward else { continue };
             dense.inner *= if doubles && index >= first_shared { 2 } else { 1 };
             let Some(experts) = experts.clone() else { continue };
-            let (dense, norms) = (GatedSpec { ..dense.clone() }, EXPERT_NORMS);
-            let both = DenseAndExpertsSpec { dense, dense_path: layer.feed_forward_path, experts, norms, norm_eps };
+            let both = DenseAndExpertsSpec {
+                dense: dense.clone(),
+                dense_path: layer.feed_forward_path,
+                experts,
+                norms: EXPERT_NORMS,
+                norm_eps,
+            };
             (layer.feed_forward, layer.feed_forward_path) = (FeedForwardSpec::DenseAndExperts(both), "");
         }
         Ok(())

@@ -133,9 +133,9 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::config::read_json;
     use crate::error::Status;
     use crate::mlx::{self, Device};
+    use crate::models::tests::changed;
     use crate::models::{self, check_supported};
     use crate::weights::Weights;
 
@@ -145,9 +145,7 @@ mod tests {
 
     /// The fixture's config with some fields replaced.
     fn declared(changes: Value) -> Result<DecoderSpec> {
-        let mut value = read_json(&fixture("granitemoehybrid-f32").join("config.json")).unwrap();
-        value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        let config = ModelConfig::from_value(value)?;
+        let config = changed("granitemoehybrid-f32", &changes);
         check_supported(&config)?;
         declare(&config, &Scope::whole(&config, 64))
     }

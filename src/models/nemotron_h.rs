@@ -200,13 +200,11 @@ mod tests {
     use super::*;
     use crate::error::Status;
     use crate::models::check_supported;
+    use crate::models::tests::changed;
 
     /// The fixture's config with some fields replaced.
     fn declared(changes: Value) -> Result<DecoderSpec> {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/nemotron_h-f32/config.json");
-        let mut value: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        let config = ModelConfig::from_value(value)?;
+        let config = changed("nemotron_h-f32", &changes);
         check_supported(&config)?;
         declare(&config, &Scope::whole(&config, 64))
     }

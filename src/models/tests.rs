@@ -8,7 +8,7 @@ use super::*;
 use crate::config::read_json;
 
 /// The config of the fixture `name` with some of the language model's fields replaced.
-fn changed(name: &str, changes: &Value) -> ModelConfig {
+pub(super) fn changed(name: &str, changes: &Value) -> ModelConfig {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name);
     let mut value = read_json(&folder.join("config.json")).unwrap();
     let wrapped = value.get("text_config").is_some();

@@ -5,8 +5,8 @@ use crate::cache::prefix::{NodeId, ROOT};
 
 /// Cached rows behind a table that a sequence could go on from.
 struct Reach {
-    /// Of these whole blocks.
-    path: Vec<NodeId>,
+    /// The first so many of a path's blocks.
+    blocks: usize,
     /// And of a block whose beginning is of use.
     tail: Option<NodeId>,
     /// Tokens in all, those of the table included.
@@ -51,16 +51,17 @@ impl BlockManager {
         if let Some(snapshots) = self.snapshots.as_ref().filter(|_| with_state) {
             let at = |position: usize| {
                 let blocks = (position - table.indexed) / self.block_tokens;
-                (blocks < served.len() && served[blocks])
-                    .then(|| self.reach(table, &path, blocks, &tokens[..position]))
-                    .filter(|reach| reach.tokens == position)
+                let reach = (blocks < served.len() && served[blocks])
+                    .then(|| self.reach(table, &path, blocks, &tokens[..position]));
+                reach.filter(|reach| reach.tokens == position)
             };
-            let longest = snapshots.longest(&tokens[..limit], computed, |position| at(position).is_some());
-            let Some((position, slot, written)) = longest else { return Found { rows, ..nothing } };
+            let Some((slot, written, longest)) = snapshots.longest(&tokens[..limit], computed, at) else {
+                return Found { rows, ..nothing };
+            };
             if written == self.step {
                 return Found { rows, more_soon: true, ..nothing };
             }
-            reach = at(position).unwrap_or(reach);
+            reach = longest;
             state = Some(slot);
         }
         // Rows that are copied must be there.
@@ -70,14 +71,14 @@ impl BlockManager {
                 return Found { rows, more_soon: true, ..nothing };
             }
             reach.tail = None;
-            reach.tokens = table.indexed + reach.path.len() * self.block_tokens;
+            reach.tokens = table.indexed + reach.blocks * self.block_tokens;
         }
         // What the sequence has of the block that it was in gives way.
         let whole = table.indexed / self.block_tokens;
         for (group, blocks) in self.groups.iter_mut().zip(&mut table.groups) {
             blocks.drain(whole.min(blocks.len())..).rev().flatten().for_each(|block| group.pool.release(block));
         }
-        self.share(table, &reach);
+        self.share(table, &path[..reach.blocks], reach.tail);
         if let (Some(snapshots), Some(slot)) = (&mut self.snapshots, state) {
             snapshots.take_up(&mut table.state, slot, reach.tokens);
         }
@@ -85,14 +86,14 @@ impl BlockManager {
     }
 
     /// Makes a table hold what was found.
-    fn share(&mut self, table: &mut Table, reach: &Reach) {
-        let end = table.indexed + reach.path.len() * self.block_tokens;
-        if !reach.path.is_empty() {
+    fn share(&mut self, table: &mut Table, path: &[NodeId], tail: Option<NodeId>) {
+        let end = table.indexed + path.len() * self.block_tokens;
+        if !path.is_empty() {
             for at in 0..self.groups.len() {
                 self.leave(table, at, self.groups[at].kind.first_block(end, self.block_tokens));
             }
         }
-        for &node in &reach.path {
+        for &node in path {
             let place = table.indexed / self.block_tokens;
             for (at, group) in self.groups.iter_mut().enumerate() {
                 let kept = place >= group.kind.first_block(end, self.block_tokens);
@@ -103,7 +104,7 @@ impl BlockManager {
             table.node = node;
             table.indexed += self.block_tokens;
         }
-        let Some(tail) = reach.tail else { return };
+        let Some(tail) = tail else { return };
         for (at, group) in self.groups.iter_mut().enumerate() {
             let block = self.index.block(tail, at);
             block.into_iter().for_each(|block| group.pool.retain(block));
@@ -174,11 +175,10 @@ impl BlockManager {
 
     /// The first `blocks` nodes of `path`, and what a block behind them has of the rest of `tokens`.
     fn reach(&self, table: &Table, path: &[NodeId], blocks: usize, tokens: &[u32]) -> Reach {
-        let path = path[..blocks].to_vec();
         let whole = table.indexed + blocks * self.block_tokens;
-        let node = path.last().copied().unwrap_or(table.node);
+        let node = path[..blocks].last().copied().unwrap_or(table.node);
         let rest = &tokens[whole..tokens.len().min(whole + self.block_tokens)];
         let tail = self.index.closest_child(node, rest);
-        Reach { path, tail: tail.map(|(tail, _)| tail), tokens: whole + tail.map_or(0, |(_, common)| common) }
+        Reach { blocks, tail: tail.map(|(tail, _)| tail), tokens: whole + tail.map_or(0, |(_, common)| common) }
     }
 }

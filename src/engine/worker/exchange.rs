@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::super::identity::ModelIdentity;
-use super::super::restore::{Restored, Then, Wait};
-use super::super::tiers::{CROWDED, Fetch, Has, InPools, ModelTiers, SPAN_TOKENS, Stop, TierGroup, Whereabouts};
+use super::super::restore::{Restored, Then, Wait, whole_blocks};
+use super::super::tiers::{CROWDED, Has, InPools, ModelTiers, SPAN_TOKENS, Stop, TierGroup, Whereabouts};
 use super::{CacheCommand, Worker};
 use crate::cache::Save;
 use crate::error::{Error, Result};
@@ -40,25 +40,20 @@ impl Saving {
 }
 
 impl Worker<'_> {
-    pub(super) fn handle_cache(&mut self, command: CacheCommand) {
+    /// Errors only for defects.
+    pub(super) fn handle_cache(&mut self, command: CacheCommand) -> Result<()> {
         let blocks = self.scheduler.blocks();
         // What the steps on their way write is there for any later one.
         blocks.next_step();
         // Whoever asked may have gone.
         match command {
             CacheCommand::Clear(answer) => {
-                let freed: usize =
-                    blocks.clear().into_iter().zip(&self.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
-                let states = blocks.clear_states() * self.runner.states().slot_bytes();
-                let _ = answer.send(freed + states);
+                let (blocks, slots) = blocks.clear();
+                let rows: usize = blocks.into_iter().zip(&self.block_bytes).map(|(blocks, bytes)| blocks * bytes).sum();
+                let _ = answer.send(rows + slots * self.runner.states().slot_bytes());
             }
             CacheCommand::Pin(tokens, answer) => {
-                let mut pinned = blocks.pin(&tokens);
-                // For a state that is pinned there has to be another slot.
-                if self.grow_states().is_ok_and(|grown| grown) {
-                    pinned = self.scheduler.blocks().pin(&tokens);
-                }
-                let _ = answer.send(pinned);
+                let _ = answer.send(self.pin(&tokens)?);
                 self.tiers.iter().for_each(|tiers| tiers.pin(&tokens, true));
             }
             CacheCommand::Unpin(tokens, answer) => {
@@ -77,7 +72,7 @@ impl Worker<'_> {
                 });
                 let _ = answer.send(freed);
             }
-            CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer)),
+            CacheCommand::Prefetch(tokens, answer) => self.bring(tokens.into(), Then::Tell(answer))?,
             CacheCommand::Find(tokens, answer) => {
                 let tokens = &tokens[..tokens.len().saturating_sub(1)];
                 let (has, others) = (Has::of(blocks, tokens), blocks.goes_on_after(tokens));
@@ -92,10 +87,18 @@ impl Worker<'_> {
                 let _ = answer.send(found);
             }
         }
+        Ok(())
+    }
+
+    /// Pins what the pools have of `tokens`: of how many of them.
+    fn pin(&mut self, tokens: &[u32]) -> Result<usize> {
+        let pinned = self.scheduler.blocks().pin(tokens);
+        // Where there were too few slots for another pinned state, there may be more now.
+        Ok(if self.grow_states()? { self.scheduler.blocks().pin(tokens) } else { pinned })
     }
 
     /// From now on rows come from other tiers and go there.
-    pub(super) fn identified(&mut self, identified: Result<([u8; 32], ModelIdentity)>) {
+    pub(super) fn identified(&mut self, identified: Result<([u8; 32], ModelIdentity)>) -> Result<()> {
         self.unidentified = false;
         let states = self.runner.states();
         let has_states = !states.is_empty();
@@ -115,24 +118,25 @@ impl Worker<'_> {
                 self.scheduler.blocks().save_in_runs_of(SPAN_TOKENS);
                 let pins = tiers.pins();
                 self.tiers = Some(tiers);
-                pins.into_iter().for_each(|tokens| self.bring(tokens, Then::Pin));
+                pins.into_iter().try_for_each(|tokens| self.bring(tokens, Then::Pin))?;
             }
             Err(error) => {
                 tracing::warn!(model = self.options.id, %error, "only the pools cache");
                 self.saving.answer(false);
             }
         }
+        Ok(())
     }
 
     /// Gets what other tiers have of `tokens`, if that is faster than to compute it, and then goes on.
-    pub(super) fn bring(&mut self, tokens: Arc<[u32]>, then: Then) {
+    pub(super) fn bring(&mut self, tokens: Arc<[u32]>, then: Then) -> Result<()> {
         let blocks = self.scheduler.blocks();
         // The last token is computed in any case.
         let limit = tokens.len().saturating_sub(1);
         // What the steps on their way write is there for any later one.
         blocks.next_step();
         let has = Has::of(blocks, &tokens[..limit]);
-        let (pool, block_tokens) = (has.tokens, blocks.block_tokens());
+        let pool = has.tokens;
         let token_seconds = self.scheduler.seconds_per_token(tokens.len());
         let moving = self.restores.moving();
         let mut fetches = self.tiers.as_ref().map(|tiers| tiers.find(&tokens[..limit], &has, token_seconds, moving));
@@ -140,37 +144,33 @@ impl Worker<'_> {
         fetches.iter_mut().filter(|fetches| fetches.iter().all(|fetch| fetch.end() <= pool)).for_each(Vec::clear);
         match fetches {
             Some(fetches) if !fetches.is_empty() || !self.restores.is_empty() => {
-                // Where only a state is brought, the pools have the end as well.
-                let end = fetches.iter().map(Fetch::end).max().unwrap_or(has.rows);
-                let from = has.rows.min(end) / block_tokens * block_tokens;
+                let from = whole_blocks(&has, &fetches, self.scheduler.blocks().block_tokens());
                 self.restores.begin(tokens, from, fetches, then);
+                Ok(())
             }
             _ => self.restored((tokens, then, pool)),
         }
     }
 
-    fn restored(&mut self, (tokens, then, reached): Restored) {
-        let blocks = self.scheduler.blocks();
+    fn restored(&mut self, (tokens, then, reached): Restored) -> Result<()> {
         match then {
             Then::Run(sequences) => sequences.into_iter().for_each(|sequence| self.scheduler.admit(sequence)),
             Then::Tell(answer) => {
                 let _ = answer.send(reached);
             }
             Then::Pin => {
-                blocks.next_step();
-                blocks.pin(&tokens);
-                if self.grow_states().is_ok_and(|grown| grown) {
-                    self.scheduler.blocks().pin(&tokens);
-                }
+                self.scheduler.blocks().next_step();
+                self.pin(&tokens)?;
             }
         }
+        Ok(())
     }
 
     /// Moves rows that have come from other tiers into the pools: between two steps a single span, so that running
     /// answers hardly notice.
     pub(super) fn restore(&mut self) -> Result<()> {
         for cancelled in self.restores.take_cancelled(&mut self.scheduler) {
-            self.restored(cancelled);
+            self.restored(cancelled)?;
         }
         self.scheduler.expect_others(self.restores.have_sequences());
         loop {
@@ -189,7 +189,7 @@ impl Worker<'_> {
             }
             let most = if self.stepping { 1 } else { usize::MAX };
             if let Some(restored) = self.restores.place(&mut self.runner, &mut self.scheduler, most)? {
-                self.restored(restored);
+                self.restored(restored)?;
             }
             if self.stepping {
                 return Ok(());
@@ -198,9 +198,9 @@ impl Worker<'_> {
     }
 
     pub(super) fn end_restores(&mut self) {
-        for (tokens, then, reached) in self.restores.end(&mut self.scheduler) {
-            if let Then::Run(_) = &then {
-                self.restored((tokens, then, reached));
+        for (_, then, _) in self.restores.end(&mut self.scheduler) {
+            if let Then::Run(sequences) = then {
+                sequences.into_iter().for_each(|sequence| self.scheduler.admit(sequence));
             }
         }
     }

@@ -36,12 +36,13 @@ impl Worker<'_> {
     pub(super) fn grow_states(&mut self) -> Result<bool> {
         let Some(snapshots) = self.scheduler.blocks().snapshots() else { return Ok(false) };
         let (wanted, capacity) = (snapshots.wanted(), snapshots.capacity());
-        if wanted == capacity {
+        // Pools on their way have memory that they do not take yet.
+        if wanted == capacity || self.runner.pages().is_resizing() {
             return Ok(false);
         }
         let more = self.snapshot_bytes(wanted) - self.snapshot_bytes(capacity);
         let bytes = self.cache_bytes() + more + self.runner.states().largest();
-        let granted = !self.runner.pages().is_resizing() && self.memory.grow(bytes as u64);
+        let granted = self.memory.grow(bytes as u64);
         if granted && !self.settle()? {
             return Ok(false);
         }
@@ -170,7 +171,6 @@ impl Worker<'_> {
         self.save_for(if self.scheduler.is_idle() { LAST_SAVES } else { PAUSED });
         let blocks = self.scheduler.blocks();
         blocks.clear();
-        blocks.clear_states();
         let least: Vec<usize> = (0..blocks.groups()).map(|group| blocks.least_capacity(group)).collect();
         least.iter().enumerate().for_each(|(group, &least)| blocks.shrink(group, least));
         let pages = self.runner.pages();
