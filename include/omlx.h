@@ -321,6 +321,9 @@ OMLX_ENUM(omlx_metrics_format, uint32_t) {
 
 /// Counters and state of all loaded models: queue, steps, tokens, cache and its tiers; and of the pool: memory and tiers.
 /// `format` is an `omlx_metrics_format`.
+///
+/// For supervisors: `"step_age_seconds"` of a model grows while one step is being computed, and is 0 while none is, whether
+/// there are no requests or their readers are behind. One that only grows is a device or a kernel that hangs.
 omlx_status omlx_pool_metrics(omlx_pool *pool, uint32_t format, omlx_string **text, omlx_error **error);
 
 /// The pool's memory and its models that are loaded, or about to be, as a JSON object:

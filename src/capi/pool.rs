@@ -347,6 +347,9 @@ pub enum omlx_metrics_format {
 
 /// Counters and state of all loaded models: queue, steps, tokens, cache and its tiers; and of the pool: memory and tiers.
 /// `format` is an `omlx_metrics_format`.
+///
+/// For supervisors: `"step_age_seconds"` of a model grows while one step is being computed, and is 0 while none is, whether
+/// there are no requests or their readers are behind. One that only grows is a device or a kernel that hangs.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_pool_metrics(
     pool: *mut omlx_pool,

@@ -157,6 +157,8 @@ struct Shared {
     freed: AtomicU64,
     /// As the worker left them after its last step.
     metrics: Mutex<EngineMetrics>,
+    /// When the step began that is to end next; `None` while nothing is computed.
+    computing: Mutex<Option<Instant>>,
 }
 
 /// How far the weights are read.
@@ -311,6 +313,7 @@ impl Engine {
             loading: Arc::default(),
             freed: AtomicU64::new(0),
             metrics: Mutex::default(),
+            computing: Mutex::default(),
         });
         match options.kind {
             ModelKind::Embedding | ModelKind::Reranker => Self::start_encoding(options, shared),
@@ -428,7 +431,9 @@ impl Engine {
 
     /// What the engine tells about itself.
     pub fn metrics(&self) -> EngineMetrics {
-        *lock(&self.shared.metrics)
+        let computing = *lock(&self.shared.computing);
+        let step_age_seconds = computing.map_or(0.0, |began| began.elapsed().as_secs_f64());
+        EngineMetrics { step_age_seconds, ..*lock(&self.shared.metrics) }
     }
 
     /// Whether it caches keys and values: not those of encoders.

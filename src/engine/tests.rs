@@ -374,10 +374,36 @@ fn a_reader_that_sleeps_pauses_its_sequence_and_loses_nothing() {
     }
     // Paused: the engine is idle, and what waits does not grow any more.
     std::thread::sleep(Duration::from_millis(300));
+    let metrics = pool.metrics()[0].1;
+    assert_eq!((metrics.running_sequences, metrics.step_age_seconds), (1, 0.0));
     let Ok(Event::Delta(first)) = state.next(Some(Duration::ZERO)) else { panic!("nothing is waiting") };
     assert!(first.tokens.len() < 1100, "{} tokens piled up", first.tokens.len());
     let (rest, done) = finish(&state);
     assert_eq!((first.tokens.len() + rest.len(), done.reason), (1500, FinishReason::Length));
+}
+
+#[test]
+fn a_step_that_does_not_end_grows_old() {
+    let pool = pool("stuck");
+    let age = || pool.metrics().first().map_or(0.0, |(_, metrics)| metrics.step_age_seconds);
+    let state = generate(&pool, "stuck", 100);
+    let (release, released) = crossbeam_channel::bounded::<()>(0);
+    // The first token's reader holds up the thread that would read the step behind it.
+    state.set_wake(Some(Box::new(move || {
+        if std::thread::current().name().is_some_and(|name| name.starts_with("omlx-run")) {
+            let _ = released.recv();
+        }
+    })));
+    let deadline = Instant::now() + PATIENCE;
+    while age() < 0.2 {
+        assert!(Instant::now() < deadline, "it is {} seconds old", age());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(release);
+    assert_eq!(finish(&state).1.reason, FinishReason::Length);
+    while age() > 0.0 {
+        assert!(Instant::now() < deadline, "it is still there");
+    }
 }
 
 #[test]

@@ -363,6 +363,9 @@ impl Worker<'_> {
                 self.commit(step, launched)?;
             }
             drop(turn);
+            if self.in_flight.is_none() {
+                *lock(&self.shared.computing) = None;
+            }
             self.publish();
             self.save_ahead(idle);
             // With more blocks there may be something to do.
@@ -427,6 +430,7 @@ impl Worker<'_> {
             return Ok(None);
         }
         let turn = self.seat.take();
+        lock(&self.shared.computing).get_or_insert_with(Instant::now);
         fault::point("worker.step", &self.options.id);
         match self.launch_plan(&plan) {
             Ok(None) => Ok(None),
@@ -483,6 +487,8 @@ impl Worker<'_> {
             Err(error) => return self.fail(error).map(|()| None),
         };
         let now = Instant::now();
+        // Of the step behind it, if there is one.
+        *lock(&self.shared.computing) = Some(now);
         // It began when it was launched, or when the step before it had ended; the pools grew behind it.
         let time = now - launched.max(self.committed);
         let seconds = time.saturating_sub(self.growth.turn).as_secs_f64();

@@ -13,7 +13,6 @@ use crate::http::keys::Keys;
 use crate::log;
 use crate::options::Options;
 use crate::routes::admin::downloads::Downloads;
-use crate::routes::health::Pulse;
 
 /// Names of ignored keys that are remembered at most: clients choose them.
 const MOST_IGNORED: usize = 256;
@@ -33,8 +32,6 @@ pub struct App {
     pub cors_origins: Vec<String>,
     /// Downloads that the admin page started.
     pub downloads: Downloads,
-    /// Whether models get on with their work.
-    pub pulse: Pulse,
     /// No new work is taken.
     pub draining: AtomicBool,
     /// Requests being answered.
@@ -89,7 +86,6 @@ impl App {
             allowed_hosts: options.list("allowed-hosts"),
             cors_origins: options.list("cors-origins"),
             downloads: Downloads::default(),
-            pulse: Pulse::default(),
             draining: AtomicBool::new(false),
             active: AtomicU64::new(0),
             requests: AtomicU64::new(0),

@@ -255,9 +255,11 @@ impl Worker<'_> {
         }
         fault::point("encoder.batch", &self.options.id);
         let started = Instant::now();
+        *lock(&self.shared.computing) = Some(started);
         let rows = self.model.compute(&texts).and_then(|rows| kernels::check().map(|()| rows));
         let (seconds, tokens) =
             (started.elapsed().as_secs_f64(), texts.iter().map(|text| text.ids.len()).sum::<usize>());
+        *lock(&self.shared.computing) = None;
         drop(turn);
         let rows = match rows {
             Ok(rows) => rows,

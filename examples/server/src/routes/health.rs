@@ -1,8 +1,6 @@
 //! `GET /health`, `/health/live`, `/health/ready`: whether the server runs, and whether it takes work.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -28,26 +26,8 @@ pub async fn ready(State(app): State<Shared>) -> Response {
     answer(readiness(&app))
 }
 
-/// How long models may work on one step.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// When models that had work were last seen to get on.
-#[derive(Debug, Default)]
-pub struct Pulse(Mutex<Option<(u64, Instant)>>);
-
-impl Pulse {
-    /// Takes the number of steps so far and whether there is work, and says for how long nothing has come of it.
-    fn stalled(&self, steps: u64, busy: bool, now: Instant) -> Duration {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match *last {
-            Some((before, since)) if busy && before == steps => now.saturating_duration_since(since),
-            _ => {
-                *last = busy.then_some((steps, now));
-                Duration::ZERO
-            }
-        }
-    }
-}
+/// Seconds that a model may compute one step.
+const PATIENCE: f64 = 60.0;
 
 /// Why work would not be taken.
 fn readiness(app: &App) -> Result<(), &'static str> {
@@ -55,13 +35,17 @@ fn readiness(app: &App) -> Result<(), &'static str> {
         return Err("the server is ending");
     }
     let metrics = app.pool.metrics(Metrics::Json).map_err(|_| "the pool does not answer")?;
-    let metrics: Value = serde_json::from_str(&metrics).unwrap_or_default();
-    let models = metrics["models"].as_object();
-    let sum = |name: &str| models.into_iter().flatten().filter_map(|(_, model)| model[name].as_u64()).sum::<u64>();
-    match app.pulse.stalled(sum("steps"), sum("running_sequences") > 0, Instant::now()) > PATIENCE {
-        true => Err("no step has ended for a minute"),
+    match hangs(&serde_json::from_str(&metrics).unwrap_or_default()) {
+        true => Err("a model has been computing one step for a minute"),
         false => Ok(()),
     }
+}
+
+/// Whether any model does not get on with a step that it has begun. One that computes nothing, since there are no requests or
+/// their readers are behind, is well.
+fn hangs(metrics: &Value) -> bool {
+    let models = metrics["models"].as_object().into_iter().flatten();
+    models.filter_map(|(_, model)| model["step_age_seconds"].as_f64()).any(|age| age > PATIENCE)
 }
 
 fn answer(readiness: Result<(), &str>) -> Response {
@@ -78,17 +62,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_work_that_stands_still_is_a_stall() {
-        let (pulse, began) = (Pulse::default(), Instant::now());
-        let at = |seconds: u64| began + Duration::from_secs(seconds);
-        let stalled = |steps, busy, seconds| pulse.stalled(steps, busy, at(seconds)).as_secs();
-        assert_eq!(stalled(5, false, 0), 0);
-        // Idle for long, then a first step that takes its time.
-        assert_eq!(stalled(5, true, 1000), 0);
-        assert_eq!(stalled(5, true, 1010), 10);
-        assert_eq!(stalled(6, true, 1020), 0);
-        assert_eq!(stalled(6, true, 1100), 80);
-        assert_eq!(stalled(6, false, 1110), 0);
-        assert_eq!(stalled(6, true, 1200), 0);
+    fn one_model_that_hangs_is_enough() {
+        let metrics = |ages: &[f64]| {
+            let model = |(index, age): (usize, &f64)| (index.to_string(), json!({"steps": 9, "step_age_seconds": age}));
+            json!({"models": ages.iter().enumerate().map(model).collect::<serde_json::Map<_, _>>()})
+        };
+        assert!(!hangs(&metrics(&[])));
+        assert!(!hangs(&metrics(&[0.0, 59.0])));
+        assert!(hangs(&metrics(&[0.0, 61.0, 0.01])));
+        // Rows in the tiers of a model that is not loaded.
+        assert!(!hangs(&json!({"models": {"a": {"cold_bytes": 100}}})));
     }
 }

@@ -5,7 +5,7 @@ mod chat_completions;
 mod completions;
 mod count_tokens;
 mod embeddings;
-pub mod health;
+mod health;
 mod messages;
 mod metrics;
 mod models;

@@ -98,6 +98,35 @@ fn many_streams_hold_beside_many_that_are_silent() {
     assert_eq!(server.metric("omlx_blocks_used"), 0.0);
 }
 
+/// Its sequence stays among the running ones, and no step is computed: that is no model that hangs.
+#[test]
+fn a_client_that_does_not_read_leaves_the_server_ready() {
+    let server = Server::start(&[]);
+    let mut body: Value = serde_json::from_str(&long_story(true)).unwrap();
+    // Long chunks: the sockets between hold a few megabytes.
+    for (key, value) in [("n", json!(8)), ("logprobs", json!(true)), ("top_logprobs", json!(20))] {
+        body[key] = value;
+    }
+    let mut connection = server.connect();
+    connection.send("POST", "/v1/chat/completions", &[], &body.to_string());
+    assert_eq!(connection.head().status, 200);
+    let deadline = Instant::now() + crate::harness::PATIENCE;
+    let mut steps = 0.0;
+    loop {
+        let before = std::mem::replace(&mut steps, server.metric("omlx_steps_total"));
+        if steps == before {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it was never paused");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(server.metric(crate::harness::RUNNING) > 0.0, "it ended");
+    assert_eq!(server.metric("omlx_step_age_seconds"), 0.0);
+    assert_eq!(server.get("/health").expect(200)["ready"], true);
+    connection.hang_up();
+    server.wait_idle();
+}
+
 /// Waits until there are no more than there were, but for one of a connection that is being closed.
 fn wait_for_descriptors(server: &Server, before: usize) {
     let deadline = Instant::now() + Duration::from_secs(10);
