@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use omlx_client::{Done, Event, FinishReason, Piece, Request, TokenLogprob, ToolCall, Usage};
+use tokio::time::Instant;
 
 use super::error::ApiError;
 
@@ -20,8 +21,23 @@ pub struct Events {
 impl Events {
     /// Waits a while for the first piece. A request that has failed by then is an error.
     pub async fn begin(request: Request) -> Result<Self, ApiError> {
+        Self::begin_until(request, Instant::now() + PATIENCE).await
+    }
+
+    /// The same for requests whose answers make one stream: a while for all of them together.
+    pub async fn begin_all(requests: Vec<Request>) -> Result<Vec<Self>, ApiError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut all = Vec::new();
+        for request in requests {
+            all.push(Self::begin_until(request, deadline).await?);
+        }
+        Ok(all)
+    }
+
+    async fn begin_until(request: Request, deadline: Instant) -> Result<Self, ApiError> {
         let mut events = Self { first: None, request, started: None };
-        let first = tokio::time::timeout(PATIENCE, events.piece()).await.unwrap_or_default();
+        // What is there already is taken after the deadline, too.
+        let first = tokio::time::timeout_at(deadline, events.piece()).await.unwrap_or_default();
         match first {
             Some(Event::Done(Done { error: Some(error), .. })) => Err(error.into()),
             first => Ok(Self { first, ..events }),

@@ -76,10 +76,7 @@ pub async fn handle(
     let model = requests.first().map(Request::model).unwrap_or_default();
     let head = Head { id: app.id("cmpl-"), created: unix_time(), model, usage, with_logprobs, choices };
     if streams {
-        let mut prompts = Vec::new();
-        for request in requests {
-            prompts.push(Events::begin(request).await?);
-        }
+        let prompts = Events::begin_all(requests).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(prompts, head, out)));
     }
     let mut answers = Vec::new();

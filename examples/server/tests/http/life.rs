@@ -151,6 +151,27 @@ fn a_silent_stream_says_that_it_lives() {
     assert_eq!(String::from_utf8(chunk).unwrap(), ": keep-alive\n\n");
 }
 
+/// The prompts behind the first one wait for it: three seconds for all of them, not for each.
+#[test]
+fn a_stream_of_many_prompts_begins_soon() {
+    let server = Server::start(&["--max-sequences", "1"]);
+    let prompts = |last: &str| {
+        let mut prompts = vec!["Once upon a time"; 11];
+        prompts.push(last);
+        json!({"prompt": prompts, "max_tokens": 6000, "ignore_eos": true, "stream": true}).to_string()
+    };
+    let mut connection = server.connect();
+    let began = Instant::now();
+    connection.send("POST", "/v1/completions", &[], &prompts("The"));
+    assert_eq!(connection.head().status, 200);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    connection.hang_up();
+    // What fails meanwhile is no stream.
+    let long = "word ".repeat(20_000);
+    let error = server.call("POST", "/v1/completions", &[], &prompts(&long)).expect(400);
+    assert_eq!(error["error"]["code"], "context_length_exceeded");
+}
+
 #[test]
 fn a_signal_lets_running_requests_end() {
     let mut server = Server::start(&[]);
