@@ -18,9 +18,22 @@ pub fn streaming(body: &mut Map<String, Value>) -> Result<(bool, bool), ApiError
 
 /// Asks the template for thinking or none, unless the request says so itself.
 pub fn enable_thinking(body: &mut Map<String, Value>, on: bool) {
-    let kwargs = body.entry("chat_template_kwargs").or_insert_with(|| json!({}));
+    tell_template(body, "enable_thinking", on.into());
+}
+
+/// The same in OpenAI's words: some templates have the switch, others (gpt-oss) read the word.
+pub fn reasoning_effort(body: &mut Map<String, Value>, effort: Value) {
+    enable_thinking(body, effort != "none" && effort != "minimal");
+    tell_template(body, "reasoning_effort", effort);
+}
+
+fn tell_template(body: &mut Map<String, Value>, key: &str, value: Value) {
+    let kwargs = body.entry("chat_template_kwargs").or_insert(Value::Null);
+    if kwargs.is_null() {
+        *kwargs = json!({});
+    }
     if let Some(kwargs) = kwargs.as_object_mut() {
-        kwargs.entry("enable_thinking").or_insert(Value::Bool(on));
+        kwargs.entry(key).or_insert(value);
     }
 }
 

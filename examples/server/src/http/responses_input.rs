@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
-use super::openai::enable_thinking;
+use super::openai::reasoning_effort;
 
 /// Keys that mean something here.
 pub const KNOWN: &[&str] = &[
@@ -52,7 +52,7 @@ pub fn to_chat(body: &Map<String, Value>) -> Result<Map<String, Value>, ApiError
     chat.insert("messages".to_owned(), messages.list.into());
     tools(body, &mut chat)?;
     if let Some(effort) = body.get("reasoning").and_then(|reasoning| reasoning["effort"].as_str()) {
-        enable_thinking(&mut chat, effort != "none" && effort != "minimal");
+        reasoning_effort(&mut chat, effort.into());
     }
     if let Some(format) = body.get("text").and_then(|text| text.get("format")) {
         chat.insert("response_format".to_owned(), response_format(format));
@@ -222,6 +222,19 @@ mod tests {
         assert_eq!(chat["tools"], json!([{"type": "function", "function": {"name": "weather", "parameters": {}}}]));
         assert_eq!(chat["tool_choice"], json!({"type": "function", "function": {"name": "weather"}}));
         assert_eq!(chat["response_format"]["json_schema"], json!({"name": "n", "schema": {}}));
+    }
+
+    #[test]
+    fn the_effort_reaches_templates() {
+        let told = |reasoning: Value| {
+            let body = json!({"input": "x", "reasoning": reasoning});
+            to_chat(body.as_object().unwrap()).unwrap().remove("chat_template_kwargs")
+        };
+        let low = json!({"enable_thinking": true, "reasoning_effort": "low"});
+        assert_eq!(told(json!({"effort": "low", "summary": "auto"})), Some(low));
+        let minimal = json!({"enable_thinking": false, "reasoning_effort": "minimal"});
+        assert_eq!(told(json!({"effort": "minimal"})), Some(minimal));
+        assert_eq!(told(json!({"summary": "auto"})), None);
     }
 
     #[test]

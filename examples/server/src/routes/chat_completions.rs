@@ -10,7 +10,7 @@ use crate::http::answer::{Answer, Choice, Events};
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
 use crate::http::guard::RequestId;
-use crate::http::openai::{enable_thinking, finish_word, streaming, usage_json};
+use crate::http::openai::{finish_word, reasoning_effort, streaming, usage_json};
 use crate::http::sse::{self, Out};
 
 /// Keys that mean something here or in the library.
@@ -74,7 +74,7 @@ pub async fn handle(
 /// Words of the API that the library has other names for.
 fn prepare(body: &mut Map<String, Value>) {
     if let Some(effort) = body.remove("reasoning_effort").filter(|effort| !effort.is_null()) {
-        enable_thinking(body, effort != "none" && effort != "minimal");
+        reasoning_effort(body, effort);
     }
     let messages = body.get_mut("messages").and_then(Value::as_array_mut);
     for message in messages.into_iter().flatten().filter_map(Value::as_object_mut) {
@@ -270,6 +270,24 @@ fn logprobs_json(tokens: &[TokenLogprob]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_effort_reaches_templates_unless_they_are_told_otherwise() {
+        let told = |body: Value| {
+            let Value::Object(mut body) = body else { unreachable!() };
+            prepare(&mut body);
+            assert!(!body.contains_key("reasoning_effort"), "the library does not know it");
+            body.remove("chat_template_kwargs")
+        };
+        let high = json!({"enable_thinking": true, "reasoning_effort": "high"});
+        assert_eq!(told(json!({"reasoning_effort": "high"})), Some(high.clone()));
+        assert_eq!(told(json!({"reasoning_effort": "high", "chat_template_kwargs": null})), Some(high));
+        let none = json!({"enable_thinking": false, "reasoning_effort": "none"});
+        assert_eq!(told(json!({"reasoning_effort": "none"})), Some(none));
+        let own = json!({"reasoning_effort": "low", "enable_thinking": false});
+        assert_eq!(told(json!({"reasoning_effort": "high", "chat_template_kwargs": own.clone()})), Some(own));
+        assert_eq!(told(json!({"reasoning_effort": null})), None);
+    }
 
     #[test]
     fn a_framed_chunk_is_the_chunk() {
