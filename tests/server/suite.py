@@ -42,7 +42,9 @@ def schemathesis(tests):
     with Server(PROGRAM, "--context-length", "256", models=models) as server:
         command = [WORK / "venv/bin/schemathesis", "run", server.url + "/openapi.json", "--checks", checks, "--seed", "1",
                    "--request-timeout", "60", "--generation-database", "none", *amount]
-        output = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3000)
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(ROOT / "tests/server")}
+        output = subprocess.run(command, cwd=WORK, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, timeout=3000)
         tests.report("schemathesis", output.stdout[-6000:] if output.returncode else None)
         said = re.findall(r"(\d+) generated", output.stdout)
         if said:

@@ -14,7 +14,7 @@ use crate::http::openai::{finish_word, reasoning_effort, streaming, usage_json};
 use crate::http::sse::{self, Out};
 
 /// Keys that mean something here or in the library.
-const KNOWN: &[&str] = &[
+pub(super) const KNOWN: &[&str] = &[
     "add_generation_prompt",
     "chat_template",
     "chat_template_kwargs",

@@ -13,7 +13,8 @@ use crate::http::guard::RequestId;
 use crate::http::openai::{finish_word, streaming, usage_json};
 use crate::http::sse::{self, Out};
 
-const KNOWN: &[&str] = &[
+/// Keys that mean something here or in the library.
+pub(super) const KNOWN: &[&str] = &[
     "frequency_penalty",
     "ignore_eos",
     "logit_bias",

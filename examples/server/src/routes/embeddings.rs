@@ -9,7 +9,9 @@ use crate::app::Shared;
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
 
-const KNOWN: &[&str] = &["dimensions", "encoding_format", "input", "model", "normalize", "priority", "truncate"];
+/// Keys that mean something in the library.
+pub(super) const KNOWN: &[&str] =
+    &["dimensions", "encoding_format", "input", "model", "normalize", "priority", "truncate"];
 
 /// The handler.
 pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {

@@ -11,3 +11,30 @@ pub const DOCUMENT: &str = include_str!("openapi.json");
 pub async fn handle() -> Response {
     json_text(DOCUMENT.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::DOCUMENT;
+    use crate::http::{anthropic, responses_input};
+    use crate::routes::{chat_completions, completions, embeddings, rerank};
+
+    #[test]
+    fn every_key_that_means_something_is_described() {
+        let document: Value = serde_json::from_str(DOCUMENT).unwrap();
+        for (schema, known) in [
+            ("ChatRequest", chat_completions::KNOWN),
+            ("CompletionRequest", completions::KNOWN),
+            ("ResponsesRequest", responses_input::KNOWN),
+            ("EmbeddingsRequest", embeddings::KNOWN),
+            ("RerankRequest", rerank::KNOWN),
+            ("MessagesRequest", anthropic::KNOWN),
+        ] {
+            let described = document["components"]["schemas"][schema]["properties"].as_object().unwrap();
+            for key in known {
+                assert!(described.contains_key(*key), "{schema} has no {key}");
+            }
+        }
+    }
+}

@@ -9,7 +9,8 @@ use crate::app::Shared;
 use crate::http::body::{JsonObject, flag, json_response};
 use crate::http::error::ApiError;
 
-const KNOWN: &[&str] =
+/// Keys that mean something here or in the library.
+pub(super) const KNOWN: &[&str] =
     &["documents", "instruction", "model", "priority", "query", "return_documents", "top_n", "truncate"];
 
 /// The handler.
