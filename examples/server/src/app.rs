@@ -128,13 +128,11 @@ impl App {
         call: impl Fn(&Self, &str) -> omlx_client::Result<T>,
     ) -> Result<(Option<String>, T), ApiError> {
         let named = body.get("model").and_then(Value::as_str).map(str::to_owned);
-        let json = Value::Object(body.clone()).to_string();
-        match call(self, &json) {
+        match call(self, &text(&body)) {
             Ok(result) => Ok((named, result)),
             Err(error) if error.status == Status::NotFound && body.remove("model").is_some() => {
-                let json = Value::Object(body).to_string();
                 // What it said about the name is more useful than that there is no default.
-                call(self, &json).map(|result| (None, result)).map_err(|other| match other.status {
+                call(self, &text(&body)).map(|result| (None, result)).map_err(|other| match other.status {
                     Status::NotFound | Status::InvalidRequest => ApiError::from(error),
                     _ => ApiError::from(other),
                 })
@@ -155,6 +153,12 @@ impl App {
             }
         }
     }
+}
+
+/// The JSON of an object.
+fn text(object: &Map<String, Value>) -> String {
+    // Writing values to memory cannot fail.
+    serde_json::to_string(object).unwrap_or_default()
 }
 
 /// Seconds since 1970.

@@ -17,11 +17,28 @@ use crate::app::Shared;
 /// A body takes this many pauses of the full timeout at most.
 const PAUSES: u32 = 8;
 
-/// Bytes from which reading JSON takes long enough to be noticed by other connections.
+/// Bytes from which reading and writing JSON takes long enough to be noticed by other connections.
 const LONG: usize = 256 << 10;
 
 /// A body that is a JSON object.
-pub struct JsonObject(pub Map<String, Value>);
+pub struct JsonObject {
+    /// It.
+    pub object: Map<String, Value>,
+    long: bool,
+}
+
+impl JsonObject {
+    /// Does `work` with the object, which passes over all of it; on another thread if it is long.
+    pub async fn with<T: Send + 'static>(
+        self,
+        work: impl FnOnce(Map<String, Value>) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        match self.long {
+            true => blocking(move || work(self.object)).await,
+            false => work(self.object),
+        }
+    }
+}
 
 impl FromRequest<Shared> for JsonObject {
     type Rejection = ApiError;
@@ -33,16 +50,15 @@ impl FromRequest<Shared> for JsonObject {
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, what));
         }
         let bytes = read(request, app.limits.body, app.limits.timeout).await?;
-        match bytes.len() > LONG {
-            true => blocking(move || parse(&bytes)).await,
-            false => parse(&bytes),
-        }
+        let long = bytes.len() > LONG;
+        let object = if long { blocking(move || parse(&bytes)).await } else { parse(&bytes) };
+        object.map(|object| Self { object, long })
     }
 }
 
-fn parse(bytes: &[u8]) -> Result<JsonObject, ApiError> {
+fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     match serde_json::from_slice(bytes) {
-        Ok(Value::Object(object)) => Ok(JsonObject(object)),
+        Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(ApiError::bad_request("the body must be a JSON object")),
         Err(error) => Err(ApiError::bad_request(format!("the body is not valid JSON: {error}"))),
     }
@@ -108,5 +124,21 @@ pub fn flag(body: &Map<String, Value>, key: &str) -> Result<bool, ApiError> {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(value)) => Ok(*value),
         Some(_) => Err(ApiError::bad_request(format!("{key:?} must be true or false"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_on_a_long_body_is_done_elsewhere() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let elsewhere = |long| {
+            let here = std::thread::current().id();
+            let body = JsonObject { object: Map::new(), long };
+            runtime.block_on(body.with(move |_| Ok(std::thread::current().id() != here))).unwrap()
+        };
+        assert!(elsewhere(true) && !elsewhere(false));
     }
 }

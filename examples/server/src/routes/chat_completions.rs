@@ -2,10 +2,10 @@
 
 use axum::extract::{Extension, State};
 use axum::response::Response;
-use omlx_client::{Event, FinishReason, TokenLogprob};
+use omlx_client::{Event, FinishReason, Request, TokenLogprob};
 use serde_json::{Map, Value, json};
 
-use crate::app::{Shared, unix_time};
+use crate::app::{App, Shared, unix_time};
 use crate::http::answer::{Answer, Choice, Events};
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
@@ -52,8 +52,25 @@ pub(super) const KNOWN: &[&str] = &[
 pub async fn handle(
     State(app): State<Shared>,
     Extension(request_id): Extension<RequestId>,
-    JsonObject(mut body): JsonObject,
+    body: JsonObject,
 ) -> Result<Response, ApiError> {
+    let shared = Shared::clone(&app);
+    let Begun { request, head, streams } = body.with(move |body| begin(&shared, body)).await?;
+    if streams {
+        let events = Events::begin(request).await?;
+        return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
+    }
+    let answer = Answer::collect(request).await?;
+    Ok(json_response(&head.whole(answer)))
+}
+
+struct Begun {
+    request: Request,
+    head: Head,
+    streams: bool,
+}
+
+fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
     app.note_ignored("chat/completions", &body, KNOWN);
     if !body.get("messages").is_some_and(Value::is_array) {
         return Err(ApiError::bad_request("\"messages\" must be an array"));
@@ -63,12 +80,7 @@ pub async fn handle(
     prepare(&mut body);
     let request = app.generate(body)?;
     let head = Head { id: app.id("chatcmpl-"), created: unix_time(), model: request.model(), usage, with_logprobs };
-    if streams {
-        let events = Events::begin(request).await?;
-        return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
-    }
-    let answer = Answer::collect(request).await?;
-    Ok(json_response(&head.whole(answer)))
+    Ok(Begun { request, head, streams })
 }
 
 /// Words of the API that the library has other names for.

@@ -5,7 +5,7 @@ use axum::response::Response;
 use omlx_client::{Event, FinishReason, Request, TokenLogprob, Usage};
 use serde_json::{Map, Value, json};
 
-use crate::app::{Shared, unix_time};
+use crate::app::{App, Shared, unix_time};
 use crate::http::answer::{Answer, Events};
 use crate::http::body::{JsonObject, json_response};
 use crate::http::error::ApiError;
@@ -47,8 +47,29 @@ const MAX_PROMPTS: usize = 32;
 pub async fn handle(
     State(app): State<Shared>,
     Extension(request_id): Extension<RequestId>,
-    JsonObject(mut body): JsonObject,
+    body: JsonObject,
 ) -> Result<Response, ApiError> {
+    let shared = Shared::clone(&app);
+    let Begun { requests, head, streams } = body.with(move |body| begin(&shared, body)).await?;
+    if streams {
+        let prompts = Events::begin_all(requests).await?;
+        return Ok(sse::respond(&app, &request_id.0, |out| stream(prompts, head, out)));
+    }
+    let mut answers = Vec::new();
+    for request in requests {
+        answers.push(Answer::collect(request).await?);
+    }
+    Ok(json_response(&head.whole(answers)))
+}
+
+struct Begun {
+    /// One for each prompt.
+    requests: Vec<Request>,
+    head: Head,
+    streams: bool,
+}
+
+fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
     app.note_ignored("completions", &body, KNOWN);
     for unsupported in ["suffix", "echo", "best_of"] {
         let value = body.remove(unsupported).unwrap_or_default();
@@ -76,15 +97,7 @@ pub async fn handle(
     let requests = requests.collect::<Result<Vec<Request>, _>>()?;
     let model = requests.first().map(Request::model).unwrap_or_default();
     let head = Head { id: app.id("cmpl-"), created: unix_time(), model, usage, with_logprobs, choices };
-    if streams {
-        let prompts = Events::begin_all(requests).await?;
-        return Ok(sse::respond(&app, &request_id.0, |out| stream(prompts, head, out)));
-    }
-    let mut answers = Vec::new();
-    for request in requests {
-        answers.push(Answer::collect(request).await?);
-    }
-    Ok(json_response(&head.whole(answers)))
+    Ok(Begun { requests, head, streams })
 }
 
 /// The prompts of a request: a text, token ids, or an array of either.

@@ -10,10 +10,14 @@ use crate::http::body::{JsonObject, blocking, json_response};
 use crate::http::error::ApiError;
 
 /// The handler.
-pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
-    app.note_ignored("messages/count_tokens", &body, anthropic::KNOWN);
-    let chat = anthropic::to_chat(&body)?;
+pub async fn handle(
+    State(app): State<Shared>,
+    JsonObject { object: body, .. }: JsonObject,
+) -> Result<Response, ApiError> {
+    // Reading a tokenizer may wait, however short the text is.
     let tokens = blocking(move || -> Result<usize, ApiError> {
+        app.note_ignored("messages/count_tokens", &body, anthropic::KNOWN);
+        let chat = anthropic::to_chat(&body)?;
         let (model, text) = app.with_default_model(chat, |app, json| app.pool.render_template(json, true))?;
         Ok(app.pool.tokenize(model.as_deref(), &text, false)?.len())
     });

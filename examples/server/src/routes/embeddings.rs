@@ -14,10 +14,14 @@ pub(super) const KNOWN: &[&str] =
     &["dimensions", "encoding_format", "input", "model", "normalize", "priority", "truncate"];
 
 /// The handler.
-pub async fn handle(State(app): State<Shared>, JsonObject(body): JsonObject) -> Result<Response, ApiError> {
-    app.note_ignored("embeddings", &body, KNOWN);
-    let base64 = body.get("encoding_format").is_some_and(|format| format == "base64");
-    let mut request = app.start(body, Pool::embed)?;
+pub async fn handle(State(app): State<Shared>, body: JsonObject) -> Result<Response, ApiError> {
+    let (mut request, base64) = body
+        .with(move |body| {
+            app.note_ignored("embeddings", &body, KNOWN);
+            let base64 = body.get("encoding_format").is_some_and(|format| format == "base64");
+            Ok((app.start(body, Pool::embed)?, base64))
+        })
+        .await?;
     let (mut data, mut tokens) = (Vec::new(), 0);
     while let Some(event) = request.next().await {
         match event {

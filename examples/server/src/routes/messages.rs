@@ -2,10 +2,10 @@
 
 use axum::extract::{Extension, State};
 use axum::response::Response;
-use omlx_client::{Event, FinishReason, ToolCall, Usage};
+use omlx_client::{Event, FinishReason, Request, ToolCall, Usage};
 use serde_json::{Map, Value, json};
 
-use crate::app::Shared;
+use crate::app::{App, Shared};
 use crate::http::answer::{Answer, Events};
 use crate::http::anthropic;
 use crate::http::body::{JsonObject, flag, json_response};
@@ -17,14 +17,10 @@ use crate::http::sse::{self, Out};
 pub async fn handle(
     State(app): State<Shared>,
     Extension(request_id): Extension<RequestId>,
-    JsonObject(body): JsonObject,
+    body: JsonObject,
 ) -> Result<Response, ApiError> {
-    app.note_ignored("messages", &body, anthropic::KNOWN);
-    if !body.get("max_tokens").is_some_and(Value::is_u64) {
-        return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
-    }
-    let streams = flag(&body, "stream")?;
-    let request = app.generate(anthropic::to_chat(&body)?)?;
+    let shared = Shared::clone(&app);
+    let (request, streams) = body.with(move |body| begin(&shared, &body)).await?;
     let head = Head { id: app.id("msg_"), model: request.model() };
     if streams {
         let events = Events::begin(request).await?;
@@ -32,6 +28,16 @@ pub async fn handle(
     }
     let answer = Answer::collect(request).await?;
     Ok(json_response(&head.whole(answer)))
+}
+
+/// Starts the request, and says whether its answer is streamed.
+fn begin(app: &App, body: &Map<String, Value>) -> Result<(Request, bool), ApiError> {
+    app.note_ignored("messages", body, anthropic::KNOWN);
+    if !body.get("max_tokens").is_some_and(Value::is_u64) {
+        return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
+    }
+    let streams = flag(body, "stream")?;
+    Ok((app.generate(anthropic::to_chat(body)?)?, streams))
 }
 
 struct Head {

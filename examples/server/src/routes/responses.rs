@@ -2,10 +2,10 @@
 
 use axum::extract::{Extension, State};
 use axum::response::Response;
-use omlx_client::{Event, FinishReason, ToolCall, Usage};
+use omlx_client::{Event, FinishReason, Request, ToolCall, Usage};
 use serde_json::{Map, Value, json};
 
-use crate::app::{Shared, unix_time};
+use crate::app::{App, Shared, unix_time};
 use crate::http::answer::{Answer, Call, Events};
 use crate::http::body::{JsonObject, flag, json_response};
 use crate::http::error::ApiError;
@@ -17,12 +17,10 @@ use crate::http::sse::{self, Out};
 pub async fn handle(
     State(app): State<Shared>,
     Extension(request_id): Extension<RequestId>,
-    JsonObject(body): JsonObject,
+    body: JsonObject,
 ) -> Result<Response, ApiError> {
-    app.note_ignored("responses", &body, input::KNOWN);
-    let streams = flag(&body, "stream")?;
-    let request = app.generate(input::to_chat(&body)?)?;
-    let head = Head::new(app.id("resp_"), &body, request.model());
+    let shared = Shared::clone(&app);
+    let Begun { request, head, streams } = body.with(move |body| begin(&shared, &body)).await?;
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -40,6 +38,20 @@ pub async fn handle(
         output.push(call_item(&head.item("fc", output.len()), call, "completed"));
     }
     Ok(json_response(&head.response(choice.finish, output, Some(&answer.usage))))
+}
+
+struct Begun {
+    request: Request,
+    head: Head,
+    streams: bool,
+}
+
+fn begin(app: &App, body: &Map<String, Value>) -> Result<Begun, ApiError> {
+    app.note_ignored("responses", body, input::KNOWN);
+    let streams = flag(body, "stream")?;
+    let request = app.generate(input::to_chat(body)?)?;
+    let head = Head::new(app.id("resp_"), body, request.model());
+    Ok(Begun { request, head, streams })
 }
 
 struct Head {
