@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::openai::enable_thinking;
+use crate::app::App;
 
 /// Keys that mean something here.
 pub const KNOWN: &[&str] = &[
@@ -24,6 +25,44 @@ pub const KNOWN: &[&str] = &[
     "top_k",
     "top_p",
 ];
+
+/// Logs, once for each, the keys of a request that mean nothing here, those inside of it too.
+pub fn note_ignored(app: &App, route: &str, body: &Map<String, Value>) {
+    app.note_ignored(route, body, KNOWN);
+    nested(body, |place, object, known| app.note_ignored(&format!("{route} {place}"), object, known));
+}
+
+/// Visits the objects inside a request, each with where it is and the keys that mean something.
+fn nested(body: &Map<String, Value>, visit: impl Fn(&str, &Map<String, Value>, &[&str])) {
+    fn items(value: Option<&Value>) -> impl Iterator<Item = &Map<String, Value>> {
+        value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_object)
+    }
+    for block in items(body.get("system")) {
+        visit("system[]", block, known_of(block));
+    }
+    for tool in items(body.get("tools")) {
+        visit("tools[]", tool, &["description", "input_schema", "name", "type"]);
+    }
+    for message in items(body.get("messages")) {
+        visit("messages[]", message, &["content", "role"]);
+        for block in items(message.get("content")) {
+            visit("content[]", block, known_of(block));
+            items(block.get("content")).for_each(|part| visit("content[]", part, known_of(part)));
+        }
+    }
+}
+
+/// Keys of a block that mean something, the signatures that answers have included.
+fn known_of(block: &Map<String, Value>) -> &'static [&'static str] {
+    match block.get("type").and_then(Value::as_str) {
+        Some("document") => &["source", "type"],
+        Some("thinking") => &["signature", "thinking", "type"],
+        Some("redacted_thinking") => &["data", "type"],
+        Some("tool_use") => &["id", "input", "name", "type"],
+        Some("tool_result") => &["content", "is_error", "tool_use_id", "type"],
+        _ => &["text", "type"],
+    }
+}
 
 /// The chat request that says the same.
 pub fn to_chat(body: &Map<String, Value>) -> Result<Map<String, Value>, ApiError> {

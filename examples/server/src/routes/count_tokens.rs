@@ -16,7 +16,7 @@ pub async fn handle(
 ) -> Result<Response, ApiError> {
     // Reading a tokenizer may wait, however short the text is.
     let tokens = blocking(move || -> Result<usize, ApiError> {
-        app.note_ignored("messages/count_tokens", &body, anthropic::KNOWN);
+        anthropic::note_ignored(&app, "messages/count_tokens", &body);
         let chat = anthropic::to_chat(&body)?;
         let (model, text) = app.with_default_model(chat, |app, json| app.pool.render_template(json, true))?;
         Ok(app.pool.tokenize(model.as_deref(), &text, false)?.len())

@@ -32,7 +32,7 @@ pub async fn handle(
 
 /// Starts the request, and says whether its answer is streamed.
 fn begin(app: &App, body: &Map<String, Value>) -> Result<(Request, bool), ApiError> {
-    app.note_ignored("messages", body, anthropic::KNOWN);
+    anthropic::note_ignored(app, "messages", body);
     if !body.get("max_tokens").is_some_and(Value::is_u64) {
         return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
     }

@@ -91,6 +91,37 @@ fn a_billing_block_does_not_spoil_the_prefix() {
 }
 
 #[test]
+fn ignored_keys_are_logged_once_also_inside() {
+    let server = Server::start(&[]);
+    let cached = json!({"type": "ephemeral"});
+    let mut body = question(false);
+    body["messages"] = json!([
+        {"role": "user", "content": [{"type": "text", "text": "Weather?", "cache_control": cached}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""},
+            {"type": "tool_use", "id": "t1", "name": "weather", "input": {}, "caller": {"type": "direct"}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1",
+            "content": [{"type": "text", "text": "rain", "note": 1}]}]}]);
+    body["tools"] = json!([{"name": "weather", "input_schema": {"type": "object"}, "cache_control": cached}]);
+    for _ in 0..2 {
+        server.post("/v1/messages", &body).expect(200);
+    }
+    let lines = server.lines();
+    let ignored: Vec<&String> = lines.iter().filter(|line| line.contains("ignored")).collect();
+    for (place, key) in [
+        ("messages", "metadata"),
+        ("messages system[]", "cache_control"),
+        ("messages content[]", "cache_control"),
+        ("messages content[]", "caller"),
+        ("messages content[]", "note"),
+        ("messages tools[]", "cache_control"),
+    ] {
+        let needle = format!("route=\"{place}\" key=\"{key}\"");
+        assert_eq!(ignored.iter().filter(|line| line.contains(&needle)).count(), 1, "{needle}: {ignored:?}");
+    }
+    assert_eq!(ignored.len(), 6, "what means something is ignored: {ignored:?}");
+}
+
+#[test]
 fn errors_are_anthropics_objects() {
     let server = Server::start(&[]);
     let mut body = question(false);
