@@ -12,6 +12,8 @@ mod fault;
 pub mod hub;
 pub mod kernels;
 pub mod ledger;
+#[cfg(test)]
+mod logged;
 pub mod mlx;
 pub mod models;
 pub mod nn;

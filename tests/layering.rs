@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("sync", &[]),
+    ("logged", &[]),
     ("panics", &["error"]),
     ("hub", &["error", "panics", "sync"]),
     ("ledger", &["error", "sync"]),
@@ -15,11 +16,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("fault", &["error", "kernels", "sync"]),
     ("config", &["error", "mlx"]),
     ("weights", &["config", "error", "kernels", "mlx", "sync"]),
-    ("cache", &["error", "kernels", "mlx", "sync"]),
+    ("cache", &["error", "kernels", "logged", "mlx", "sync"]),
     ("nn", &["cache", "error", "kernels", "mlx", "weights"]),
     ("models", &["cache", "config", "error", "mlx", "nn", "text", "weights"]),
     ("sampling", &["error", "kernels", "mlx"]),
-    ("text", &["error", "panics", "sync"]),
+    ("text", &["error", "logged", "panics", "sync"]),
     (
         "engine",
         &[

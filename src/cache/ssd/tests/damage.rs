@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::disk::{Disk, Random};
-use super::log::logged;
 use super::*;
 use crate::cache::ssd::index;
+use crate::logged::logged;
 
 struct Damaged {
     disk: Disk,

@@ -7,7 +7,6 @@ mod disk;
 mod faults;
 mod kill;
 mod limits;
-mod log;
 mod machine;
 mod speed;
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::logged::logged;
 
 const WEATHER: &str = r#"{"city": "Oslo", "days": 2}"#;
 
@@ -299,6 +300,32 @@ fn what_is_malformed_comes_out_as_text() {
         let answer = parse(format, text);
         assert_eq!((answer.content.as_str(), answer.calls.len()), (text, 0), "{format:?}");
     }
+}
+
+#[test]
+fn the_log_warns_of_what_is_malformed_or_cut_off() {
+    let warnings = |format, text| logged(|| read(&settings(format), [text])).1;
+    for (format, text, warning) in [
+        (ToolFormat::Hermes, "<tool_call>\nnot JSON</tool_call>", "a tool call is malformed"),
+        (ToolFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": x", "a tool call is malformed"),
+        (ToolFormat::Hermes, "<tool_call>{\"name\": \"f\"", "the answer ends within a tool call"),
+        (ToolFormat::Qwen, "<tool_call>\n<function=f", "the answer ends within a tool call"),
+    ] {
+        // What is given back is read again, and may begin another one.
+        let (said, warning) = (warnings(format, text), format!("{warning}; the rest of it is sent as text"));
+        assert!(!said.is_empty() && said.iter().all(|line| *line == warning), "{text}: {said:?}");
+    }
+    let start = "<|start|>assistant";
+    let harmony = AnswerSettings::new(format(ToolFormat::Harmony), Some(&tools()), start);
+    let call = |arguments: &str| format!("<|channel|>commentary to=functions.now<|message|>{arguments}");
+    let cut = logged(|| read(&harmony, [call("{\"a\": ").as_str()])).1;
+    assert_eq!(cut, ["a tool call is malformed or cut off; the rest of it is sent as text"]);
+    assert_eq!(logged(|| read(&harmony, [call("{}<|call|>").as_str()])).1, [""; 0]);
+    // What is whole, or no call at all, is nothing to warn of.
+    for text in ["<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>", "{\"name\": \"Bob\"}"] {
+        assert_eq!(warnings(ToolFormat::Hermes, text), [""; 0], "{text}");
+    }
+    assert_eq!(warnings(ToolFormat::Llama, "{\"name\": \"Bob\"}"), [""; 0]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What the tier would have the host's log say.
+//! What the host's log would say, for unit tests.
 
 use std::fmt::{Debug, Write};
 use std::sync::{Arc, Mutex};
