@@ -1,5 +1,8 @@
 """The anthropic package."""
 
+import asyncio
+import json
+
 import anthropic
 
 MODEL = "tiny-chat"
@@ -79,8 +82,53 @@ def errors(url, key):
     assert error.request_id
 
 
+def structured_output(url, key):
+    # Of bounded length, so that every answer is whole.
+    schema = {"type": "object", "properties": {
+        "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+        "required": ["name", "age"], "additionalProperties": False}
+    question = [{"role": "user", "content": "Tom is 7 years old. Give name and age as JSON."}]
+    output = {"type": "json_schema", "schema": schema}
+    # As it is called, and as it was called first.
+    for ways in [{"output_config": {"format": output}}, {"extra_body": {"output_format": output}}]:
+        answer = client(url, key).messages.create(model=MODEL, max_tokens=200, messages=question, **ways)
+        assert answer.stop_reason == "end_turn", answer
+        person = json.loads(answer.content[0].text)
+        assert set(person) == {"name", "age"} and 0 <= person["age"] <= 150, person
+    impossible = {"format": {"type": "json_schema", "schema": {"type": "no such type"}}}
+    try:
+        client(url, key).messages.create(model=MODEL, max_tokens=20, messages=question, output_config=impossible)
+    except anthropic.BadRequestError:
+        return
+    raise AssertionError("an impossible schema was accepted")
+
+
+def cancel(url, key):
+    story = [{"role": "user", "content": "Tell me a long story."}]
+    events = client(url, key).messages.create(model=MODEL, max_tokens=6000, messages=story, stream=True)
+    kinds = [event.type for _, event in zip(range(5), events)]
+    assert kinds[0] == "message_start" and kinds[-1] == "content_block_delta", kinds
+    events.close()
+    message(url, key)
+
+
+def concurrency(url, key):
+    async def all_of_them():
+        async with anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, timeout=120) as client:
+            async def one(index):
+                messages = [{"role": "user", "content": f"What is {index} plus 30?"}]
+                async with client.messages.stream(
+                        model=MODEL, max_tokens=40, messages=messages, extra_body=GREEDY) as events:
+                    return await events.get_final_text()
+            return await asyncio.gather(*[one(index) for index in range(24)])
+    texts = asyncio.run(all_of_them())
+    right = sum(str(index + 30) in text for index, text in enumerate(texts))
+    assert right >= 20, texts
+
+
 def models(url, key):
     assert MODEL in [model.id for model in client(url, key).models.list()]
 
 
-TESTS = [message, stream, system_blocks_and_the_cache, counting, a_turn_with_results_of_tools, errors, models]
+TESTS = [message, stream, system_blocks_and_the_cache, counting, a_turn_with_results_of_tools, structured_output, errors,
+         models, cancel, concurrency]

@@ -34,6 +34,44 @@ const tests = {
     assert.equal(kinds[0], "response.created");
     assert.equal(kinds.at(-1), "response.completed");
   },
+  async tools() {
+    const parameters = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
+    const tools = [{ type: "function", function: { name: "get_weather", description: "Get the weather of a city.", parameters } }];
+    const turns = [{ role: "user", content: "What is the weather in Oslo?" }];
+    const first = await client.chat.completions.create({ model, messages: turns, tools, temperature: 0 });
+    assert.equal(first.choices[0].finish_reason, "tool_calls");
+    const [call] = first.choices[0].message.tool_calls;
+    assert.deepEqual(JSON.parse(call.function.arguments), { city: "Oslo" });
+    turns.push(first.choices[0].message);
+    turns.push({ role: "tool", tool_call_id: call.id, content: '{"temperature": 7, "sky": "rainy"}' });
+    const second = await client.chat.completions.create({ model, messages: turns, tools, temperature: 0 });
+    assert.equal(second.choices[0].finish_reason, "stop");
+    assert.match(second.choices[0].message.content, /rainy/);
+  },
+  async "structured output"() {
+    // Of bounded length, so that every answer is whole.
+    const properties = { name: { type: "string", maxLength: 12 }, age: { type: "integer", minimum: 0, maximum: 150 } };
+    const schema = { type: "object", properties, required: ["name", "age"], additionalProperties: false };
+    const question = [{ role: "user", content: "Tom is 7 years old. Give name and age as JSON." }];
+    const response_format = { type: "json_schema", json_schema: { name: "person", schema, strict: true } };
+    for (const seed of [1, 2, 3]) {
+      const answer = await client.chat.completions.create({ model, messages: question, seed, temperature: 1, max_tokens: 200, response_format });
+      assert.equal(answer.choices[0].finish_reason, "stop");
+      const person = JSON.parse(answer.choices[0].message.content);
+      assert.deepEqual(Object.keys(person), ["name", "age"]);
+      assert.ok(Number.isInteger(person.age));
+    }
+  },
+  async embeddings() {
+    const encoders = new OpenAI({ baseURL: process.env.ENCODERS_URL, apiKey: process.env.KEY, maxRetries: 0 });
+    // The package asks for base64 unless told otherwise.
+    const vectors = await encoders.embeddings.create({ model: "bert", input: ["ab", "b a"] });
+    const numbers = await encoders.embeddings.create({ model: "bert", input: "ab", encoding_format: "float" });
+    assert.equal(vectors.data.length, 2);
+    const [one, other] = [vectors.data[0].embedding, numbers.data[0].embedding];
+    assert.ok(one.length > 1 && one.length === other.length);
+    assert.ok(one.every((number, index) => Math.abs(number - other[index]) < 1e-5));
+  },
   async models() {
     const ids = [];
     for await (const one of client.models.list()) ids.push(one.id);

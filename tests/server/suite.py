@@ -15,14 +15,15 @@ from harness import ROOT, Server, Tests
 
 PROGRAM, WORK, OPTIONS = sys.argv[1], pathlib.Path(sys.argv[2]).resolve(), sys.argv[3:]
 KEY = "a-key-of-the-tests"
+ENCODERS = "tests/fixtures/encoders"
 
 
 def javascript(tests):
     """tests/server/openai_sdk.mjs, which prints a JSON object for each test."""
     script = WORK / "openai_sdk.mjs"
     script.write_text((ROOT / "tests/server/openai_sdk.mjs").read_text())
-    with Server(PROGRAM, key=KEY) as server:
-        environment = {**os.environ, "BASE_URL": server.url + "/v1", "KEY": KEY}
+    with Server(PROGRAM, key=KEY) as server, Server(PROGRAM, models=ENCODERS) as encoders:
+        environment = {**os.environ, "BASE_URL": server.url + "/v1", "ENCODERS_URL": encoders.url + "/v1", "KEY": KEY}
         output = subprocess.run(["node", script], cwd=WORK, env=environment, stdout=subprocess.PIPE, text=True, timeout=300)
         results = [json.loads(line) for line in output.stdout.splitlines()]
         for result in results:
@@ -54,7 +55,7 @@ def schemathesis(tests):
 
 def main():
     tests = Tests()
-    with Server(PROGRAM, key=KEY) as server, Server(PROGRAM, models="tests/fixtures/encoders") as encoders:
+    with Server(PROGRAM, key=KEY) as server, Server(PROGRAM, models=ENCODERS) as encoders:
         tests.run("OpenAI", openai_sdk.TESTS, server.url, encoders.url, KEY)
         tests.run("Anthropic", anthropic_sdk.TESTS, server.url, KEY)
         if "tools" in OPTIONS:

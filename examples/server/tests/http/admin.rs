@@ -1,8 +1,11 @@
 //! The admin interface.
 
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 
-use crate::harness::Server;
+use crate::harness::{PATIENCE, Server};
+use crate::hub;
 
 #[test]
 fn models_are_loaded_pinned_and_unloaded() {
@@ -75,4 +78,36 @@ fn downloads_are_listed_and_cancelled() {
     assert_eq!(list["downloads"][0]["id"], id);
     assert_eq!(server.call("DELETE", &format!("/admin/api/downloads/{id}"), &[], "").status, 200);
     assert_eq!(server.call("DELETE", "/admin/api/downloads/none", &[], "").status, 404);
+}
+
+#[test]
+fn a_model_is_downloaded_and_answers() {
+    let (hub, models) = (hub::with_the_bundled_model(), tempfile::tempdir().unwrap());
+    // A small file takes a second or two, so that the others are seen to be there before.
+    let slow = hub::server::Fault::DripHead(Duration::from_millis(10));
+    hub.fault(1, slow, |seen| seen.path.starts_with("/api/resolve-cache") && seen.path.ends_with("README.md"));
+    let mut command = crate::harness::command(&["--models", models.path().to_str().unwrap()]);
+    command.env("HF_ENDPOINT", hub.endpoint()).env_remove("HF_HUB_OFFLINE");
+    let server = Server::spawn(command);
+    assert_eq!(server.get("/v1/models").expect(200)["data"], json!([]));
+    server.post("/admin/api/downloads", &json!({"repo": hub::REPO})).expect(200);
+    let (mut seen, deadline) = (vec![0], Instant::now() + PATIENCE);
+    let all = loop {
+        let download = server.get("/admin/api/downloads").expect(200)["downloads"][0].clone();
+        seen.push(download["bytes_done"].as_u64().unwrap());
+        match download["state"].as_str().unwrap() {
+            "done" => break download["bytes_total"].as_u64().unwrap(),
+            "listing" | "fetching" | "installing" => assert!(Instant::now() < deadline, "{download}"),
+            _ => panic!("{download}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(seen.is_sorted() && seen.last() == Some(&all), "{seen:?} of {all}");
+    assert!(seen.iter().any(|&bytes| 0 < bytes && bytes < all), "it came at once: {seen:?}");
+    assert_eq!(server.get("/v1/models").expect(200)["data"][0]["id"], hub::REPO);
+    let body =
+        json!({"model": hub::REPO, "temperature": 0, "messages": [{"role": "user", "content": "What is 12 plus 30?"}]});
+    let answer = server.post("/v1/chat/completions", &body).expect(200);
+    assert_eq!(answer["model"], hub::REPO);
+    assert!(answer["choices"][0]["message"]["content"].as_str().unwrap().contains("42"), "{answer}");
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::Server;
 
@@ -204,6 +204,19 @@ fn fuzzed(random: &mut Random) -> Vec<u8> {
     bytes
 }
 
+/// Errors are objects as the API of the path has them.
+fn check_error(path: &str, body: &Value) {
+    let word = |value: &Value| value.as_str().is_some_and(|word| !word.is_empty());
+    let error = &body["error"];
+    assert!(word(&error["type"]) && word(&error["message"]), "{path}: {body}");
+    if path.starts_with("/v1/messages") {
+        assert_eq!(body["type"], "error", "{path}: {body}");
+    } else {
+        let code = error.get("code").unwrap_or_else(|| panic!("{path}: {body}"));
+        assert!(code.is_null() || word(code), "{path}: {body}");
+    }
+}
+
 /// `OMLX_FUZZ` sets how many.
 #[test]
 fn fuzzed_bodies_are_answered() {
@@ -237,6 +250,9 @@ fn fuzzed_bodies_are_answered() {
         let reply = connection.reply();
         let text = String::from_utf8_lossy(&body);
         assert!((200..500).contains(&reply.status), "{path} {text}: {} {}", reply.status, reply.body);
+        if reply.status >= 400 {
+            check_error(path, &reply.json());
+        }
         if reply.header("connection") == Some("close") {
             connection = server.connect();
         }

@@ -3,10 +3,12 @@
 mod admin;
 mod agents;
 mod anthropic;
+mod cli;
 mod document;
 mod encoders;
 mod guard;
 mod harness;
 mod hostile;
+mod hub;
 mod life;
 mod openai;

@@ -1,8 +1,10 @@
 //! OpenAI's endpoints.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
-use crate::harness::Server;
+use crate::harness::{PATIENCE, RUNNING, Server, root};
 
 fn sum_question(stream: bool) -> Value {
     json!({
@@ -179,6 +181,65 @@ fn models_are_listed_and_unknown_ones_are_the_default() {
     let answer = server.post("/v1/chat/completions", &question).expect(200);
     assert_eq!(answer["model"], "tiny-chat");
     assert!(answer["choices"][0]["message"]["content"].as_str().unwrap().contains("42"));
+}
+
+#[test]
+fn one_of_several_models_is_the_default() {
+    let models = tempfile::tempdir().unwrap();
+    for name in ["one", "two"] {
+        let folder = models.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        for file in std::fs::read_dir(root().join("models/tiny-chat")).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+        }
+    }
+    let folder = models.path().to_str().unwrap();
+    let ask = |server: &Server, model: Option<&str>| {
+        let mut question = sum_question(false);
+        question["model"] = model.into();
+        server.post("/v1/chat/completions", &question)
+    };
+    let server = Server::start(&["--models", folder]);
+    assert_eq!(ask(&server, Some("gpt-4o")).expect(404)["error"]["code"], "model_not_found");
+    assert_eq!(ask(&server, None).status, 400, "there are two");
+    let server = Server::start(&["--models", folder, "--default-model", "two"]);
+    for (named, used) in [(Some("gpt-4o"), "two"), (None, "two"), (Some("one"), "one")] {
+        assert_eq!(ask(&server, named).expect(200)["model"], used, "{named:?}");
+    }
+}
+
+/// Both APIs' clients come again by themselves when they are told when.
+#[test]
+fn who_comes_when_too_many_wait_is_told_when_to_come_again() {
+    let server = Server::start(&["--max-sequences", "1", "--queue-length", "1"]);
+    let mut question = sum_question(true);
+    (question["max_tokens"], question["ignore_eos"]) = (json!(6000), json!(true));
+    let ask = || {
+        let mut connection = server.connect();
+        connection.send("POST", "/v1/chat/completions", &[], &question.to_string());
+        connection
+    };
+    let until = |metric: &str| {
+        let deadline = Instant::now() + PATIENCE;
+        while server.metric(metric) < 1.0 {
+            assert!(Instant::now() < deadline, "no {metric}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Before the model is loaded there is nothing to be measured.
+    server.post("/v1/chat/completions", &sum_question(false)).expect(200);
+    let _running = ask();
+    until(RUNNING);
+    let _waiting = ask();
+    until("omlx_queued_requests");
+    for path in ["/v1/chat/completions", "/v1/messages"] {
+        let reply = server.post(path, &question);
+        let error = reply.expect(429);
+        assert_eq!(error["error"]["type"], "rate_limit_error", "{path}");
+        assert_eq!(error["type"], if path == "/v1/messages" { json!("error") } else { Value::Null });
+        assert!(reply.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1, "{path}");
+    }
 }
 
 #[test]
