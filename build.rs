@@ -3,8 +3,12 @@
 use std::env;
 use std::path::PathBuf;
 
+#[path = "src/capi/abi.rs"]
+mod abi;
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/capi/abi.rs");
     compile_shim();
     let library = env::var("DEP_MLX_LIBDIR").expect("mlx-sys publishes the folder of libmlx");
     let macos = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "macos");
@@ -19,16 +23,17 @@ fn main() {
         // A CUDA build of libmlx needs libraries of the NVIDIA driver, which a build machine may lack.
         println!("cargo:rustc-link-arg=-Wl,--allow-shlib-undefined");
     }
-    // The number is the ABI's (OMLX_ABI_VERSION).
+    // 1 from the first promise on: later interfaces only add to it, and its programs must find every later library.
+    let number = u32::from(abi::OMLX_ABI_VERSION != 0);
     let (file, linked, flag) = match macos {
-        true => ("deps/libomlx.dylib", "libomlx.0.dylib", "-install_name,@rpath/libomlx.0.dylib"),
-        false => ("deps/libomlx.so", "libomlx.so.0", "-soname,libomlx.so.0"),
+        true => ("deps/libomlx.dylib", format!("libomlx.{number}.dylib"), "-install_name,@rpath/"),
+        false => ("deps/libomlx.so", format!("libomlx.so.{number}"), "-soname,"),
     };
-    println!("cargo:rustc-cdylib-link-arg=-Wl,{flag}");
+    println!("cargo:rustc-cdylib-link-arg=-Wl,{flag}{linked}");
     // The crate llguidance has a C API of its own, which is none of ours.
     let hide = if macos { "-unexported_symbol,_llg_*" } else { "--exclude-libs,ALL" };
     println!("cargo:rustc-cdylib-link-arg=-Wl,{hide}");
-    link_by_its_own_name(file, linked);
+    link_by_its_own_name(file, &linked);
 }
 
 /// Programs look the library up by the name it calls itself, which cargo does not give the file. The one in `deps` is

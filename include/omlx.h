@@ -65,7 +65,7 @@ const char *omlx_version(void);
 /// The version of MLX that this build needs, exactly; static memory.
 const char *omlx_mlx_version(void);
 
-/// The binary interface that the loaded library offers; `omlx_check_abi` compares it with `OMLX_ABI_VERSION`.
+/// The binary interface that the loaded library offers: its `OMLX_ABI_VERSION`.
 uint32_t omlx_abi_version(void);
 
 // Status and errors -----------------------------------------------------------------------------------------
@@ -136,7 +136,8 @@ uint64_t omlx_error_retry_after_ms(const omlx_error *error);
 /// Frees an error; NULL is ignored.
 void omlx_error_release(omlx_error *error);
 
-/// Checks that the loaded library fits the header the host was compiled with: pass `OMLX_ABI_VERSION`.
+/// Checks that the loaded library fits the header the host was compiled with: pass `OMLX_ABI_VERSION`. It does if that is
+/// between 1 and its own number, since interfaces with a number only grow; a library with the number 0 fits 0 alone.
 ///
 /// `OMLX_E_UNSUPPORTED` if it does not; nothing else of the library may then be used.
 omlx_status omlx_check_abi(uint32_t header_version, omlx_error **error);

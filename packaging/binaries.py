@@ -11,7 +11,7 @@ MACOS = sys.platform == "darwin"
 # Libraries of the system, which every program has already.
 SYSTEM = ("linux-vdso", "ld-linux", "libc.so", "libm.so", "libgcc_s.so", "libstdc++.so", "libpthread.so", "libdl.so", "librt.so")
 
-DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
+DT_NEEDED, DT_STRTAB, DT_SONAME, DT_RPATH, DT_RUNPATH = 1, 5, 14, 15, 29
 PT_LOAD, PT_DYNAMIC = 1, 2
 SHT_DYNSYM = 11
 
@@ -61,6 +61,9 @@ class Elf:
         at = self.strings + value
         return self.data[at : self.data.index(0, at)].decode()
 
+    def name(self):
+        return self._text(self._entry(DT_SONAME))
+
     def needed(self):
         return [self._text(value) for tag, value in self._dynamic() if tag == DT_NEEDED]
 
@@ -71,7 +74,7 @@ class Elf:
     def _used(self):
         """Offsets of all other strings: linkers let one be the end of another."""
         for tag, value in self._dynamic():
-            if tag in (DT_NEEDED, 14):
+            if tag in (DT_NEEDED, DT_SONAME):
                 yield value
         for section in self._table(40, 58, "<IIQQQQIIQQ"):
             if section[1] == SHT_DYNSYM:
@@ -93,6 +96,13 @@ class Elf:
 
 def output(*command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def own_name(library):
+    """The name by which programs look for a library."""
+    if not MACOS:
+        return Elf(library).name()
+    return output("otool", "-D", str(library)).split()[-1].removeprefix("@rpath/")
 
 
 def _places(path):

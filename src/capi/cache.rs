@@ -176,7 +176,7 @@ impl Default for omlx_cache_limits {
 
 // SAFETY: repr(C), the size comes first, and every other field is an integer.
 unsafe impl SizedOptions for omlx_cache_limits {
-    const MIN_SIZE: usize = size_of::<Self>();
+    const MIN_SIZE: usize = 32;
 }
 
 /// Changes limits of a pool's cache; what is beyond them goes. Blocking while files are removed.

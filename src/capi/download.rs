@@ -70,7 +70,7 @@ impl Default for omlx_download_progress {
 
 // SAFETY: repr(C), the size comes first, and every other field is an integer.
 unsafe impl SizedOptions for omlx_download_progress {
-    const MIN_SIZE: usize = size_of::<Self>();
+    const MIN_SIZE: usize = 56;
 }
 
 impl From<Progress> for omlx_download_progress {

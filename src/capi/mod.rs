@@ -7,6 +7,7 @@
 #![allow(non_camel_case_types)]
 #![allow(clippy::missing_safety_doc, reason = "one contract for all functions, at the top of the header")]
 
+mod abi;
 mod bundled;
 mod cache;
 mod callback;
@@ -21,6 +22,7 @@ mod pool;
 mod request;
 mod text;
 
+pub use abi::*;
 pub use cache::*;
 pub use callback::{omlx_destroy_fn, omlx_event_fn, omlx_progress_fn, omlx_wake_fn};
 pub use download::*;
@@ -136,7 +138,8 @@ unsafe fn string<'a>(pointer: *const c_char, name: &str) -> Result<&'a str> {
 /// Implementors are `repr(C)`, begin with a `u32` size, and are valid for any content that hosts may write,
 /// all zero bytes included.
 unsafe trait SizedOptions: Copy + Default {
-    /// Size of the first published version; smaller ones are mistakes.
+    /// Size of the first version that was published; smaller ones are mistakes. It stays when the struct grows, so it is
+    /// the place of what came next, or a number: never `size_of::<Self>()`.
     const MIN_SIZE: usize;
 }
 
@@ -237,5 +240,60 @@ unsafe fn free<T>(pointer: *mut T) {
         // SAFETY: passed on to the caller.
         let owned = unsafe { Box::from_raw(pointer) };
         let _ = panics::catch(|| drop(owned));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A struct that has grown by `later`.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Grown {
+        struct_size: u32,
+        first: u32,
+        later: u32,
+    }
+
+    impl Default for Grown {
+        fn default() -> Self {
+            Self { struct_size: size_of::<Self>() as u32, first: 0, later: 7 }
+        }
+    }
+
+    // SAFETY: repr(C), the size comes first, and every other field is an integer.
+    unsafe impl SizedOptions for Grown {
+        const MIN_SIZE: usize = std::mem::offset_of!(Self, later);
+    }
+
+    #[test]
+    fn structs_of_older_and_newer_hosts_are_read_as_far_as_they_go() {
+        let read = |words: &[u32]| {
+            // SAFETY: the struct begins with its size, which `words` has, or which is refused.
+            let known = unsafe { options(words.as_ptr().cast::<Grown>(), "options") };
+            known.map(|known| (known.first, known.later)).map_err(|error| error.status())
+        };
+        assert_eq!(read(&[8, 3]), Ok((3, 7)), "an older host");
+        assert_eq!(read(&[12, 3, 4]), Ok((3, 4)));
+        assert_eq!(read(&[16, 3, 4, 0]), Ok((3, 4)), "a newer host that sets nothing new");
+        for wrong in [&[16, 3, 4, 1][..], &[4], &[0], &[u32::MAX]] {
+            assert_eq!(read(wrong), Err(Status::InvalidArgument), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn structs_of_older_and_newer_hosts_are_written_as_far_as_they_go() {
+        let write = |size: u32| {
+            let mut words = [size, 9, 9, 9];
+            let value = Grown { first: 3, later: 4, ..Grown::default() };
+            // SAFETY: the struct begins with its size, which `words` has, or which is refused.
+            let outcome = unsafe { write_sized(words.as_mut_ptr().cast::<Grown>(), value, "out") };
+            (outcome.map_err(|error| error.status()), words)
+        };
+        assert_eq!(write(8), (Ok(()), [8, 3, 9, 9]), "an older host");
+        assert_eq!(write(12), (Ok(()), [12, 3, 4, 9]));
+        assert_eq!(write(16), (Ok(()), [16, 3, 4, 9]), "a newer host");
+        assert_eq!(write(4), (Err(Status::InvalidArgument), [4, 9, 9, 9]));
     }
 }

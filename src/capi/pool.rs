@@ -185,7 +185,7 @@ impl Default for omlx_pool_options {
 
 // SAFETY: repr(C), the size comes first, and every other field is an integer or a nullable pointer.
 unsafe impl SizedOptions for omlx_pool_options {
-    const MIN_SIZE: usize = std::mem::offset_of!(omlx_pool_options, threads);
+    const MIN_SIZE: usize = std::mem::offset_of!(Self, threads);
 }
 
 impl omlx_pool_options {

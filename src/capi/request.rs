@@ -53,7 +53,7 @@ impl Default for omlx_generate_options {
 
 // SAFETY: repr(C), the size comes first, and every other field is an integer, a nullable pointer or function.
 unsafe impl SizedOptions for omlx_generate_options {
-    const MIN_SIZE: usize = size_of::<Self>();
+    const MIN_SIZE: usize = std::mem::offset_of!(Self, loading_events);
 }
 
 /// A generation, or texts that are encoded. Reference-counted; it does not need its pool's handle to live on.

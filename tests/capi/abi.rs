@@ -261,17 +261,35 @@ fn kept() -> Vec<(u32, PathBuf)> {
     entries.filter_map(|path| Some((number(&path)?, path))).collect()
 }
 
-/// A program built with the header in `folder` runs with the library of today.
-fn runs_with_todays_library(folder: &Path, name: &str) {
+/// What a program built with the header in `folder` does with the library of today.
+fn with_todays_library(folder: &Path, name: &str) -> cc::Outcome {
     let source = cc::root().join("tests/capi/c/kept.c");
     let program = cc::compile(&source, name, &["-std=c99", &format!("-I{}", folder.display())]);
-    assert_eq!(cc::run_ok(&program, &["models"]).stdout, "kept: 0 failures\n");
+    let empty = tempfile::tempdir().expect("a folder");
+    cc::run(&program, &["tests/fixtures/encoders", "models/tiny-chat", empty.path().to_str().expect("UTF-8")])
+}
+
+fn runs_with_todays_library(folder: &Path, name: &str) {
+    let outcome = with_todays_library(folder, name);
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("kept: 0 failures\n", ""), "{name}");
+}
+
+/// A folder with `header`.
+fn folder_with(header: &str, name: &str) -> PathBuf {
+    let folder = cc::work_dir().join(name);
+    fs::create_dir_all(&folder).expect("a folder");
+    fs::write(folder.join("omlx.h"), header).expect("a header");
+    folder
 }
 
 /// The number is 0 until the interface is promised. From then on each number has its folder, and keeps its promise.
 #[test]
 fn kept_interfaces_still_hold() {
     let (header, current) = (prototypes::header(), omlx::capi::OMLX_ABI_VERSION);
+    // The name that programs of all these interfaces look for.
+    let number = if current == 0 { 0 } else { 1 };
+    let (linux, macos) = (format!("libomlx.so.{number}"), format!("libomlx.{number}.dylib"));
+    assert_eq!(cc::soname(), if cfg!(target_os = "macos") { macos } else { linux });
     let kept = kept();
     assert_eq!(kept.len(), current as usize, "include/ has a folder for each number up to {current}: {kept:?}");
     let items = today(&header, "layout-today.c");
@@ -280,19 +298,66 @@ fn kept_interfaces_still_hold() {
         let old = read(&fs::read_to_string(folder.join("omlx.abi")).expect("the kept interface"));
         assert!(old.contains_key(&format!("abi {number}")), "{} is that of another number", folder.display());
         assert_eq!(broken(&old, &items), Vec::<String>::new(), "of {}", folder.display());
+        assert!(number < current || old == items, "what was added since number {number} needs the next one");
         runs_with_todays_library(&folder, &format!("kept-{number}"));
     }
 }
 
-/// The way in which a kept header is checked, played with that of today, and with one that asks for another number.
+/// Structs of today, and the first of their fields that did not come with them.
+const GROWN: [(&str, &str); 3] =
+    [("omlx_pool_options", "threads"), ("omlx_generate_options", "loading_events"), ("omlx_event", "loaded_bytes")];
+
+/// `header` with structs that end before a field.
+fn older(header: &str, structs_and_fields: &[(&str, &str)]) -> String {
+    let mut header = header.to_owned();
+    for &(name, field) in structs_and_fields {
+        let structs = structs(&header);
+        let (_, fields) = structs.iter().find(|(other, _)| other == name).expect("the struct");
+        let kept = fields.iter().position(|(_, other)| other == field).expect("the field");
+        let (before, rest) = header.split_once(&format!("typedef struct {name} {{\n")).expect("its beginning");
+        let (body, after) = rest.split_once(&format!("}} {name};\n")).expect("its end");
+        let mut seen = 0;
+        let body = body.split_inclusive('\n').take_while(|line| {
+            let is_older = seen < kept;
+            seen += usize::from(!line.trim_start().starts_with("//"));
+            is_older
+        });
+        let mut cut = format!("{before}typedef struct {name} {{\n{}}} {name};\n", body.collect::<String>());
+        let macro_start = format!("#define {}_INIT ", name.to_uppercase());
+        for line in after.split_inclusive('\n') {
+            match line.starts_with(&macro_start) {
+                true => cut += &format!("{} }}\n", line.split(", ").take(kept).collect::<Vec<_>>().join(", ")),
+                false => cut += line,
+            }
+        }
+        header = cut;
+    }
+    header
+}
+
+/// The way in which a kept header is checked, played with that of today, with one whose structs have not grown yet, and
+/// with wrong ones: with another number, and with a struct that was never so short.
 #[test]
 fn a_program_with_a_kept_header_is_built_and_run() {
-    let folder = cc::work_dir().join("abi-kept");
-    fs::create_dir_all(&folder).expect("a folder");
-    fs::write(folder.join("omlx.h"), prototypes::header()).expect("a header");
-    runs_with_todays_library(&folder, "kept-today");
-    let other = with(&prototypes::header(), "#define OMLX_ABI_VERSION 0", "#define OMLX_ABI_VERSION 4711");
-    fs::write(folder.join("omlx.h"), other).expect("a header");
-    let outcome = std::panic::catch_unwind(|| runs_with_todays_library(&folder, "kept-other"));
-    assert!(outcome.is_err(), "a program for another interface must notice");
+    let header = prototypes::header();
+    runs_with_todays_library(&folder_with(&header, "abi-today"), "kept-today");
+
+    let before = older(&header, &GROWN);
+    let folder = folder_with(&before, "abi-older");
+    let (old, new) = (of_c(&before, &folder, "layout-older.c", &["-std=c99"]), today(&header, "layout-newer.c"));
+    for (name, _) in GROWN {
+        let start = format!("struct {name} ");
+        let same = |item: &&String| item.starts_with(&start) && new.contains_key(*item);
+        assert_eq!(read(&old).keys().find(same), None, "{name} is not shorter");
+    }
+    assert_eq!(broken(&read(&old), &new), Vec::<String>::new());
+    runs_with_todays_library(&folder, "kept-older");
+
+    let number = format!("#define OMLX_ABI_VERSION {}", omlx::capi::OMLX_ABI_VERSION);
+    let other = with(&header, &number, "#define OMLX_ABI_VERSION 4711");
+    let outcome = with_todays_library(&folder_with(&other, "abi-other"), "kept-other");
+    assert!(!outcome.success && outcome.stderr.contains("ABI 4711"), "{}", outcome.stderr);
+    let short = older(&header, &[("omlx_pool_options", "prefill_chunk")]);
+    let outcome = with_todays_library(&folder_with(&short, "abi-short"), "kept-short");
+    assert!(!outcome.success && outcome.stderr.contains("options.struct_size is 32"), "{}", outcome.stderr);
 }

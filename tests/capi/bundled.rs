@@ -32,7 +32,7 @@ fn a_pool_without_folder_finds_the_installed_models() {
     fs::create_dir_all(&lib).expect("a folder");
     fs::create_dir_all(&models).expect("a folder");
     // A file of its own: a link would lead back to where the library was built.
-    fs::copy(cc::library(), lib.join(cc::SONAME)).expect("the library can be copied");
+    fs::copy(cc::library(), lib.join(cc::soname())).expect("the library can be copied");
     symlink(cc::root().join("models/tiny-chat"), models.join("tiny-chat")).expect("a link to the model");
 
     let source = cc::work_dir().join("bundled.c");

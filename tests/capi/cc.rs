@@ -13,8 +13,17 @@ pub const STRICT: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
 /// Name of the shared library as the build makes it and the linker looks for it.
 const FILE_NAME: &str = if cfg!(target_os = "macos") { "libomlx.dylib" } else { "libomlx.so" };
 
-/// Name of the shared library as the loader looks for it.
-pub const SONAME: &str = if cfg!(target_os = "macos") { "libomlx.0.dylib" } else { "libomlx.so.0" };
+/// Name of the shared library as the loader looks for it: what it calls itself.
+pub fn soname() -> String {
+    let (tool, flag) = if cfg!(target_os = "macos") { ("otool", "-D") } else { ("readelf", "-d") };
+    let output = Command::new(tool).arg(flag).arg(library()).output().expect("the tool starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let name = match cfg!(target_os = "macos") {
+        true => text.trim().rsplit_once("@rpath/").map(|(_, name)| name),
+        false => text.split_once("soname: [").and_then(|(_, rest)| rest.split(']').next()),
+    };
+    name.unwrap_or_else(|| panic!("no name in {text}")).to_owned()
+}
 
 /// No program of these tests needs longer, on the slowest machine they are meant for, unless it is told to do more.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -65,7 +74,7 @@ fn library_dir() -> &'static Path {
     DIR.get_or_init(|| {
         let dir = work_dir().join("lib");
         fs::create_dir_all(&dir).expect("a folder for the library");
-        for name in [FILE_NAME, SONAME] {
+        for name in [FILE_NAME.to_owned(), soname()] {
             let link = dir.join(name);
             if link.symlink_metadata().is_ok() {
                 fs::remove_file(&link).expect("the old link can go");
