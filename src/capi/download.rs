@@ -190,7 +190,9 @@ pub unsafe extern "C" fn omlx_download_set_callback(
         let user_data = UserData::new(user_data, destroy);
         // SAFETY: NULL or a live handle, by the header's contract.
         let download = unsafe { borrow(download, "download") }?;
-        download.download.watch(callback.map(|callback| -> OnProgress {
+        // The host's functions that are called here may release the handle.
+        let download = download.download.clone();
+        download.watch(callback.map(|callback| -> OnProgress {
             Box::new(move |progress| {
                 let progress = omlx_download_progress::from(progress);
                 // SAFETY: the host's function with its own data, which lives as long as this closure.

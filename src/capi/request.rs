@@ -279,7 +279,9 @@ pub unsafe extern "C" fn omlx_request_set_wake(
         if !request.pull {
             return Err(Error::invalid_argument("the events of this request go to its callback"));
         }
-        request.state.set_wake(wake.map(|wake| -> Wake {
+        // The host's functions that are called here may release the handle.
+        let state = Arc::clone(&request.state);
+        state.set_wake(wake.map(|wake| -> Wake {
             Box::new(move || {
                 // SAFETY: the host's function with its own data, which lives as long as this closure.
                 unsafe { wake(user_data.pointer()) }

@@ -178,20 +178,25 @@ pub fn run_with_input(program: &Path, args: &[&str], input: &str) -> Outcome {
 
 /// As [`run`], while nothing else runs.
 pub fn run_alone(_quiet: &RwLockWriteGuard<'static, ()>, program: &Path, args: &[&str]) -> Outcome {
-    start(program, args, library_dir(), Stdio::null())
+    start(program, args, library_dir(), Stdio::null(), &[])
 }
+
+/// Has glibc overwrite memory that is freed, at once, so that it shows where the library uses it afterwards.
+const OVERWRITE_FREED: [(&str, &str); 2] =
+    [("MALLOC_PERTURB_", "165"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")];
 
 fn run_in(program: &Path, args: &[&str], folder: &Path, input: Stdio) -> Outcome {
     let _busy = busy();
-    start(program, args, folder, input)
+    start(program, args, folder, input, &OVERWRITE_FREED)
 }
 
-fn start(program: &Path, args: &[&str], folder: &Path, input: Stdio) -> Outcome {
+fn start(program: &Path, args: &[&str], folder: &Path, input: Stdio, variables: &[(&str, &str)]) -> Outcome {
     let name = |kind: &str| program.with_extension(kind);
     let file = |kind: &str| File::create(name(kind)).expect("a file for the output");
     let mut child = Command::new(program)
         .args(args)
         .envs([search_path(folder)])
+        .envs(variables.iter().copied())
         // A program with a sanitizer does not start behind another library.
         .env_remove("LD_PRELOAD")
         .current_dir(root())

@@ -10,7 +10,9 @@
 #define AT_ONCE 2.0
 
 static omlx_pool *pool;
+static const char *encoders, *chat;
 static char download_json[512];
+static pthread_t main_thread;
 
 static void on_log(void *user_data, uint32_t level, const char *message) {
     (void)user_data, (void)level, (void)message;
@@ -68,13 +70,17 @@ static void pool_functions(void) {
     omlx_tokens_release(NULL);
 }
 
+enum { KINDS = 3 };
+
+/* The kinds of requests. */
+static const struct { const char *json; omlx_status (*start)(omlx_pool *, const char *, size_t,
+    const omlx_generate_options *, omlx_request **, omlx_error **); } kinds[KINDS] = {
+    {ASK, omlx_generate}, {EMBED, omlx_embed}, {RERANK, omlx_rerank}};
+
 /* A request is started, handed around and ended; it goes on or not as the header says. */
 static void request_functions(void) {
-    static const struct { const char *json; omlx_status (*start)(omlx_pool *, const char *, size_t,
-        const omlx_generate_options *, omlx_request **, omlx_error **); } kinds[] = {
-        {ASK, omlx_generate}, {EMBED, omlx_embed}, {RERANK, omlx_rerank}};
-    size_t i;
-    for (i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+    int i;
+    for (i = 0; i < KINDS; i++) {
         const omlx_event *event = NULL;
         omlx_request *request = NULL;
         omlx_error *error = NULL;
@@ -200,9 +206,19 @@ static void every_kind_of_callback(void) {
     omlx_download_release(download);
 }
 
-/* A callback that reads its own request, which has none to read; that cancels itself; that gives its pool's handle back. */
+/* A pool of its own, so that a callback can give back its last reference. */
+static omlx_pool *fresh_pool(void) {
+    omlx_pool *fresh = open_pool(encoders);
+    omlx_error *error = NULL;
+    CHECK_STATUS(OMLX_OK, omlx_pool_add_model(fresh, chat, "tiny-chat", &error));
+    return fresh;
+}
+
+/* A callback that reads its own request, which has none to read; that cancels itself; that gives its pool's handle back: the last
+ * one, on the thread of the callbacks. */
 typedef struct own {
     recorder r;
+    omlx_pool *pool;
     omlx_request *request;
 } own;
 
@@ -220,7 +236,7 @@ static int32_t on_own_event(void *user_data, const omlx_event *event) {
         CHECK(omlx_request_set_wake(o->request, on_wake_nothing, NULL, NULL, NULL) == OMLX_E_INVALID_ARGUMENT);
         omlx_request_cancel(o->request);
         omlx_request_release(o->request);
-        omlx_pool_release(pool);
+        omlx_pool_release(o->pool);
     }
     record(&o->r, event);
     return 0;
@@ -236,11 +252,12 @@ static void a_callback_ends_everything(void) {
     omlx_error *error = NULL;
     own o;
     o.request = NULL;
+    o.pool = fresh_pool();
     recorder_init(&o.r);
     options.callback = on_own_event;
     options.user_data = &o;
     options.destroy = on_own_destroy;
-    CHECK_STATUS(OMLX_OK, omlx_generate(pool, ASK, strlen(ASK), &options, &request, &error));
+    CHECK_STATUS(OMLX_OK, omlx_generate(o.pool, ASK, strlen(ASK), &options, &request, &error));
     pthread_mutex_lock(&o.r.lock);
     o.request = request;
     pthread_cond_broadcast(&o.r.changed);
@@ -251,15 +268,164 @@ static void a_callback_ends_everything(void) {
     recorder_free(&o.r);
 }
 
+/* A function that ends what it is told of, and whatever that belongs to. */
+typedef struct ender {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    omlx_pool *pool;
+    omlx_request *request;
+    omlx_download *download;
+    struct ender *next;
+    int at_end, calls, returned, destroyed, acted, on_main_thread;
+} ender;
+
+static void ender_init(ender *e) {
+    memset(e, 0, sizeof *e);
+    pthread_mutex_init(&e->lock, NULL);
+    pthread_cond_init(&e->changed, NULL);
+}
+
+static void on_end_destroy(void *user_data) {
+    ender *e = user_data;
+    pthread_mutex_lock(&e->lock);
+    CHECK(e->calls == e->returned); /* Not during a call. */
+    e->destroyed++;
+    pthread_cond_broadcast(&e->changed);
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void wait_ender(ender *e) {
+    pthread_mutex_lock(&e->lock);
+    while (e->destroyed == 0)
+        pthread_cond_wait(&e->changed, &e->lock);
+    CHECK(e->destroyed == 1);
+    pthread_mutex_unlock(&e->lock);
+}
+
+/* Begins a call; whether to act in it, which happens once. */
+static int begin_call(ender *e, int may_act) {
+    int acts;
+    pthread_mutex_lock(&e->lock);
+    CHECK(e->destroyed == 0);
+    e->calls++;
+    acts = may_act && !e->acted;
+    if (acts) {
+        e->acted = 1;
+        e->on_main_thread = pthread_equal(pthread_self(), main_thread) != 0;
+    }
+    pthread_mutex_unlock(&e->lock);
+    return acts;
+}
+
+static void end_call(ender *e) {
+    pthread_mutex_lock(&e->lock);
+    e->returned++;
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void on_ending_wake(void *user_data) {
+    ender *e = user_data;
+    if (begin_call(e, 1)) {
+        const omlx_event *event = NULL;
+        omlx_status status;
+        int events = 0;
+        while ((status = omlx_request_next(e->request, 0, &event, NULL)) == OMLX_OK)
+            events++;
+        CHECK(events > 0 && (status == OMLX_E_TIMEOUT || status == OMLX_E_CLOSED));
+        omlx_request_cancel(e->request);
+        CHECK(omlx_request_set_wake(e->request, NULL, NULL, NULL, NULL) == OMLX_OK);
+        omlx_request_release(e->request);
+        omlx_pool_release(e->pool);
+    }
+    end_call(e);
+}
+
+/* A wake function reads and ends its own request, and gives back the last references of that and of the pool: on a thread of an
+ * engine, or, where an event waits already, within `omlx_request_set_wake`. */
+static void a_wake_ends_everything(void) {
+    int kind, round, at_once[2] = {0, 0};
+    for (kind = 0; kind < KINDS; kind++) {
+        for (round = 0; round < 6; round++) {
+            omlx_generate_options options = OMLX_GENERATE_OPTIONS_INIT;
+            const char *json = kinds[kind].json;
+            omlx_error *error = NULL;
+            ender e;
+            ender_init(&e);
+            e.pool = fresh_pool();
+            /* Without it the first event comes when the model is loaded. */
+            options.loading_events = round % 2;
+            CHECK_STATUS(OMLX_OK, kinds[kind].start(e.pool, json, strlen(json), &options, &e.request, &error));
+            CHECK_STATUS(OMLX_OK, omlx_request_set_wake(e.request, on_ending_wake, &e, on_end_destroy, &error));
+            wait_ender(&e);
+            at_once[e.on_main_thread]++;
+        }
+    }
+    CHECK(at_once[0] > 0 && at_once[1] > 0);
+}
+
+static int32_t on_ending_progress(void *user_data, const omlx_download_progress *progress) {
+    ender *e = user_data;
+    int over = progress->state >= OMLX_DOWNLOAD_STATE_DONE, acts = begin_call(e, over || !e->at_end);
+    if (acts && e->next != NULL) {
+        /* The next one is told at once. */
+        e->next->download = e->download;
+        CHECK(omlx_download_set_callback(e->download, on_ending_progress, e->next, on_end_destroy, NULL) == OMLX_OK);
+        CHECK(e->next->calls > 0);
+    } else if (acts) {
+        omlx_download_progress now = OMLX_DOWNLOAD_PROGRESS_INIT;
+        CHECK(omlx_download_status(e->download, &now, NULL) == OMLX_OK && now.state >= progress->state);
+        CHECK(!over || omlx_download_wait(e->download, 0, NULL, NULL) != OMLX_E_TIMEOUT);
+        omlx_download_cancel(e->download);
+        CHECK(omlx_download_set_callback(e->download, NULL, NULL, NULL, NULL) == OMLX_OK);
+        omlx_download_release(e->download);
+    }
+    end_call(e);
+    return 0;
+}
+
+/* A progress callback ends its download and gives back the last reference of that, or has another one take its place that does: in
+ * its first call, or in that with the last state, on a thread of the download. The download may be over before, and the pool's
+ * handle gone. */
+static void a_progress_callback_ends_its_download(void) {
+    int round, at_once[2] = {0, 0};
+    for (round = 0; round < 48; round++) {
+        omlx_pool *own_pool = fresh_pool();
+        omlx_error *error = NULL;
+        ender first, second;
+        ender_init(&first);
+        ender_init(&second);
+        first.next = round & 1 ? &second : NULL;
+        first.at_end = round & 8;
+        CHECK_STATUS(OMLX_OK, omlx_download_start(own_pool, download_json, strlen(download_json), &first.download, &error));
+        if (round & 2)
+            omlx_download_wait(first.download, -1, NULL, NULL);
+        if (round & 4)
+            omlx_pool_release(own_pool);
+        CHECK_STATUS(OMLX_OK, omlx_download_set_callback(first.download, on_ending_progress, &first, on_end_destroy, &error));
+        wait_ender(&first);
+        if (first.next != NULL)
+            wait_ender(&second);
+        at_once[first.on_main_thread]++;
+        if (!(round & 4))
+            omlx_pool_release(own_pool);
+    }
+    CHECK(at_once[0] > 0 && at_once[1] > 0);
+}
+
 int main(int argc, char **argv) {
     omlx_error *error = NULL;
     if (argc != 4)
         return 2;
-    pool = open_pool(argv[1]);
+    main_thread = pthread_self();
+    encoders = argv[1];
+    chat = argv[2];
+    pool = fresh_pool();
     snprintf(download_json, sizeof download_json, "{\"repo\":\"org/name\",\"folder\":\"%s\",\"offline\":true}", argv[3]);
-    CHECK_STATUS(OMLX_OK, omlx_pool_add_model(pool, argv[2], "tiny-chat", &error));
     CHECK_STATUS(OMLX_OK, omlx_model_load(pool, "tiny-chat", &error));
     every_kind_of_callback();
+    a_progress_callback_ends_its_download();
+    omlx_pool_release(pool);
     a_callback_ends_everything();
+    a_wake_ends_everything();
     return finish("callbacks");
 }
