@@ -478,8 +478,10 @@ impl ChoiceSink {
     /// Tells that the prompt begins.
     pub fn start(&self, prompt_tokens: usize, cached_tokens: usize) {
         if let Some(sink) = &lock(&self.shared.open).sink {
-            sink.send(Event::Started(prompt_tokens, cached_tokens));
+            sink.state.enqueue(Event::Started(prompt_tokens, cached_tokens));
         }
+        // With the lock released: the host is called.
+        self.shared.state.tell();
     }
 
     /// Sends a piece of the answer, of which the host is told with the next [`tell`](RequestState::tell) or event of another kind.
@@ -500,9 +502,12 @@ impl ChoiceSink {
             Err(error) => Done::failed(error, usage),
             Ok(reason) => {
                 if let Some(sink) = open.sink.as_ref().filter(|_| self.shared.count > 1) {
-                    sink.state.push(Event::ChoiceDone(self.choice, reason, stop.clone()));
+                    sink.state.enqueue(Event::ChoiceDone(self.choice, reason, stop.clone()));
                 }
                 if !last {
+                    // With the lock released: the host is called.
+                    drop(open);
+                    self.shared.state.tell();
                     return;
                 }
                 Done { reason, stop, error: None, usage }
@@ -536,5 +541,29 @@ impl Usage {
         self.reasoning_tokens += other.reasoning_tokens;
         self.seconds_to_first_token = first(self.seconds_to_first_token, other.seconds_to_first_token);
         self.tokens_per_second += other.tokens_per_second;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::activity::Activity;
+    use super::*;
+
+    #[test]
+    fn a_wake_function_is_called_with_no_lock_held() {
+        let (state, sink) = RequestState::new("m".into(), Failure::default(), Activity::new().enter());
+        let [first, last] = <[_; 2]>::try_from(ChoiceSink::of(sink, 2)).expect("two answers");
+        let (shared, free) = (Arc::clone(&first.shared), Arc::new(Mutex::new(Vec::new())));
+        let seen = Arc::clone(&free);
+        state.set_wake(Some(Box::new(move || lock(&seen).push(shared.open.try_lock().is_ok()))));
+        let read_all = || while state.next(Some(Duration::ZERO)).is_ok() {};
+        first.start(3, 0);
+        read_all();
+        first.finish(Ok(FinishReason::Stop), None, Usage::default());
+        read_all();
+        last.finish(Ok(FinishReason::Stop), None, Usage::default());
+        assert_eq!(*lock(&free), [true; 3], "the start, one answer, and the end");
+        // The function holds what leads back to it.
+        state.set_wake(None);
     }
 }

@@ -1,7 +1,7 @@
 //! What the threads of a download share: how far it is, and whether it shall stop.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, Status};
@@ -180,14 +180,19 @@ impl Control {
         self.tell_after(PAUSE);
     }
 
-    /// Has `function` called at once, with every new state, and while bytes come. One call at a time, the last one when
-    /// the download is over; then, or when another takes its place, it is dropped.
+    /// Has `function` called at once, on this thread, with every new state, and while bytes come. One call at a time, the
+    /// last one when the download is over; then, or when another takes its place, it is dropped.
     pub fn watch(&self, function: Option<OnProgress>) {
         let new = |function| Arc::new(Mutex::new(Watch { function, told: Instant::now(), over: false }));
-        let old = std::mem::replace(&mut *lock(&self.watch), function.map(new));
-        // With the lock released: the host may call us when it is dropped.
+        let new = function.map(new);
+        // Locked before another thread finds it: what waits for a call may hold what the host's function needs.
+        let inner = new.as_ref().map(|watch| lock(watch));
+        let old = std::mem::replace(&mut *lock(&self.watch), new.clone());
+        if let Some((watch, inner)) = new.as_ref().zip(inner) {
+            self.call(watch, inner);
+        }
+        // With all locks released: the host may call us when it is dropped.
         drop(old);
-        self.tell();
     }
 
     /// Calls the function, if there is one.
@@ -198,10 +203,14 @@ impl Control {
     /// Calls the function unless that happened less than `pause` ago.
     fn tell_after(&self, pause: Duration) {
         let Some(watch) = lock(&self.watch).clone() else { return };
-        let mut inner = lock(&watch);
-        if inner.over || inner.told.elapsed() < pause {
-            return;
+        let inner = lock(&watch);
+        if !inner.over && inner.told.elapsed() >= pause {
+            self.call(&watch, inner);
         }
+    }
+
+    /// Calls the function of `watch`. Its lock keeps other calls of it away; no function that hosts call waits for that.
+    fn call(&self, watch: &Arc<Mutex<Watch>>, mut inner: MutexGuard<'_, Watch>) {
         // Read with the lock held: nobody hears of what came earlier after what came later.
         let progress = self.progress();
         (inner.told, inner.over) = (Instant::now(), progress.state.is_over());
@@ -209,7 +218,7 @@ impl Control {
         let go_on = panics::catch(|| (inner.function)(progress)).unwrap_or(false);
         drop(inner);
         if progress.state.is_over() {
-            let last = lock(&self.watch).take_if(|current| Arc::ptr_eq(current, &watch));
+            let last = lock(&self.watch).take_if(|current| Arc::ptr_eq(current, watch));
             drop(last);
         } else if !go_on {
             self.cancel();
@@ -240,4 +249,34 @@ pub fn add(counter: &AtomicU64, n: u64) {
 /// Takes from a counter what was added to it before.
 pub fn take(counter: &AtomicU64, n: u64) {
     let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(old.saturating_sub(n)));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// When it is dropped, another thread has something to tell.
+    struct TellsElsewhere(Arc<Control>);
+
+    impl Drop for TellsElsewhere {
+        fn drop(&mut self) {
+            let control = Arc::clone(&self.0);
+            thread::spawn(move || control.tell()).join().expect("it tells");
+        }
+    }
+
+    /// Else who sets it would wait for a call on another thread, which may need a lock that the first one holds.
+    #[test]
+    fn the_first_call_is_made_by_who_sets_the_function() {
+        let control = Arc::new(Control::new());
+        let before = TellsElsewhere(Arc::clone(&control));
+        control.watch(Some(Box::new(move |_| Arc::strong_count(&before.0) > 0)));
+        let (sender, told) = mpsc::channel();
+        control.watch(Some(Box::new(move |_| sender.send(thread::current().id()).is_ok())));
+        let (here, first, second) = (thread::current().id(), told.try_recv(), told.try_recv());
+        assert_eq!(first, Ok(here));
+        assert!(second.is_ok_and(|second| second != here));
+    }
 }
