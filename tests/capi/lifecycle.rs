@@ -118,12 +118,12 @@ fn every_function_that_does_not_block_is_called_in_callbacks() {
 
 #[test]
 fn handles_in_every_order() {
-    run_with_folder("orders", "", &[], &["models"]);
+    run_with_folder("orders", "", &[], &ENCODERS_AND_CHAT);
 }
 
 #[test]
 fn handles_in_every_order_under_sanitizers() {
-    run_with_folder("orders", "-sanitized", &[SANITIZERS], &["models"]);
+    run_with_folder("orders", "-sanitized", &[SANITIZERS], &ENCODERS_AND_CHAT);
 }
 
 /// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string; or, with two,
