@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// What every program must compile with.
 pub const STRICT: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
 
+/// Sanitizers that end a program with the first thing they find.
+pub const SANITIZERS: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+
 /// Name of the shared library as the build makes it and the linker looks for it.
 const FILE_NAME: &str = if cfg!(target_os = "macos") { "libomlx.dylib" } else { "libomlx.so" };
 

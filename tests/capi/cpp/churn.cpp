@@ -1,5 +1,6 @@
-// Generations that are started and dropped at random points, from several threads: no crash, and of those with a callback one done
-// event each. Arguments: the folder of the models, how many generations, a seed. The program that compiled this looks for leaks.
+// Generations that are started and dropped at random points, from several threads: no crash, and one done event each, wherever
+// anybody is left to read it. Arguments: the folder of the models, how many generations, a seed. The program that compiled this looks
+// for leaks.
 #include <chrono>
 #include <functional>
 #include <random>
@@ -10,6 +11,9 @@
 constexpr int THREADS = 4;
 
 static std::atomic<long> started{0}, done{0}, ended{0}, late{0}, refused{0};
+
+// Of pulled requests: those that were read to their end, those that were dropped before, and their wake functions.
+static std::atomic<long> read{0}, dropped{0}, wakes{0}, wakes_gone{0};
 
 // What a callback sees of its own request.
 struct witness {
@@ -55,21 +59,57 @@ static void with_callback(omlx::pool &pool, std::mt19937 &random) {
     ended += *seen.ends;
 }
 
+struct wake_data {
+    wake_data() { wakes++; }
+    wake_data(const wake_data &) = delete;
+    wake_data &operator=(const wake_data &) = delete;
+    ~wake_data() { wakes_gone++; }
+};
+
+// The done events that are still to come, after the handle of C++ has gone.
+static int ends_without_handle(omlx::request request) {
+    omlx_request *kept = request.get();
+    omlx_request_retain(kept);
+    { const omlx::request gone = std::move(request); }
+    omlx_request_cancel(kept);
+    int ends = 0;
+    for (const omlx_event *event = nullptr; omlx_request_next(kept, -1, &event, nullptr) == OMLX_OK;)
+        ends += event->kind == OMLX_EVENT_KIND_DONE;
+    omlx_request_release(kept);
+    return ends;
+}
+
 static void pulled(omlx::pool &pool, std::mt19937 &random) {
     omlx::request request = pool.generate(request_json(random));
-    const auto events = random() % 12;
-    for (auto i = events; i > 0 && !request.over(); i--) {
-        if (random() % 2 == 0)
-            request.try_next();
-        else
-            request.next();
-    }
+    int ends = 0;
+    const auto take = [&](const std::optional<omlx::event> &event) {
+        late += event && ends > 0;
+        ends += event && event->is(OMLX_EVENT_KIND_DONE);
+    };
+    // Beyond the end there is nothing.
+    for (auto i = random() % 12; i > 0; i--)
+        take(random() % 2 == 0 ? request.try_next() : request.next());
     if (random() % 3 == 0)
-        request.on_wake([kept = std::make_unique<int>(1)]() noexcept {});
+        request.on_wake([kept = std::make_unique<wake_data>()]() noexcept {});
     if (random() % 4 == 0)
         request.cancel();
-    if (random() % 4 == 0)
-        request.answer();
+    switch (random() % 4) {
+    case 0:
+        while (!request.over())
+            take(request.next());
+        take(request.next());
+        break;
+    case 1:
+        ends += ends_without_handle(std::move(request));
+        break;
+    default:
+        // Nobody can read the rest.
+        CHECK(ends <= 1);
+        dropped++;
+        return;
+    }
+    CHECK(ends == 1);
+    read++;
 }
 
 static void churn(omlx::pool &pool, long count, unsigned seed) {
@@ -107,6 +147,8 @@ int main(int argc, char **argv) {
         CHECK(contains(pool.status(), "\"requests\":0"));
     }
     CHECK(started > 0 && done == started && ended == started && late == 0);
-    std::cerr << started << " of " << count << " with a callback, " << refused << " refused\n";
+    CHECK(read > 0 && dropped > 0 && wakes > 0 && wakes_gone == wakes);
+    std::cout << started << " with a callback, " << read << " read to the end, " << dropped << " dropped, " << refused
+              << " refused\n";
     return finish("churn");
 }
