@@ -392,7 +392,8 @@ omlx_status omlx_pool_rescan(omlx_pool *pool, omlx_error **error);
 /// Blocking.
 ///
 /// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_MODEL` (the message names what is missing or damaged),
-/// `OMLX_E_UNSUPPORTED`, `OMLX_E_CLOSED`.
+/// `OMLX_E_UNSUPPORTED`, `OMLX_E_OUT_OF_MEMORY` (the memory limit does not allow it), `OMLX_E_CANCELLED` (it was unloaded
+/// meanwhile), `OMLX_E_CLOSED`.
 omlx_status omlx_model_load(omlx_pool *pool, const char *id, omlx_error **error);
 
 /// Unloads a model and waits until its memory is free. `drain` 0 cancels its requests, otherwise they end first (later ones

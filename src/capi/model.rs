@@ -110,7 +110,8 @@ pub unsafe extern "C" fn omlx_pool_rescan(pool: *mut omlx_pool, error: *mut *mut
 /// Blocking.
 ///
 /// Errors: `OMLX_E_NOT_FOUND`, `OMLX_E_INVALID_MODEL` (the message names what is missing or damaged),
-/// `OMLX_E_UNSUPPORTED`, `OMLX_E_CLOSED`.
+/// `OMLX_E_UNSUPPORTED`, `OMLX_E_OUT_OF_MEMORY` (the memory limit does not allow it), `OMLX_E_CANCELLED` (it was unloaded
+/// meanwhile), `OMLX_E_CLOSED`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_model_load(
     pool: *mut omlx_pool,

@@ -285,6 +285,21 @@ fn every_status_has_its_name_and_number() {
     assert_eq!(count + 1, Status::ALL.len(), "statuses in the header that Status::ALL lacks");
 }
 
+/// Event kinds of the header that the article lacks in its table.
+fn kinds_without_a_row<'a>(header: &'a str, article: &str) -> Vec<&'a str> {
+    let kinds = header.lines().filter_map(|line| line.strip_prefix("    OMLX_EVENT_KIND_")?.split(' ').next());
+    kinds.filter(|kind| !article.contains(&format!("\n| `OMLX_EVENT_KIND_{kind}` |"))).collect()
+}
+
+#[test]
+fn the_article_on_events_has_every_kind() {
+    let (header, path) = (prototypes::header(), root().join("docs/events.md"));
+    let article = std::fs::read_to_string(path).expect("docs/events.md");
+    assert_eq!(kinds_without_a_row(&header, &article), Vec::<&str>::new());
+    let without = article.replace("| `OMLX_EVENT_KIND_STARTED` |", "|");
+    assert_eq!(kinds_without_a_row(&header, &without), ["STARTED"]);
+}
+
 #[test]
 fn the_header_has_no_word_of_rust() {
     let header = prototypes::header();
