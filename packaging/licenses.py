@@ -1,6 +1,7 @@
 """The licences of everything that an installation holds."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -15,15 +16,29 @@ BROUGHT = {
     "libquadmath": ["gcc-runtime.txt", "LGPL-2.1.txt"],
 }
 
+# Packages of this repository in the library, and the texts of what they compile besides our own.
+OWN = {
+    "mlx-sys": ["mlx-c.txt"],
+    "omlx-kernels-cpu": [],
+}
+
 
 class Missing(Exception):
     """Something would be installed without its licence."""
 
 
+def _output(*command, folder=None):
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
+
+
+def _metadata(folder):
+    command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", _host()]
+    return json.loads(_output(*command, folder=folder))
+
+
 def _linked_crates(root):
     """The packages whose code is in the library: reached from ours by other than build and test dependencies."""
-    command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", _host()]
-    metadata = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout)
+    metadata = _metadata(root)
     packages = {package["id"]: package for package in metadata["packages"]}
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     own = next(id for id, p in packages.items() if p["name"] == "omlx" and p["source"] is None)
@@ -35,12 +50,11 @@ def _linked_crates(root):
             if normal and not procedural and dependency["pkg"] not in reached:
                 reached.add(dependency["pkg"])
                 waiting.append(dependency["pkg"])
-    return sorted((packages[id] for id in reached if packages[id]["source"]), key=lambda p: (p["name"], p["version"]))
+    return sorted((packages[id] for id in reached), key=lambda p: (p["name"], p["version"]))
 
 
 def _host():
-    lines = subprocess.run(["rustc", "-vV"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return next(line.split()[1] for line in lines if line.startswith("host: "))
+    return next(line.split()[1] for line in _output("rustc", "-vV").splitlines() if line.startswith("host: "))
 
 
 def _texts(folder):
@@ -48,11 +62,38 @@ def _texts(folder):
     return [(file.name, file.read_text(errors="replace").strip()) for file in files]
 
 
+def _own(package):
+    """The line of a package of this repository."""
+    if package["name"] not in OWN:
+        raise Missing(f"no licence is known for what the package {package['name']} has; see packaging/licenses.py")
+    return f"{package['name']} {package['version']}: a part of libomlx: {', '.join(['LICENSE'] + OWN[package['name']])}"
+
+
+def _mlx_c(root):
+    """The sources of mlx-c, where the build has them from."""
+    if "MLX_C_ROOT" in os.environ:
+        return pathlib.Path(os.environ["MLX_C_ROOT"])
+    packages = _metadata(root / "bindings/mlx-sys/mlx-c-source")["packages"]
+    manifest = next(p["manifest_path"] for p in packages if p["name"] == "mlx-sys" and p["source"])
+    return pathlib.Path(manifest).parent / "src/mlx-c"
+
+
+def _standard_library():
+    """What the toolchain says of Rust's standard library, and of the crates in it."""
+    text = pathlib.Path(_output("rustc", "--print", "sysroot").strip(), "share/doc/rust/COPYRIGHT-library.html")
+    if not text.is_file():
+        raise Missing(f"the licences of Rust's standard library are not in {text}, where rustup has them")
+    return text
+
+
 def _crates(root):
     """One text with the licences of all crates; equal ones once. Crates without a text have their licence's name."""
     parts = ["The Rust crates in libomlx, their licences, and the texts of these.\n"]
     known = {}
     for package in _linked_crates(root):
+        if package["source"] is None:
+            parts.append(_own(package))
+            continue
         texts = _texts(pathlib.Path(package["manifest_path"]).parent)
         if not texts and not package["license"]:
             raise Missing(f"the crate {package['name']} has no licence")
@@ -66,10 +107,12 @@ def _crates(root):
 
 
 def install(root, libraries, target):
-    """Writes the licences of libomlx, of the crates in it, and of `libraries` to the folder `target`."""
+    """Writes the licences of libomlx, of what is compiled into it, and of `libraries` to the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(root / "LICENSE", target / "LICENSE")
     (target / "rust-crates.txt").write_text(_crates(root))
+    shutil.copyfile(_mlx_c(root) / "LICENSE", target / "mlx-c.txt")
+    shutil.copyfile(_standard_library(), target / "rust-standard-library.html")
     for library in libraries:
         if library.name.startswith("libmlx.") or library.suffix == ".metallib":
             # <wheel>/mlx/lib/libmlx.so; its licence is in <wheel>/mlx_cpu-0.32.2.dist-info/licenses.
