@@ -9,10 +9,12 @@
 //! requests at a time (default 1), `--context N` tokens before decoding (default 512), `--device cpu|gpu`,
 //! `--dtype f32|f16|bf16`, `--precision fast|exact`, `--threads N`, `--latency N` (a prompt of N tokens beside a running
 //! answer; give a `--batch` of at least 2 with it), `--temperature X` (default 0), `--cache DIR` (rows are written to files there
-//! as soon as they are computed).
+//! as soon as they are computed), `--bandwidth` (what decoding reads is held against a loop that only reads, before and after it).
 //!
 //! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request decodes,
 //! over that time; their prompts are in the cache by then. Random weights are as fast as real ones; every weight is a buffer of its own.
+//! With `--bandwidth` a step counts as reading all weights (so the embeddings are tied, and no layer has experts) and all rows of
+//! its sequences.
 
 mod shapes;
 
@@ -25,6 +27,7 @@ use mlx_rs::Dtype;
 use omlx::engine::{EngineMetrics, Event, Request, RequestState};
 use omlx::error::{Error, Result};
 use omlx::kernels::Precision;
+use omlx::kernels::cpu::threads::Workers;
 use omlx::mlx::Device;
 use omlx::pool::{EnginePool, PoolOptions, TierOptions};
 use serde_json::{Value, json};
@@ -44,6 +47,7 @@ struct Options {
     latency: Option<usize>,
     temperature: f64,
     cache: Option<String>,
+    bandwidth: bool,
 }
 
 fn numbers(text: &str) -> Result<Vec<usize>> {
@@ -71,6 +75,7 @@ impl Options {
             latency: None,
             temperature: 0.0,
             cache: None,
+            bandwidth: false,
         };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
@@ -110,6 +115,7 @@ impl Options {
                     options.temperature = text.parse().map_err(|_| wrong())?;
                 }
                 "--cache" => options.cache = Some(value()?),
+                "--bandwidth" => options.bandwidth = true,
                 "--threads" => options.threads = Some(number(&value()?)?.max(1)),
                 _ if arg.starts_with("--") => return Err(Error::invalid_argument(format!("no option {arg:?}"))),
                 _ => options.folder = Some(arg),
@@ -250,6 +256,48 @@ fn parts(device: Device, batch: usize, before: &EngineMetrics, after: &EngineMet
     }));
 }
 
+/// A loop that only reads, on the threads that kernels compute on.
+struct Reading {
+    workers: Workers,
+    memory: Vec<u64>,
+}
+
+impl Reading {
+    /// More than any cache holds.
+    const BYTES: usize = 1 << 30;
+
+    fn new(threads: Option<usize>) -> Self {
+        Self { workers: Workers::shared(threads), memory: (0..Self::BYTES as u64 / 8).collect() }
+    }
+
+    /// Bytes a second, the median of five passes.
+    fn rate(&self) -> f64 {
+        let share = self.memory.len() / self.workers.count();
+        let mut rates = [0.0; 5];
+        for rate in &mut rates {
+            let start = Instant::now();
+            self.workers.run(self.workers.count(), &|task| {
+                let numbers = &self.memory[task * share..(task + 1) * share];
+                std::hint::black_box(numbers.iter().fold(0, |sum, number| sum ^ number));
+            });
+            *rate = Self::BYTES as f64 / start.elapsed().as_secs_f64();
+        }
+        rates.sort_by(f64::total_cmp);
+        rates[2]
+    }
+}
+
+/// What decoding read in a second, as a share of `reading`.
+fn bandwidth(device: Device, batch: usize, context: usize, rate: f64, reading: f64, metrics: &EngineMetrics) {
+    let rows = batch * context * (metrics.block_bytes / metrics.block_tokens.max(1));
+    let bytes = metrics.weight_bytes + rows;
+    let read = bytes as f64 * rate / batch as f64;
+    line(json!({
+        "engine": "omlx", "device": device.name(), "name": "bandwidth", "batch": batch, "bytes_a_step": bytes,
+        "gb_s": read / 1e9, "reading_gb_s": reading / 1e9, "share": read / reading,
+    }));
+}
+
 fn run() -> Result<()> {
     let options = Options::parse()?;
     let Options { device, dtype, precision, threads, .. } = options;
@@ -283,15 +331,21 @@ fn run() -> Result<()> {
     for &len in &options.prompts {
         emit(device, &format!("prefill{len}"), 1, len, prefill(&pool, len)?);
     }
+    let reading = options.bandwidth.then(|| Reading::new(threads));
     for &batch in &options.batches {
         if device == Device::Gpu {
             // Compiles what steps of this size need.
             decode(&pool, &options, batch)?;
         }
-        let before = metrics(&pool);
+        let (before, read_before) = (metrics(&pool), reading.as_ref().map(Reading::rate));
         let (tokens, time) = decode(&pool, &options, batch)?;
         emit(device, "decode", batch, tokens, time);
-        parts(device, batch, &before, &metrics(&pool));
+        let after = metrics(&pool);
+        parts(device, batch, &before, &after);
+        if let (Some(reading), Some(read_before)) = (&reading, read_before) {
+            let (rate, context) = (tokens as f64 / time.as_secs_f64(), options.context + options.steps / 2);
+            bandwidth(device, batch, context, rate, (read_before + reading.rate()) / 2.0, &after);
+        }
     }
     if let Some(len) = options.latency {
         latency(&pool, len)?;
