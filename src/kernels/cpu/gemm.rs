@@ -16,7 +16,7 @@ const VECTORS: usize = 2;
 pub const WIDTH: usize = VECTORS * LANES;
 
 /// Depth that is computed at once: a strip of it and a tile's rows stay in the caches.
-const DEPTH: usize = 512;
+const DEPTH: usize = 256;
 
 /// Columns of a strip.
 #[inline(always)]

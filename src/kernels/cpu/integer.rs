@@ -30,6 +30,11 @@ const SPAN: usize = BLOCK / 2;
 /// About as many codes of a row are unpacked before they are multiplied: two panels of them fit the first cache.
 const CHUNK: usize = 512;
 
+/// What is read next is fetched meanwhile, at an even rate: there are only so many requests on their way at once. Of two
+/// panels, the first one's codes come while this pair is multiplied, of each block of the second one so many bytes while
+/// sums are scaled, and the others while codes are unpacked.
+const UNPACKING: usize = PANEL * BLOCK / 2;
+
 /// A piece of memory on a cache line of its own.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -104,7 +109,7 @@ impl<'a> Integer<'a> {
         let steps = group / 4;
         let chunk = (CHUNK / group).max(1);
         let m = self.x_rows.len();
-        assert!(acc.len() >= (m.max(1) - 1) * PAIR * PANEL + N * PANEL);
+        assert!(acc.len() >= (m.next_multiple_of(S::ROWS_TOGETHER).max(1) - 1) * PAIR * PANEL + N * PANEL);
         for row in 0..m {
             acc[row * PAIR * PANEL..][..N * PANEL].fill(0.0);
         }
@@ -122,7 +127,7 @@ impl<'a> Integer<'a> {
             let scales = &mut scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
             simd.call(LoadScales { of: self, panel, out: scales });
         }
-        if self.is_direct::<S>() {
+        if self.is_direct(simd) {
             for panel in 0..N {
                 let scales = &scratch.scales[panel * self.groups() * 2..][..self.groups() * 2];
                 self.direct(simd, panel, scales, &mut acc[panel * PANEL..]);
@@ -133,9 +138,11 @@ impl<'a> Integer<'a> {
         for first in (0..self.groups()).step_by(chunk) {
             let groups = first..(first + chunk).min(self.groups());
             let len = groups.len() * steps;
+            let last = (N > 1).then(|| self.next_codes(N - 1, groups.start * group));
             for panel in 0..N {
                 let codes = &mut scratch.codes[panel * len..(panel + 1) * len];
-                simd.call(Unpack { of: self, panel, span: groups.start * group..groups.end * group, out: codes });
+                let next = last.map(|last| last.wrapping_add(UNPACKING + panel * (PANEL * BLOCK - UNPACKING) / N));
+                simd.call(Unpack { of: self, panel, span: groups.start * group..groups.end * group, next, out: codes });
             }
             let mut next = [std::ptr::null(); N];
             for (panel, next) in next.iter_mut().enumerate() {
@@ -236,12 +243,12 @@ impl<'a> Integer<'a> {
 
     /// Codes `span` of the panel's rows as bytes, four of each row in a vector.
     #[inline(always)]
-    fn unpack<S: Simd>(&self, simd: S, panel: usize, span: Range<usize>, out: &mut [Line]) {
+    fn unpack<S: Simd>(&self, simd: S, panel: usize, span: Range<usize>, next: Option<*const u8>, out: &mut [Line]) {
         match (Order::of(self.packed()).bits, self.packed().coding) {
-            (4, Coding::Affine(_)) => self.unpack_words::<S, 4, false>(simd, panel, span, out),
-            (4, Coding::Fp4) => self.unpack_words::<S, 4, true>(simd, panel, span, out),
-            (2, _) => self.unpack_words::<S, 2, false>(simd, panel, span, out),
-            (_, Coding::Affine(8)) => self.unpack_words::<S, 8, false>(simd, panel, span, out),
+            (4, Coding::Affine(_)) => self.unpack_words::<S, 4, false>(simd, panel, span, next, out),
+            (4, Coding::Fp4) => self.unpack_words::<S, 4, true>(simd, panel, span, next, out),
+            (2, _) => self.unpack_words::<S, 2, false>(simd, panel, span, next, out),
+            (_, Coding::Affine(8)) => self.unpack_words::<S, 8, false>(simd, panel, span, next, out),
             _ => self.unpack_any(simd, panel, span, out),
         }
     }
@@ -252,6 +259,7 @@ impl<'a> Integer<'a> {
         simd: S,
         panel: usize,
         span: Range<usize>,
+        next: Option<*const u8>,
         out: &mut [Line],
     ) {
         let rows = self.panel_rows(panel);
@@ -261,6 +269,11 @@ impl<'a> Integer<'a> {
         let per_block = WORDS * 8 / BITS;
         let mut at = start;
         while at < end {
+            if let Some(next) = next {
+                let next = next.wrapping_add(PANEL * (at - start));
+                simd.prefetch(next);
+                simd.prefetch(next.wrapping_add(64));
+            }
             let block = (at - start) / BLOCK * per_block;
             let lines = per_block.min(out.len() - block);
             let words = load_block(simd, codes, row_bytes, at..end);
@@ -327,6 +340,8 @@ struct Unpack<'a> {
     of: &'a Integer<'a>,
     panel: usize,
     span: Range<usize>,
+    /// What to fetch meanwhile: a part of what takes the last panel's place.
+    next: Option<*const u8>,
     out: &'a mut [Line],
 }
 
@@ -335,7 +350,7 @@ impl Work for Unpack<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        self.of.unpack(simd, self.panel, self.span, self.out);
+        self.of.unpack(simd, self.panel, self.span, self.next, self.out);
     }
 }
 

@@ -12,7 +12,7 @@ use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
 use super::gemm::{PackLanes, RoundPairs, TimesPanel, WIDTH, as_pairs, lanes_at};
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
-use super::quantize::{Order, Quantize, QuantizedRows, RowParts};
+use super::quantize::{BlockParts, Order, Quantize, QuantizedRows};
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
 use super::{dot, math};
@@ -163,7 +163,7 @@ impl MatMul<'_> {
             return self.run_laid_out(isa, workers, &units, SharedMut::new(&mut out));
         }
         QUANTIZED.with_borrow_mut(|kept| {
-            let quantized = self.quantize(isa, workers, kept);
+            let quantized = self.quantize(isa, workers, &segments, kept);
             let out = SharedMut::new(&mut out);
             // A few tasks a thread, so that they end together; for few rows fewer, because what limits them is memory,
             // and each task begins without having prefetched.
@@ -303,7 +303,8 @@ impl MatMul<'_> {
         if self.finish.is_gated() {
             return panels(0).zip(panels(1)).map(|(a, b)| Unit { panels: [Some(a), Some(b)] }).collect();
         }
-        let mut units = Vec::new();
+        let of_all = self.projections.iter().map(|p| p.matrix.rows.div_ceil(PAIR * PANEL)).sum();
+        let mut units = Vec::with_capacity(of_all);
         for projection in 0..self.projections.len() {
             let mut panels = panels(projection);
             while let Some(first) = panels.next() {
@@ -318,6 +319,7 @@ impl MatMul<'_> {
         &self,
         isa: Isa,
         workers: &Workers,
+        segments: &[(usize, Range<usize>)],
         kept: &'k mut Vec<QuantizedRows>,
     ) -> Vec<(Order, &'k QuantizedRows)> {
         let mut orders: Vec<Order> = Vec::new();
@@ -331,35 +333,52 @@ impl MatMul<'_> {
         }
         kept.resize_with(orders.len().max(kept.len()), QuantizedRows::default);
         for (order, target) in orders.iter().zip(kept.iter_mut()) {
-            self.quantize_rows(isa, workers, *order, target);
+            self.quantize_rows(isa, workers, segments, *order, target);
         }
         orders.into_iter().zip(kept.iter()).collect()
     }
 
-    fn quantize_rows(&self, isa: Isa, workers: &Workers, order: Order, target: &mut QuantizedRows) {
+    fn quantize_rows(
+        &self,
+        isa: Isa,
+        workers: &Workers,
+        segments: &[(usize, Range<usize>)],
+        order: Order,
+        target: &mut QuantizedRows,
+    ) {
         let columns = self.columns();
         let groups = columns / order.group;
-        target.bytes.resize(self.x.len(), 0);
-        target.scales.resize(self.rows() * groups, 0.0);
-        target.sums.resize(self.rows() * groups, 0.0);
-        let parts = target.bytes.chunks_mut(columns).zip(target.scales.chunks_mut(groups));
-        let parts = parts.zip(target.sums.chunks_mut(groups)).zip(self.x.chunks(columns));
-        let mut rows: Vec<_> = parts
-            .map(|(((bytes, scales), sums), x)| Quantize { x, order, out: RowParts { bytes, scales, sums } })
-            .collect();
+        target.resize(self.rows(), columns, groups);
+        let (mut x, mut bytes, mut scales, mut sums) =
+            (self.x, &mut target.bytes[..], &mut target.scales[..], &mut target.sums[..]);
+        let mut blocks = Vec::new();
+        for (_, rows) in segments {
+            let mut left = rows.len();
+            while left > 0 {
+                let n = left.min(isa.rows_together());
+                let out = BlockParts {
+                    bytes: bytes.split_off_mut(..n * columns).unwrap_or_default(),
+                    scales: scales.split_off_mut(..n * groups).unwrap_or_default(),
+                    sums: sums.split_off_mut(..n * groups).unwrap_or_default(),
+                };
+                let x = x.split_off(..n * columns).unwrap_or_default();
+                blocks.push(Quantize { x, columns, order, out });
+                left -= n;
+            }
+        }
         // A row is less than a microsecond of work: threads are worth it only for many.
         const ROWS_PER_TASK: usize = 16;
-        if rows.len() < 2 * ROWS_PER_TASK {
-            return rows.into_iter().for_each(|row| isa.run(row));
+        if self.rows() < 2 * ROWS_PER_TASK {
+            return blocks.into_iter().for_each(|block| isa.run(block));
         }
-        let tasks: Vec<_> = std::iter::from_fn(|| {
-            let rest = rows.split_off(rows.len().saturating_sub(ROWS_PER_TASK));
-            (!rest.is_empty()).then(|| std::sync::Mutex::new(rest))
-        })
-        .collect();
+        let per_task = (ROWS_PER_TASK * blocks.len()).div_ceil(self.rows());
+        let mut tasks = Vec::new();
+        while !blocks.is_empty() {
+            tasks.push(Mutex::new(blocks.split_off(blocks.len().saturating_sub(per_task))));
+        }
         workers.run(tasks.len(), &|task| {
-            let rows = std::mem::take(&mut *tasks[task].lock().unwrap_or_else(std::sync::PoisonError::into_inner));
-            rows.into_iter().for_each(|row| isa.run(row));
+            let blocks = std::mem::take(&mut *tasks[task].lock().unwrap_or_else(PoisonError::into_inner));
+            blocks.into_iter().for_each(|block| isa.run(block));
         });
     }
 }
@@ -434,8 +453,10 @@ impl Work for Units<'_> {
     fn run<S: Simd>(self, simd: S) {
         // Taken, not borrowed in a closure: a closure would be compiled without the instruction set.
         let mut acc = ACCUMULATORS.take();
-        if acc.len() < self.rows.len() * PAIR * PANEL {
-            acc.resize(self.rows.len() * PAIR * PANEL, 0.0);
+        // The last tile of rows may have more than there are.
+        let len = self.rows.len().next_multiple_of(S::ROWS_TOGETHER) * PAIR * PANEL;
+        if acc.len() < len {
+            acc.resize(len, 0.0);
         }
         for (at, unit) in self.units.iter().enumerate() {
             if let Some(laid_out) = self.laid_out {
@@ -514,32 +535,17 @@ impl Units<'_> {
     fn compute_laid_out<S: Simd>(&self, simd: S, unit: &Unit, laid_out: LaidOut<'_>, acc: &mut [f32]) {
         let LaidOut { x, panels: panel, depth, pairs } = laid_out;
         let rows = self.rows.len();
-        let mut biases = [0f32; WIDTH];
-        for (part, biases) in unit.panels.iter().flatten().zip(biases.chunks_exact_mut(PANEL)) {
-            if let Some(bias) = &self.product.projections[part.projection].bias {
-                bias.slice(part.first, part.rows).widen(simd, &mut biases[..part.rows]);
-            }
-        }
+        let biases = self.biases(simd, unit).unwrap_or([0f32; WIDTH]);
+        let (width, places) = (self.product.width(), self.places(unit));
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
-            for (at, part) in unit.panels.iter().enumerate() {
-                let half = &mut acc[at * PANEL..(at + 1) * PANEL];
-                // SAFETY: sixteen biases, and room for sixteen numbers.
-                unsafe { simd.store(half.as_mut_ptr(), simd.load(biases[at * PANEL..].as_ptr())) };
-                if let (Finish::Add(residual), Some(part)) = (self.product.finish, part) {
-                    let from = row * self.product.width() + part.first;
-                    let residual = &residual[from..from + part.rows];
-                    for i in 0..part.rows {
-                        half[i] += residual[i];
-                    }
-                }
+            acc.copy_from_slice(&biases);
+            if let Finish::Add(residual) = self.product.finish {
+                self.add_residual(simd, residual, row * width, &places, acc);
             }
         }
         let a = &x[self.rows.start * depth..self.rows.end * depth];
-        {
-            let acc = &mut acc[..];
-            TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, begin: 0, acc, acc_stride: WIDTH }.run(simd);
-        }
-        let (width, places) = (self.product.width(), self.places(unit));
+        let times = TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, begin: 0, acc, acc_stride: WIDTH };
+        times.run(simd);
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
             self.activate(simd, acc);
             self.write(simd, row * width, &places, acc);
@@ -549,29 +555,49 @@ impl Units<'_> {
     /// Adds biases, applies the finish and writes the unit's columns.
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, unit: &Unit, acc: &mut [f32]) {
-        let projections = self.product.projections;
         let (width, places) = (self.product.width(), self.places(unit));
+        let biases = self.biases(simd, unit);
         for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(PAIR * PANEL)) {
-            for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
-                let projection = &projections[panel.projection];
-                if let Some(bias) = &projection.bias {
-                    let first = self.expert * projection.matrix.rows + panel.first;
-                    for (i, acc) in acc[..panel.rows].iter_mut().enumerate() {
-                        *acc += bias.get(first + i);
-                    }
-                }
+            if let Some(biases) = &biases {
+                add(simd, acc, biases);
             }
             self.activate(simd, acc);
             if let Finish::Add(residual) = self.product.finish {
-                for (panel, acc) in unit.panels.iter().flatten().zip(acc.chunks_exact_mut(PANEL)) {
-                    let at = row * width + panel.first;
-                    for (acc, residual) in acc.iter_mut().zip(&residual[at..at + panel.rows]) {
-                        *acc += residual;
-                    }
-                }
+                self.add_residual(simd, residual, row * width, &places, acc);
             }
             self.write(simd, row * width, &places, acc);
         }
+    }
+
+    /// Adds the residual of a unit's columns in the row that begins at `row`.
+    #[inline(always)]
+    fn add_residual<S: Simd>(
+        &self,
+        simd: S,
+        residual: &[f32],
+        row: usize,
+        places: &[(usize, usize); PAIR],
+        acc: &mut [f32],
+    ) {
+        for (&(at, count), acc) in places.iter().zip(acc.chunks_exact_mut(PANEL)) {
+            add(simd, &mut acc[..count], &residual[row + at..][..count]);
+        }
+    }
+
+    /// The biases of a unit's columns, if any of its projections has some.
+    #[inline(always)]
+    fn biases<S: Simd>(&self, simd: S, unit: &Unit) -> Option<[f32; PAIR * PANEL]> {
+        let mut biases = None;
+        for (at, part) in unit.panels.iter().enumerate() {
+            let Some(part) = part else { continue };
+            let projection = &self.product.projections[part.projection];
+            if let Some(bias) = &projection.bias {
+                let of_unit = biases.get_or_insert([0f32; PAIR * PANEL]);
+                let first = self.expert * projection.matrix.rows + part.first;
+                bias.slice(first, part.rows).widen(simd, &mut of_unit[at * PANEL..][..part.rows]);
+            }
+        }
+        biases
     }
 
     /// Applies the activation function to a row of a unit.
@@ -640,5 +666,24 @@ impl Units<'_> {
                 }
             }
         }
+    }
+}
+
+/// Adds `terms` to as many `sums`.
+#[inline(always)]
+fn add<S: Simd>(simd: S, sums: &mut [f32], terms: &[f32]) {
+    assert_eq!(sums.len(), terms.len());
+    let whole = sums.len() / LANES * LANES;
+    let mut at = 0;
+    while at < whole {
+        // SAFETY: sixteen numbers from `at` on are inside both.
+        unsafe {
+            let sum = simd.add(simd.load(sums.as_ptr().add(at)), simd.load(terms.as_ptr().add(at)));
+            simd.store(sums.as_mut_ptr().add(at), sum);
+        }
+        at += LANES;
+    }
+    for at in whole..sums.len() {
+        sums[at] += terms[at];
     }
 }

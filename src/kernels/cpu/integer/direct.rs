@@ -2,6 +2,7 @@
 
 use super::super::matmul::{PAIR, PANEL};
 use super::super::matrix::{Coding, FP4_TABLE};
+use super::super::quantize::row_step;
 use super::super::simd::{FOLD, Simd, WORDS, Work};
 use super::{BLOCK, Integer, Line, load_block};
 
@@ -10,9 +11,9 @@ const PART: usize = WORDS / 2;
 
 impl Integer<'_> {
     /// Whether the rows are few enough, and the format fits.
-    pub(super) fn is_direct<S: Simd>(&self) -> bool {
+    pub(super) fn is_direct<S: Simd>(&self, simd: S) -> bool {
         let known = matches!(self.packed().coding, Coding::Affine(4 | 8) | Coding::Fp4);
-        known && self.group().is_multiple_of(BLOCK) && (1..=most::<S>()).contains(&self.x_rows.len())
+        known && self.group().is_multiple_of(BLOCK) && (1..=simd.direct_rows()).contains(&self.x_rows.len())
     }
 
     /// The products with the rows of panel `panel`, whose scales are `[group][scale, bias]`, into `acc`, a row every
@@ -49,11 +50,6 @@ impl Integer<'_> {
     }
 }
 
-/// Rows up to which codes are taken apart again for every tile.
-fn most<S: Simd>() -> usize {
-    if S::DIRECT_ROWS == 1 { 1 } else { 3 * S::DIRECT_ROWS }
-}
-
 /// `M` rows of activations from `row` on, or the fewer that there are, with the rows of one panel; returns how many.
 struct Direct<'a, const M: usize, const BITS: usize, const FP4: bool> {
     of: &'a Integer<'a>,
@@ -70,23 +66,20 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
     fn run<S: Simd>(self, simd: S) -> usize {
         let Self { of, panel, row, scales, acc } = self;
         let (columns, groups) = (of.columns, of.groups());
-        let first = of.x_rows.start + row;
-        let rows = M.min(of.x_rows.end - first);
+        let (x, together) = of.x.rows::<S>(&of.x_rows, row, columns, groups);
+        let (x_row, x_step) = (row_step::<S>(columns), if S::ROWS_TOGETHER == 1 { 4 } else { x.step });
+        let rows = M.min(together);
         let row_bytes = columns * BITS / 8;
         let of_panel = of.panel_rows(panel);
         let codes = &of.panels[panel].packed.codes[of_panel.start * row_bytes..of_panel.end * row_bytes];
         let next = of.next_codes(panel, 0);
-        let x = &of.x.bytes[first * columns..(first + rows) * columns];
-        let x_scales = &of.x.scales[first * groups..(first + rows) * groups];
-        let x_sums = &of.x.sums[first * groups..(first + rows) * groups];
+        // Of a tile of more rows than there are, the others are computed from whatever follows, and not written.
+        assert!(M == 1 || S::ROWS_TOGETHER > 1);
+        assert!(x.bytes.len() >= (M - 1) * x_row + (columns / 4 - 1) * x_step + 4);
+        assert!(x.factors() > (M - 1) * x.factor_row + (groups - 1) * x.factor_step);
         assert!(rows > 0 && acc.len() >= (rows - 1) * PAIR * PANEL + PANEL && scales.len() == 2 * groups);
         let words_per_group = of.group() * BITS / 32;
         assert!(words_per_group.is_multiple_of(PART) && (columns * BITS).is_multiple_of(32 * PART));
-        // A tile of more rows than there are computes the last one again.
-        let mut place = [0; M];
-        for m in 0..M {
-            place[m] = m.min(rows - 1);
-        }
         let mask = simd.splat_i(((1i32 << BITS) - 1).wrapping_mul(0x0101_0101));
         // Several rows are chains enough to hide what a sum takes; fewer have two each.
         let odd = usize::from(M < 4);
@@ -95,7 +88,7 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
         assert!(!small || words_per_group * (2 - odd) <= FOLD);
         let mut totals = [simd.splat(0.0); M];
         let mut sums = [[simd.splat_i(0); 2]; M];
-        let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.as_ptr());
+        let (mut group, mut left, mut at, mut next_x) = (0, words_per_group, 0, x.bytes.as_ptr());
         while at < row_bytes {
             // As much of the next panel as is read here: the hardware does not foresee sixteen streams.
             if row == 0 {
@@ -113,11 +106,11 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
                 unsafe {
                     for w in part * PART..(part + 1) * PART {
                         let word = words[w];
-                        let x = next_x;
-                        next_x = next_x.add(32 / BITS);
+                        let fours = next_x;
+                        next_x = next_x.wrapping_add(x_step * (8 / BITS));
                         if BITS == 8 {
                             for m in 0..M {
-                                let four = simd.splat_i(x.add(place[m] * columns).cast::<i32>().read_unaligned());
+                                let four = simd.splat_i(fours.add(m * x_row).cast::<i32>().read_unaligned());
                                 let chain = w % 2 * odd;
                                 sums[m][chain] = simd.dot_u8(sums[m][chain], word, four);
                             }
@@ -128,14 +121,13 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
                             (low, high) = (simd.lookup(low, &FP4_TABLE), simd.lookup(high, &FP4_TABLE));
                         }
                         for m in 0..M {
-                            let x = x.add(place[m] * columns).cast::<i32>();
-                            let four = simd.splat_i(x.read_unaligned());
+                            let four = simd.splat_i(fours.add(m * x_row).cast::<i32>().read_unaligned());
                             let sum = sums[m][0];
                             sums[m][0] = if small { simd.dot_u4(sum, low, four) } else { simd.dot_u7(sum, low, four) };
                         }
                         for m in 0..M {
-                            let x = x.add(place[m] * columns).cast::<i32>();
-                            let four = simd.splat_i(x.add(1).read_unaligned());
+                            let four = fours.add(x_step + m * x_row).cast::<i32>();
+                            let four = simd.splat_i(four.read_unaligned());
                             let sum = sums[m][odd];
                             sums[m][odd] =
                                 if small { simd.dot_u4(sum, high, four) } else { simd.dot_u7(sum, high, four) };
@@ -152,9 +144,9 @@ impl<const M: usize, const BITS: usize, const FP4: bool> Work for Direct<'_, M, 
                             }
                             let sum = if odd == 1 { simd.add_i(even, other) } else { even };
                             let scaled = simd.mul(simd.float_of_int(sum), scale);
-                            let at = place[m] * groups + group;
-                            totals[m] = simd.fma(bias, simd.splat(*x_sums.get_unchecked(at)), totals[m]);
-                            totals[m] = simd.fma(scaled, simd.splat(*x_scales.get_unchecked(at)), totals[m]);
+                            let at = m * x.factor_row + group * x.factor_step;
+                            totals[m] = simd.fma(bias, simd.splat(*x.sums.get_unchecked(at)), totals[m]);
+                            totals[m] = simd.fma(scaled, simd.splat(*x.scales.get_unchecked(at)), totals[m]);
                             sums[m] = [simd.splat_i(0); 2];
                         }
                         (group, left) = (group + 1, words_per_group);

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use super::super::matmul::{PAIR, PANEL};
 use super::super::matrix::Coding;
+use super::super::quantize::{RowsOfBlock, row_step};
 use super::super::simd::{FOLD, Simd, Work};
-use super::{Integer, Line, VECTOR};
+use super::{BLOCK, Integer, Line, VECTOR};
 
 /// Unpacked codes are below 16, below 128, or any bytes.
 const LOW: u8 = 0;
@@ -53,27 +54,33 @@ impl<const N: usize> Tile<'_, N> {
         let rows = self.of.x_rows.len();
         while row < rows {
             let left = rows - row;
-            // Register tiles that the instruction set has room for; the others are compiled away.
+            // Register tiles that the instruction set has room for; the others are compiled away. Where rows lie together, a tile
+            // may have more rows than there are.
             row += match left {
-                12.. if S::INT_ROWS >= 12 => simd.call(TileRows::<12, N, CODES> { tile: self, row, acc }),
-                8.. if S::INT_ROWS >= 8 => simd.call(TileRows::<8, N, CODES> { tile: self, row, acc }),
-                4.. if S::INT_ROWS >= 4 => simd.call(TileRows::<4, N, CODES> { tile: self, row, acc }),
+                9.. if S::INT_ROWS >= 12 => simd.call(TileRows::<12, N, CODES> { tile: self, row, acc }),
+                5.. if S::INT_ROWS >= 12 => simd.call(TileRows::<8, N, CODES> { tile: self, row, acc }),
+                3.. if S::INT_ROWS >= 12 => simd.call(TileRows::<4, N, CODES> { tile: self, row, acc }),
                 2.. if S::INT_ROWS >= 2 => simd.call(TileRows::<2, N, CODES> { tile: self, row, acc }),
                 _ => simd.call(TileRows::<1, N, CODES> { tile: self, row, acc }),
             };
         }
     }
 
-    /// `M` rows of activations from `row` on; returns `M`.
+    /// `M` rows of activations from `row` on; returns `M`. Rows that there are not are computed from whatever follows.
     #[inline(always)]
     fn rows<S: Simd, const M: usize, const CODES: u8>(&self, simd: S, row: usize, acc: &mut [f32]) -> usize {
         let (columns, group) = (self.of.columns, self.of.group());
         let (steps, all_groups) = (group / 4, columns / group);
-        let x = self.activations(row, M);
+        let (x, together) = self.of.x.rows::<S>(&self.of.x_rows, row, columns, all_groups);
+        let (row_bytes, x_step) = (row_step::<S>(columns), if S::ROWS_TOGETHER == 1 { 4 } else { x.step });
+        assert!(M <= together || S::ROWS_TOGETHER > 1);
+        assert!(x.bytes.len() >= (M - 1) * row_bytes + (columns / 4 - 1) * x_step + 4);
+        assert!(x.factors() > (M - 1) * x.factor_row + (all_groups - 1) * x.factor_step);
         let panel_len = self.groups.len() * steps;
         assert!(self.codes.len() >= N * panel_len && self.scales.len() >= N * all_groups * 2);
         assert!(acc.len() >= (row + M - 1) * PAIR * PANEL + N * PANEL && self.groups.end <= all_groups);
-        assert!(CODES != LOW || steps.is_multiple_of(FOLD));
+        // A group is a multiple of 16 columns.
+        assert!(steps.is_multiple_of(if CODES == LOW { FOLD } else { 2 }));
         let fetched = self.fetched(row);
         for (index, group_at) in self.groups.clone().enumerate() {
             let mut sums = [[simd.splat_i(0); N]; M];
@@ -81,41 +88,60 @@ impl<const N: usize> Tile<'_, N> {
             // `N` panels of `panel_len` lines.
             unsafe {
                 let codes = self.codes.as_ptr().add(index * steps);
-                let bytes = x.bytes.as_ptr().add(group_at * group);
+                let bytes = x.bytes.as_ptr().add(group_at * steps * x_step);
                 // Without codes below 16 there is nothing to fold.
                 let part = if CODES == LOW { FOLD } else { steps };
                 for first in (0..steps).step_by(part) {
                     let mut part_sums = if CODES == LOW { [[simd.splat_i(0); N]; M] } else { sums };
-                    for step in first..first + part {
-                        let mut w = [simd.splat_i(0); N];
-                        for (n, w) in w.iter_mut().enumerate() {
-                            simd.prefetch(self.next[n].wrapping_add((index * steps + step) * fetched));
-                            *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
+                    for two_steps in 0..part / 2 {
+                        let two_steps = first + 2 * two_steps;
+                        let next = self.next[0].wrapping_add((index * steps + two_steps) * fetched);
+                        simd.prefetch(next);
+                        if fetched > 32 {
+                            simd.prefetch(next.wrapping_add(64));
                         }
-                        for m in 0..M {
-                            let four = simd.splat_i(bytes.add(m * columns + 4 * step).cast::<i32>().read_unaligned());
-                            for n in 0..N {
-                                part_sums[m][n] = match CODES {
-                                    LOW => simd.dot_u4(part_sums[m][n], w[n], four),
-                                    MIDDLE => simd.dot_u7(part_sums[m][n], w[n], four),
-                                    _ => simd.dot_u8(part_sums[m][n], w[n], four),
-                                };
+                        for step in two_steps..two_steps + 2 {
+                            let mut w = [simd.splat_i(0); N];
+                            for (n, w) in w.iter_mut().enumerate() {
+                                *w = simd.load_i(codes.add(n * panel_len + step).cast::<u8>());
+                            }
+                            for m in 0..M {
+                                let four = bytes.add(m * row_bytes + step * x_step).cast::<i32>();
+                                let four = simd.splat_i(four.read_unaligned());
+                                for n in 0..N {
+                                    part_sums[m][n] = match CODES {
+                                        LOW => simd.dot_u4(part_sums[m][n], w[n], four),
+                                        MIDDLE => simd.dot_u7(part_sums[m][n], w[n], four),
+                                        _ => simd.dot_u8(part_sums[m][n], w[n], four),
+                                    };
+                                }
                             }
                         }
                     }
+                    if CODES != LOW {
+                        sums = part_sums;
+                        continue;
+                    }
                     for m in 0..M {
                         for n in 0..N {
-                            let sum = part_sums[m][n];
-                            sums[m][n] = if CODES == LOW { simd.add_i(sums[m][n], simd.fold(sum)) } else { sum };
+                            sums[m][n] = simd.add_i(sums[m][n], simd.fold(part_sums[m][n]));
                         }
                     }
                 }
+                // The other panel's part of it.
+                let (other, lines) =
+                    (self.next[N - 1].wrapping_add(index * steps * fetched), steps * fetched / 128 * (N - 1));
+                let mut line = 0;
                 for n in 0..N {
                     let scales = self.scales.as_ptr().add((n * all_groups + group_at) * 2);
                     let scales = [simd.load(scales.cast()), simd.load(scales.add(1).cast())];
                     for m in 0..M {
+                        if (n * M + m) % (N * M / 4).max(1) == 0 && line < lines {
+                            simd.prefetch(other.wrapping_add(line / 4 * PANEL * BLOCK + line % 4 * 64));
+                            line += 1;
+                        }
                         let target = acc.as_mut_ptr().add((row + m) * PAIR * PANEL + n * PANEL);
-                        x.add_group(simd, m * all_groups + group_at, sums[m][n], scales, target);
+                        x.add_group(simd, (m, group_at), sums[m][n], scales, target);
                     }
                 }
             }
@@ -129,7 +155,10 @@ impl<const N: usize> Tile<'_, N> {
         assert!(simd.has_row_pairs());
         let (columns, group) = (self.of.columns, self.of.group());
         let (steps, all_groups) = (group / 4, columns / group);
-        let x = self.activations(row, 2 * P);
+        // Such a set has rows by themselves.
+        assert_eq!(S::ROWS_TOGETHER, 1);
+        let (x, together) = self.of.x.rows::<S>(&self.of.x_rows, row, columns, all_groups);
+        assert!(2 * P <= together);
         let panel_len = self.groups.len() * steps;
         assert!(self.codes.len() >= N * panel_len && self.scales.len() >= N * all_groups * 2);
         assert!(acc.len() >= (row + 2 * P - 1) * PAIR * PANEL + N * PANEL && self.groups.end <= all_groups);
@@ -164,25 +193,13 @@ impl<const N: usize> Tile<'_, N> {
                         for half in 0..2 {
                             let m = 2 * p + half;
                             let target = acc.as_mut_ptr().add((row + m) * PAIR * PANEL + n * PANEL);
-                            x.add_group(simd, m * all_groups + group_at, both[half], scales, target);
+                            x.add_group(simd, (m, group_at), both[half], scales, target);
                         }
                     }
                 }
             }
         }
         2 * P
-    }
-
-    /// `count` rows of activations from `row` on.
-    #[inline(always)]
-    fn activations(&self, row: usize, count: usize) -> Activations<'_> {
-        let Integer { columns, x, x_rows, .. } = self.of;
-        let (groups, first) = (self.of.groups(), x_rows.start + row);
-        Activations {
-            bytes: &x.bytes[first * columns..(first + count) * columns],
-            scales: &x.scales[first * groups..(first + count) * groups],
-            sums: &x.sums[first * groups..(first + count) * groups],
-        }
     }
 
     /// Bytes that sixteen rows have for a step, which the tile at `row` prefetches: the first rows fetch for all.
@@ -192,21 +209,21 @@ impl<const N: usize> Tile<'_, N> {
     }
 }
 
-/// Some rows of quantised activations.
-struct Activations<'a> {
-    bytes: &'a [i8],
-    scales: &'a [f32],
-    sums: &'a [f32],
-}
-
-impl Activations<'_> {
-    /// Adds to the products at `target` the integer sums of group `at`, counted over the rows, with the weights' scales and
-    /// biases.
+impl RowsOfBlock<'_> {
+    /// Adds to the products at `target` the integer sums of row `m` in group `group`, with the weights' scales and biases.
     ///
     /// # Safety
-    /// There must be such a group, and sixteen numbers at `target`.
+    /// There must be such a row and group, and sixteen numbers at `target`.
     #[inline(always)]
-    unsafe fn add_group<S: Simd>(&self, simd: S, at: usize, sums: S::I, [scale, bias]: [S::F; 2], target: *mut f32) {
+    unsafe fn add_group<S: Simd>(
+        &self,
+        simd: S,
+        (m, group): (usize, usize),
+        sums: S::I,
+        [scale, bias]: [S::F; 2],
+        target: *mut f32,
+    ) {
+        let at = m * self.factor_row + group * self.factor_step;
         let scaled = simd.mul(simd.float_of_int(sums), scale);
         // SAFETY: the caller's promise.
         unsafe {
