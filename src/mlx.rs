@@ -6,7 +6,7 @@
 mod buffer;
 mod matrix;
 
-pub use buffer::{HostBuffer, prefer_huge_pages};
+pub use buffer::{HostBuffer, populate, prefer_huge_pages};
 pub use matrix::{Matrix, QuantFormat, QuantMode, QuantizedMatrix};
 
 use std::cell::RefCell;

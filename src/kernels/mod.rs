@@ -12,6 +12,7 @@ pub mod gpu;
 mod node;
 mod ops;
 mod recurrent;
+mod scratch;
 mod texts;
 mod transfer;
 

@@ -14,8 +14,9 @@ use super::cpu::sample::{Draw, sample};
 use super::cpu::{Isa, threads::Workers};
 use super::gpu::Gpu;
 use super::node::{CpuKernel, Input, Output, node, writing_node};
+use super::scratch::Scratch;
 use crate::error::{Error, Result};
-use crate::mlx::{Matrix, QuantMode, prefer_huge_pages};
+use crate::mlx::{Matrix, QuantMode, populate, prefer_huge_pages};
 use crate::sync::lock;
 
 /// Who computes a model's layers.
@@ -365,12 +366,13 @@ struct Linear {
 
 impl CpuKernel for Linear {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        let mut x = inputs[0].to_f32()?;
+        let given = inputs[0].to_f32()?;
+        let mut normed = None;
         if let Some(norm) = &self.norm {
-            let mut normed = vec![0f32; x.len()];
-            norm.read(inputs)?.run(self.cpu.isa, &self.cpu.workers, &x, FloatsMut::F32(&mut normed));
-            x = normed.into();
+            let normed = normed.insert(Scratch::new(given.len()));
+            norm.read(inputs)?.run(self.cpu.isa, &self.cpu.workers, &given, FloatsMut::F32(normed));
         }
+        let x = normed.as_deref().unwrap_or(&given);
         let projections = self.layouts.iter().map(|layout| layout.read(inputs)).collect::<Result<Vec<_>>>()?;
         let residual = match (self.finish, inputs.last()) {
             (Ending::Add, Some(residual)) => residual.to_f32()?,
@@ -384,7 +386,7 @@ impl CpuKernel for Linear {
             Ending::SquaredRelu => Finish::SquaredRelu,
         };
         let precision = self.cpu.precision;
-        let product = MatMul { x: &x, projections: &projections, experts: None, stacked: 1, finish, precision };
+        let product = MatMul { x, projections: &projections, experts: None, stacked: 1, finish, precision };
         product.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);
         Ok(())
     }
@@ -448,15 +450,18 @@ impl CpuKernel for ResizeRows {
     }
 }
 
-/// Copies what both have, in pieces that threads share.
+/// Copies what both have, in pieces that threads share, and makes the system give the rest of `to` out: otherwise all layers
+/// would wait for fresh pages in the one step that first uses them.
 fn copy<T: Copy + Send + Sync>(workers: &Workers, from: &[T], to: &mut [T]) {
     const PIECE: usize = 1 << 20;
     prefer_huge_pages(to);
-    let pieces: Vec<_> = to.chunks_mut(PIECE).zip(from.chunks(PIECE)).map(Mutex::new).collect();
+    let rest = std::iter::repeat(&from[..0]);
+    let pieces: Vec<_> = to.chunks_mut(PIECE).zip(from.chunks(PIECE).chain(rest)).map(Mutex::new).collect();
     workers.run(pieces.len(), &|piece| {
         let (to, from) = &mut *lock(&pieces[piece]);
         let len = to.len().min(from.len());
         to[..len].copy_from_slice(&from[..len]);
+        populate(&mut to[len..]);
     });
 }
 
@@ -483,23 +488,23 @@ impl Attend {
         norm: Option<NormLayout>,
         inputs: &[Input<'_>],
         positions: &[usize],
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Scratch> {
         let Rotation { dims, ref frequencies, traditional, magnitude } = self.rotation;
         let norm = norm.map(|norm| norm.read(inputs)).transpose()?;
         let turned_first = self.turned_first;
         let rotary = Rotary { width, dims, frequencies, traditional, magnitude, norm, turned_first };
-        let mut turned = vec![0f32; positions.len() * rows.width];
+        let mut turned = Scratch::new(positions.len() * rows.width);
         rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut turned));
         Ok(turned)
     }
 
     /// Heads of `width` numbers over their roots of mean squares, each by itself.
-    fn normalise(&self, rows: Rows<'_>, width: usize, eps: f32, positions: &[usize]) -> Vec<f32> {
+    fn normalise(&self, rows: Rows<'_>, width: usize, eps: f32, positions: &[usize]) -> Scratch {
         let ones = vec![1f32; width];
         let norm = Some(RmsNorm { weight: Floats::F32(&ones), eps });
         let rotary =
             Rotary { width, dims: 0, frequencies: &[], traditional: false, magnitude: 1.0, norm, turned_first: false };
-        let mut normed = vec![0f32; positions.len() * rows.width];
+        let mut normed = Scratch::new(positions.len() * rows.width);
         rotary.run(self.cpu.isa, &self.cpu.workers, rows, positions, FloatsMut::F32(&mut normed));
         normed
     }
