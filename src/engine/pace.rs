@@ -32,6 +32,10 @@ const SLOWDOWN: f64 = 2.6;
 /// A slice may be late by this part of a layer.
 const SLACK: f64 = 0.15;
 
+/// A measurement below this part of what is known leaves so much of the old ones: what was expected came from steps that had to wait
+/// for something, such as a GPU's compiler, and prompts would starve for as long as it is remembered.
+const SURPRISE: (f64, f64) = (0.5, 0.25);
+
 /// Contexts that are closer than this, in tokens, say nothing about what a longer one costs.
 const SPREAD: f64 = 32.0;
 
@@ -141,8 +145,11 @@ impl Pace {
         // A step of a few tokens says little about one; and one that was interrupted, nothing.
         let each = |seconds: f64| seconds / (work.tokens * work.layers) as f64;
         let cost = each(seconds - decode).max(each(seconds) * 0.05);
-        let most = self.cost.at(work.context()).map_or(f64::INFINITY, |known| 2.0 * known);
-        self.cost.add(work.context(), cost.min(most));
+        let known = self.cost.at(work.context());
+        if known.is_some_and(|known| cost < SURPRISE.0 * known) {
+            self.cost.forget(SURPRISE.1);
+        }
+        self.cost.add(work.context(), cost.min(known.map_or(f64::INFINITY, |known| 2.0 * known)));
     }
 }
 
@@ -159,10 +166,18 @@ struct Line {
 
 impl Line {
     fn add(&mut self, x: f64, y: f64) {
+        self.forget(KEEP);
         for (sum, new) in
             [(&mut self.weight, 1.0), (&mut self.x, x), (&mut self.y, y), (&mut self.xx, x * x), (&mut self.xy, x * y)]
         {
-            *sum = *sum * KEEP + new;
+            *sum += new;
+        }
+    }
+
+    /// Leaves `part` of the measurements' weight.
+    fn forget(&mut self, part: f64) {
+        for sum in [&mut self.weight, &mut self.x, &mut self.y, &mut self.xx, &mut self.xy] {
+            *sum *= part;
         }
     }
 
@@ -280,6 +295,25 @@ mod tests {
         }
         assert_eq!(measured, 200 / (BESIDE + 1));
         assert!(pace.piece(true, 1000) >= before, "{before} before, and now {}", pace.piece(true, 1000));
+    }
+
+    #[test]
+    fn a_step_that_waited_for_a_compiler_does_not_starve_prompts() {
+        // A GPU: each step has its price, a token hardly any.
+        let seconds = |tokens: usize| 0.005 + 7e-6 * tokens as f64;
+        let piece = |start, tokens| Work { layers: 1, ..Work::of_run(start, tokens) };
+        let mut pace = Pace::new(Duration::from_millis(50), 512, 1);
+        for (at, waited) in [10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0].into_iter().enumerate() {
+            pace.observe(seconds(512) + waited, false, piece(at * 512, 512));
+        }
+        (0..20).for_each(|_| pace.observe(0.0022, true, Work::default()));
+        let (mut at, mut steps) = (0, 0);
+        while at < 4000 {
+            let tokens = pace.piece(true, at).min(4000 - at);
+            pace.observe(seconds(tokens), true, piece(at, tokens));
+            (at, steps) = (at + tokens, steps + 1);
+        }
+        assert!(steps <= 10, "{steps} steps for 4000 tokens, of which eight could do");
     }
 
     #[test]
