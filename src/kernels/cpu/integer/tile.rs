@@ -136,7 +136,7 @@ impl<const N: usize> Tile<'_, N> {
                     let scales = self.scales.as_ptr().add((n * all_groups + group_at) * 2);
                     let scales = [simd.load(scales.cast()), simd.load(scales.add(1).cast())];
                     for m in 0..M {
-                        if (n * M + m) % (N * M / 4).max(1) == 0 && line < lines {
+                        if (n * M + m).is_multiple_of((N * M / 4).max(1)) && line < lines {
                             simd.prefetch(other.wrapping_add(line / 4 * PANEL * BLOCK + line % 4 * 64));
                             line += 1;
                         }
