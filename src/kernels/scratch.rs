@@ -5,10 +5,10 @@ use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 /// Larger buffers are not kept: threads of MLX's never end, and neither would what they keep.
-const KEPT_BYTES: usize = 8 << 20;
+const KEPT_BYTES: usize = 4 << 20;
 
-/// Buffers that a thread keeps: as many as a kernel uses at once.
-const KEPT: usize = 4;
+/// Buffers that a thread keeps: as many as a kernel uses at once (queries, keys and values of attention).
+const KEPT: usize = 3;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };

@@ -82,8 +82,8 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn direct_rows(self) -> usize {
-        // Processors with fast BF16 are AMD's: there eight rows gain a fifth by it (Zen 4). Intel's lose a tenth from four rows on
-        // (Emerald Rapids): their loads of one number for all lanes are fewer than their products.
+        // Processors with fast BF16 are AMD's: there eight rows gained a fifth by it (Zen 4, before rows lay together). Intel's lose a
+        // tenth from four rows on (Emerald Rapids): their loads of one number for all lanes are fewer than their products.
         if self.bf16 { 3 * Self::DIRECT_ROWS } else { 2 }
     }
 
