@@ -2,12 +2,17 @@
 //! tests.
 
 #[cfg(test)]
-pub use armed::{arm, happens, in_graph, point};
+pub use armed::{arm, happens, in_graph, pause, point};
 
 /// Panics if a test armed this point for the engine `id`.
 #[cfg(not(test))]
 #[inline(always)]
 pub fn point(_name: &str, _id: &str) {}
+
+/// Takes its time if a test armed this point for the engine `id`.
+#[cfg(not(test))]
+#[inline(always)]
+pub fn pause(_name: &str, _id: &str) {}
 
 /// Whether a test wants a mistake here in the engine `id`.
 #[cfg(not(test))]
@@ -46,6 +51,13 @@ mod armed {
     pub fn point(name: &str, id: &str) {
         if happens(name, id) {
             panic!("injected at {name}");
+        }
+    }
+
+    /// Takes half a second if a test armed this point for the engine `id`.
+    pub fn pause(name: &str, id: &str) {
+        if happens(name, id) {
+            std::thread::sleep(std::time::Duration::from_millis(500));
         }
     }
 

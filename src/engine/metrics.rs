@@ -20,7 +20,7 @@ pub struct EngineMetrics {
     pub partial_steps: u64,
     /// Seconds that steps took.
     pub step_seconds: f64,
-    /// Seconds since the step that is being computed began, or the one before it ended; 0 while none is.
+    /// Seconds since the step that is being computed, or told of, began or the one before it ended; 0 while none is.
     pub step_age_seconds: f64,
     /// Seconds in which the host planned steps, and turned tokens into text and events.
     pub host_seconds: f64,

@@ -402,6 +402,34 @@ fn a_step_that_does_not_end_grows_old() {
     assert_eq!(finish(&state).1.reason, FinishReason::Length);
     while age() > 0.0 {
         assert!(Instant::now() < deadline, "it is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_step_or_batch_that_hangs_from_its_launch_grows_old() {
+    let pool = pool("slow-step");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/bert");
+    pool.add_model(&folder, Some("slow-batch")).unwrap();
+    let texts = EncodeRequest::embed_from_json(br#"{"model":"slow-batch","input":"a text"}"#, false).unwrap();
+    for (point, id) in [("worker.slow", "slow-step"), ("encoder.slow", "slow-batch")] {
+        let age = || {
+            let all = pool.metrics();
+            all.iter().find(|(known, _)| known == id).map_or(0.0, |(_, metrics)| metrics.step_age_seconds)
+        };
+        pool.load(id).unwrap();
+        crate::fault::arm(point, id, 0);
+        let state = if id == "slow-step" { generate(&pool, id, 1) } else { pool.encode(texts.clone()).unwrap() };
+        let deadline = Instant::now() + PATIENCE;
+        while age() < 0.2 {
+            assert!(Instant::now() < deadline, "{id} is {} seconds old", age());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        while !matches!(state.next(Some(PATIENCE)), Ok(Event::Done(_))) {}
+        while age() > 0.0 {
+            assert!(Instant::now() < deadline, "{id} is still there");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

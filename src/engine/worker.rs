@@ -432,6 +432,7 @@ impl Worker<'_> {
         let turn = self.seat.take();
         lock(&self.shared.computing).get_or_insert_with(Instant::now);
         fault::point("worker.step", &self.options.id);
+        fault::pause("worker.slow", &self.options.id);
         match self.launch_plan(&plan) {
             Ok(None) => Ok(None),
             Ok(Some(launched)) => {

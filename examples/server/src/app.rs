@@ -142,14 +142,14 @@ impl App {
     }
 
     /// Logs, once for each, the keys of a body that are not in `known`.
-    pub fn note_ignored(&self, route: &str, body: &Map<String, Value>, known: &[&str]) {
+    pub fn note_ignored(&self, route: impl std::fmt::Display, body: &Map<String, Value>, known: &[&str]) {
         let unknown = body.keys().filter(|key| !known.contains(&key.as_str()));
         for key in unknown {
             let name: String = format!("{route} {key}").chars().take(100).collect();
             let mut ignored = self.ignored.lock().unwrap_or_else(PoisonError::into_inner);
             if ignored.len() < MOST_IGNORED && ignored.insert(name) {
                 let key: String = key.chars().take(80).collect();
-                log::info("ignored", &[("route", route.into()), ("key", key.into())]);
+                log::info("ignored", &[("route", route.to_string().into()), ("key", key.into())]);
             }
         }
     }

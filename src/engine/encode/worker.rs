@@ -256,6 +256,7 @@ impl Worker<'_> {
         fault::point("encoder.batch", &self.options.id);
         let started = Instant::now();
         *lock(&self.shared.computing) = Some(started);
+        fault::pause("encoder.slow", &self.options.id);
         let rows = self.model.compute(&texts).and_then(|rows| kernels::check().map(|()| rows));
         let (seconds, tokens) =
             (started.elapsed().as_secs_f64(), texts.iter().map(|text| text.ids.len()).sum::<usize>());

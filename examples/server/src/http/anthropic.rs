@@ -29,7 +29,7 @@ pub const KNOWN: &[&str] = &[
 /// Logs, once for each, the keys of a request that mean nothing here, those inside of it too.
 pub fn note_ignored(app: &App, route: &str, body: &Map<String, Value>) {
     app.note_ignored(route, body, KNOWN);
-    nested(body, |place, object, known| app.note_ignored(&format!("{route} {place}"), object, known));
+    nested(body, |place, object, known| app.note_ignored(format_args!("{route} {place}"), object, known));
 }
 
 /// Visits the objects inside a request, each with where it is and the keys that mean something.

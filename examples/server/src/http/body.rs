@@ -12,7 +12,7 @@ use http_body::Body as _;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::app::Shared;
+use crate::app::{App, Shared};
 
 /// A body takes this many pauses of the full timeout at most.
 const PAUSES: u32 = 8;
@@ -20,24 +20,27 @@ const PAUSES: u32 = 8;
 /// Bytes from which reading and writing JSON takes long enough to be noticed by other connections.
 const LONG: usize = 256 << 10;
 
-/// A body that is a JSON object.
-pub struct JsonObject {
-    /// It.
-    pub object: Map<String, Value>,
-    long: bool,
-}
+/// A body that is a JSON object, and whether it is long.
+pub struct JsonObject(pub Map<String, Value>, pub bool);
 
 impl JsonObject {
     /// Does `work` with the object, which passes over all of it; on another thread if it is long.
     pub async fn with<T: Send + 'static>(
         self,
-        work: impl FnOnce(Map<String, Value>) -> Result<T, ApiError> + Send + 'static,
+        app: &Shared,
+        work: impl FnOnce(&App, Map<String, Value>) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        match self.long {
-            true => blocking(move || work(self.object)).await,
-            false => work(self.object),
-        }
+        let (Self(object, long), app) = (self, Shared::clone(app));
+        aside(long, move || work(&app, object)).await
     }
+}
+
+/// Does what passes over a whole body, on another thread if that is long.
+async fn aside<T: Send + 'static>(
+    long: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if long { blocking(work).await } else { work() }
 }
 
 impl FromRequest<Shared> for JsonObject {
@@ -51,8 +54,7 @@ impl FromRequest<Shared> for JsonObject {
         }
         let bytes = read(request, app.limits.body, app.limits.timeout).await?;
         let long = bytes.len() > LONG;
-        let object = if long { blocking(move || parse(&bytes)).await } else { parse(&bytes) };
-        object.map(|object| Self { object, long })
+        aside(long, move || parse(&bytes)).await.map(|object| Self(object, long))
     }
 }
 
@@ -136,8 +138,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let elsewhere = |long| {
             let here = std::thread::current().id();
-            let body = JsonObject { object: Map::new(), long };
-            runtime.block_on(body.with(move |_| Ok(std::thread::current().id() != here))).unwrap()
+            runtime.block_on(aside(long, move || Ok(std::thread::current().id() != here))).unwrap()
         };
         assert!(elsewhere(true) && !elsewhere(false));
     }

@@ -54,8 +54,7 @@ pub async fn handle(
     Extension(request_id): Extension<RequestId>,
     body: JsonObject,
 ) -> Result<Response, ApiError> {
-    let shared = Shared::clone(&app);
-    let Begun { request, head, streams } = body.with(move |body| begin(&shared, body)).await?;
+    let (request, head, streams) = body.with(&app, begin).await?;
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -64,13 +63,8 @@ pub async fn handle(
     Ok(json_response(&head.whole(answer)))
 }
 
-struct Begun {
-    request: Request,
-    head: Head,
-    streams: bool,
-}
-
-fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
+/// Starts the request, and says whether its answer is streamed.
+fn begin(app: &App, mut body: Map<String, Value>) -> Result<(Request, Head, bool), ApiError> {
     app.note_ignored("chat/completions", &body, KNOWN);
     if !body.get("messages").is_some_and(Value::is_array) {
         return Err(ApiError::bad_request("\"messages\" must be an array"));
@@ -80,7 +74,7 @@ fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
     prepare(&mut body);
     let request = app.generate(body)?;
     let head = Head { id: app.id("chatcmpl-"), created: unix_time(), model: request.model(), usage, with_logprobs };
-    Ok(Begun { request, head, streams })
+    Ok((request, head, streams))
 }
 
 /// Words of the API that the library has other names for.

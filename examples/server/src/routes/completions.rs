@@ -49,8 +49,7 @@ pub async fn handle(
     Extension(request_id): Extension<RequestId>,
     body: JsonObject,
 ) -> Result<Response, ApiError> {
-    let shared = Shared::clone(&app);
-    let Begun { requests, head, streams } = body.with(move |body| begin(&shared, body)).await?;
+    let (requests, head, streams) = body.with(&app, begin).await?;
     if streams {
         let prompts = Events::begin_all(requests).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(prompts, head, out)));
@@ -62,14 +61,8 @@ pub async fn handle(
     Ok(json_response(&head.whole(answers)))
 }
 
-struct Begun {
-    /// One for each prompt.
-    requests: Vec<Request>,
-    head: Head,
-    streams: bool,
-}
-
-fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
+/// Starts the requests, one for each prompt, and says whether their answers are streamed.
+fn begin(app: &App, mut body: Map<String, Value>) -> Result<(Vec<Request>, Head, bool), ApiError> {
     app.note_ignored("completions", &body, KNOWN);
     for unsupported in ["suffix", "echo", "best_of"] {
         let value = body.remove(unsupported).unwrap_or_default();
@@ -97,7 +90,7 @@ fn begin(app: &App, mut body: Map<String, Value>) -> Result<Begun, ApiError> {
     let requests = requests.collect::<Result<Vec<Request>, _>>()?;
     let model = requests.first().map(Request::model).unwrap_or_default();
     let head = Head { id: app.id("cmpl-"), created: unix_time(), model, usage, with_logprobs, choices };
-    Ok(Begun { requests, head, streams })
+    Ok((requests, head, streams))
 }
 
 /// The prompts of a request: a text, token ids, or an array of either.

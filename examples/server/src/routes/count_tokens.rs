@@ -10,10 +10,7 @@ use crate::http::body::{JsonObject, blocking, json_response};
 use crate::http::error::ApiError;
 
 /// The handler.
-pub async fn handle(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn handle(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     // Reading a tokenizer may wait, however short the text is.
     let tokens = blocking(move || -> Result<usize, ApiError> {
         anthropic::note_ignored(&app, "messages/count_tokens", &body);

@@ -16,7 +16,7 @@ pub(super) const KNOWN: &[&str] =
 /// The handler.
 pub async fn handle(State(app): State<Shared>, body: JsonObject) -> Result<Response, ApiError> {
     let (mut request, base64) = body
-        .with(move |body| {
+        .with(&app, |app, body| {
             app.note_ignored("embeddings", &body, KNOWN);
             let base64 = body.get("encoding_format").is_some_and(|format| format == "base64");
             Ok((app.start(body, Pool::embed)?, base64))

@@ -19,8 +19,7 @@ pub async fn handle(
     Extension(request_id): Extension<RequestId>,
     body: JsonObject,
 ) -> Result<Response, ApiError> {
-    let shared = Shared::clone(&app);
-    let (request, streams) = body.with(move |body| begin(&shared, &body)).await?;
+    let (request, streams) = body.with(&app, begin).await?;
     let head = Head { id: app.id("msg_"), model: request.model() };
     if streams {
         let events = Events::begin(request).await?;
@@ -31,13 +30,13 @@ pub async fn handle(
 }
 
 /// Starts the request, and says whether its answer is streamed.
-fn begin(app: &App, body: &Map<String, Value>) -> Result<(Request, bool), ApiError> {
-    anthropic::note_ignored(app, "messages", body);
+fn begin(app: &App, body: Map<String, Value>) -> Result<(Request, bool), ApiError> {
+    anthropic::note_ignored(app, "messages", &body);
     if !body.get("max_tokens").is_some_and(Value::is_u64) {
         return Err(ApiError::bad_request("\"max_tokens\" must be a number of tokens"));
     }
-    let streams = flag(body, "stream")?;
-    Ok((app.generate(anthropic::to_chat(body)?)?, streams))
+    let streams = flag(&body, "stream")?;
+    Ok((app.generate(anthropic::to_chat(&body)?)?, streams))
 }
 
 struct Head {

@@ -35,6 +35,9 @@ mod tests {
             for key in known {
                 assert!(described.contains_key(*key), "{schema} has no {key}");
             }
+            // What clients send as a matter of course is described, although it means nothing.
+            let means = |key: &str| known.contains(&key) || ["metadata", "store"].contains(&key);
+            assert!(described.keys().all(|key| means(key)), "{schema}: a key that means nothing");
         }
     }
 }

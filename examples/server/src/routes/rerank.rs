@@ -15,7 +15,7 @@ pub(super) const KNOWN: &[&str] =
 
 /// The handler.
 pub async fn handle(State(app): State<Shared>, body: JsonObject) -> Result<Response, ApiError> {
-    let (mut request, documents) = body.with(move |body| begin(&app, body)).await?;
+    let (mut request, documents) = body.with(&app, begin).await?;
     let (mut results, mut tokens) = (Vec::new(), 0);
     while let Some(event) = request.next().await {
         match event {

@@ -19,8 +19,7 @@ pub async fn handle(
     Extension(request_id): Extension<RequestId>,
     body: JsonObject,
 ) -> Result<Response, ApiError> {
-    let shared = Shared::clone(&app);
-    let Begun { request, head, streams } = body.with(move |body| begin(&shared, &body)).await?;
+    let (request, head, streams) = body.with(&app, begin).await?;
     if streams {
         let events = Events::begin(request).await?;
         return Ok(sse::respond(&app, &request_id.0, |out| stream(events, head, out)));
@@ -40,18 +39,13 @@ pub async fn handle(
     Ok(json_response(&head.response(choice.finish, output, Some(&answer.usage))))
 }
 
-struct Begun {
-    request: Request,
-    head: Head,
-    streams: bool,
-}
-
-fn begin(app: &App, body: &Map<String, Value>) -> Result<Begun, ApiError> {
-    app.note_ignored("responses", body, input::KNOWN);
-    let streams = flag(body, "stream")?;
-    let request = app.generate(input::to_chat(body)?)?;
-    let head = Head::new(app.id("resp_"), body, request.model());
-    Ok(Begun { request, head, streams })
+/// Starts the request, and says whether its answer is streamed.
+fn begin(app: &App, body: Map<String, Value>) -> Result<(Request, Head, bool), ApiError> {
+    app.note_ignored("responses", &body, input::KNOWN);
+    let streams = flag(&body, "stream")?;
+    let request = app.generate(input::to_chat(&body)?)?;
+    let head = Head::new(app.id("resp_"), &body, request.model());
+    Ok((request, head, streams))
 }
 
 struct Head {

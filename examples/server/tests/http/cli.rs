@@ -4,15 +4,12 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use crate::harness::root;
+use crate::harness::{self, root};
 use crate::hub;
 
 /// The program with a command, over the models in a folder.
 fn program(command: &str, models: &Path) -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_omlx-server"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("OMLX_SERVER_")) {
-        program.env_remove(name);
-    }
+    let mut program = harness::program();
     program.args([command, "--device", "cpu", "--models"]).arg(models);
     program
 }
@@ -54,9 +51,9 @@ fn a_model_is_pulled() {
         program.args(arguments).env("HF_ENDPOINT", hub.endpoint()).env_remove("HF_HUB_OFFLINE").output().unwrap()
     };
     let text = written(pull(&[hub::REPO]));
-    assert!(text.contains("org/tiny"), "{text}");
+    assert!(text.contains(hub::REPO), "{text}");
     let listed = written(program("models", models.path()).output().unwrap());
-    assert!(listed.starts_with("org/tiny "), "{listed}");
+    assert!(listed.starts_with(&format!("{} ", hub::REPO)), "{listed}");
     let missing = pull(&["org/other"]);
     assert!(!missing.status.success() && String::from_utf8_lossy(&missing.stderr).contains("org/other"), "{missing:?}");
     assert!(!pull(&[]).status.success());

@@ -25,12 +25,18 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// A command that would serve the bundled model, with no setting from outside.
-pub fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_omlx-server"));
+/// The program, with no setting from outside.
+pub fn program() -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_omlx-server"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("OMLX_SERVER_")) {
-        command.env_remove(name);
+        program.env_remove(name);
     }
+    program
+}
+
+/// A command that would serve the bundled model.
+pub fn command(arguments: &[&str]) -> Command {
+    let mut command = program();
     command.args(["serve", "--port", "0", "--device", "cpu", "--models"]).arg(root().join("models")).args(arguments);
     command
 }

@@ -34,10 +34,7 @@ pub async fn stats(
 }
 
 /// `POST clear`: `{"model", "tiers": ["pools", "hot", "cold"]}`; all models and all tiers if nothing is said.
-pub async fn clear(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn clear(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let (model, tiers) = (optional(&body, "model")?.map(str::to_owned), tiers(body.get("tiers"))?);
     blocking(move || {
         let bytes = app.pool.cache_clear(model.as_deref(), tiers)?;
@@ -47,10 +44,7 @@ pub async fn clear(
 }
 
 /// `POST flush`: `{"model"}`; answers when all is on the disk.
-pub async fn flush(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn flush(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let model = optional(&body, "model")?.map(str::to_owned);
     blocking(move || {
         app.pool.cache_flush(model.as_deref(), FLUSH)?;

@@ -46,10 +46,7 @@ pub async fn list(State(app): State<Shared>) -> Result<Response, ApiError> {
 }
 
 /// `POST`: starts one.
-pub async fn start(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn start(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     if let Some(key) = body.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(ApiError::bad_request(format!("{key:?} is none of {}", KEYS.join(", "))));
     }

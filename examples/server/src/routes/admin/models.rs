@@ -24,10 +24,7 @@ pub async fn list(State(app): State<Shared>) -> Result<Response, ApiError> {
 }
 
 /// `POST load`: `{"id"}`; answers when the model is there.
-pub async fn load(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn load(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let id = required(&body, "id")?.to_owned();
     blocking(move || {
         app.pool.load_model(&id)?;
@@ -37,10 +34,7 @@ pub async fn load(
 }
 
 /// `POST unload`: `{"id", "drain"}`; answers when the memory is free.
-pub async fn unload(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn unload(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let (id, drain) = (required(&body, "id")?.to_owned(), flag(&body, "drain")?);
     blocking(move || {
         let freed = app.pool.unload_model(&id, drain)?;
@@ -50,16 +44,13 @@ pub async fn unload(
 }
 
 /// `POST pin`: `{"id", "pinned"}`.
-pub async fn pin(State(app): State<Shared>, JsonObject { object: body, .. }: JsonObject) -> Result<Response, ApiError> {
+pub async fn pin(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let (id, pinned) = (required(&body, "id")?, flag(&body, "pinned")?);
     settle(&app, id, &json!({"pinned": pinned}))
 }
 
 /// `POST configure`: `{"id", "settings"}`, the settings as the library takes them.
-pub async fn configure(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn configure(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     let settings = body.get("settings").filter(|settings| settings.is_object());
     let settings = settings.ok_or_else(|| ApiError::bad_request("\"settings\" must be an object"))?;
     settle(&app, required(&body, "id")?, settings)

@@ -35,10 +35,7 @@ pub async fn read(State(app): State<Shared>) -> Result<Response, ApiError> {
 }
 
 /// `PATCH`: changes limits of memory and caches; what is not named stays.
-pub async fn change(
-    State(app): State<Shared>,
-    JsonObject { object: body, .. }: JsonObject,
-) -> Result<Response, ApiError> {
+pub async fn change(State(app): State<Shared>, JsonObject(body, _): JsonObject) -> Result<Response, ApiError> {
     if let Some(key) = body.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(ApiError::bad_request(format!("{key:?} is none of {}", KEYS.join(", "))));
     }
