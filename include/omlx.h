@@ -324,8 +324,8 @@ OMLX_ENUM(omlx_metrics_format, uint32_t) {
 /// `format` is an `omlx_metrics_format`.
 ///
 /// For supervisors: `"step_age_seconds"` of a model grows while one step is being computed, and is 0 while none is, whether
-/// there are no requests or their readers are behind. One that only grows is a device, a kernel or a wake function of the host's that
-/// hangs.
+/// there are no requests or their readers are behind. One that only grows is a device, a kernel or a host's wake function that
+/// does not return.
 omlx_status omlx_pool_metrics(omlx_pool *pool, uint32_t format, omlx_string **text, omlx_error **error);
 
 /// The pool's memory and its models that are loaded, or about to be, as a JSON object:

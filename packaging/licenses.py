@@ -71,7 +71,7 @@ def _own(package):
 
 def _mlx_c(root):
     """The sources of mlx-c, where the build has them from."""
-    if "MLX_C_ROOT" in os.environ:
+    if os.environ.get("MLX_C_ROOT"):
         return pathlib.Path(os.environ["MLX_C_ROOT"])
     packages = _metadata(root / "bindings/mlx-sys/mlx-c-source")["packages"]
     manifest = next(p["manifest_path"] for p in packages if p["name"] == "mlx-sys" and p["source"])

@@ -349,8 +349,8 @@ pub enum omlx_metrics_format {
 /// `format` is an `omlx_metrics_format`.
 ///
 /// For supervisors: `"step_age_seconds"` of a model grows while one step is being computed, and is 0 while none is, whether
-/// there are no requests or their readers are behind. One that only grows is a device, a kernel or a wake function of the host's that
-/// hangs.
+/// there are no requests or their readers are behind. One that only grows is a device, a kernel or a host's wake function that
+/// does not return.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn omlx_pool_metrics(
     pool: *mut omlx_pool,

@@ -125,9 +125,9 @@ impl Download {
     }
 
     /// Has `function` called with the progress: at once, with every new state, and ten times a second at most while
-    /// bytes come; the last call is that with the last state, before a waiting [`wait`](Self::wait) returns. On the
-    /// download's threads, one call at a time: a slow function holds the download up, and one that waits for its end
-    /// waits for ever. `None` removes it.
+    /// bytes come; the last call is that with the last state, before a waiting [`wait`](Self::wait) returns. The first call is
+    /// made on this thread, the others on the download's, one at a time: a slow function holds the download up, and one that
+    /// waits for its end waits for ever. `None` removes it.
     pub fn watch(&self, function: Option<OnProgress>) {
         self.shared.control.watch(function);
     }

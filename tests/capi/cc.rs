@@ -19,7 +19,7 @@ const FILE_NAME: &str = if cfg!(target_os = "macos") { "libomlx.dylib" } else { 
 /// Name of the shared library as the loader looks for it: what it calls itself.
 pub fn soname() -> String {
     let (tool, flag) = if cfg!(target_os = "macos") { ("otool", "-D") } else { ("readelf", "-d") };
-    let output = Command::new(tool).arg(flag).arg(library()).output().expect("the tool starts");
+    let output = Command::new(tool).arg(flag).arg(library()).env("LC_ALL", "C").output().expect("the tool starts");
     let text = String::from_utf8_lossy(&output.stdout);
     let name = match cfg!(target_os = "macos") {
         true => text.trim().rsplit_once("@rpath/").map(|(_, name)| name),

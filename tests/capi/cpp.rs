@@ -145,8 +145,8 @@ fn a_leaked_handle_is_seen() {
     let source = cc::work_dir().join("leak.cpp");
     fs::write(&source, LEAK).expect("a source file");
     let harness = format!("-I{}", cc::root().join("tests/capi/cpp").display());
-    let outcome =
-        cc::run(&cc::compile(&source, "leak", &["-std=c++17", "-g", SANITIZERS[0], SANITIZERS[1], &harness]), &[]);
+    let flags: Vec<_> = ["-std=c++17", "-g", &harness].into_iter().chain(SANITIZERS).collect();
+    let outcome = cc::run(&cc::compile(&source, "leak", &flags), &[]);
     assert!(!outcome.success && outcome.stderr.contains("detected memory leaks"), "{}", outcome.stderr);
 }
 

@@ -161,13 +161,37 @@ fn undefined(program: &Path) -> String {
     String::from_utf8(output.stdout).expect("ASCII")
 }
 
+/// Whether what was freed is overwritten where the allocator keeps nothing of its own.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const FREED: &str = "#include <stdlib.h>
+int main(void) {
+    unsigned char *volatile freed = malloc(2000);
+    void *volatile behind = malloc(10);
+    free(freed);
+    return behind == NULL || freed[100] != 165;
+}
+";
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn programs_find_freed_memory_overwritten() {
+    let source = cc::work_dir().join("freed.c");
+    fs::write(&source, FREED).expect("a source file");
+    let program = cc::compile(&source, "freed", &["-std=c99", "-w"]);
+    let outcome = cc::run(&program, &[]);
+    assert!(outcome.success, "{}", outcome.stderr);
+    // It can tell: nothing is overwritten for a program that is started by itself.
+    assert!(!std::process::Command::new(&program).status().expect("it starts").success());
+}
+
 #[test]
 fn the_sanitizers_see_the_librarys_memory() {
     let source = cc::work_dir().join("wrong-host.c");
     fs::write(&source, WRONG).expect("a source file");
     let harness = format!("-I{}", cc::root().join("tests/capi/c").display());
-    let program = cc::compile(&source, "wrong-host", &["-std=c99", "-g", SANITIZERS[0], SANITIZERS[1], &harness]);
-    let bare = cc::compile(&source, "wrong-host-bare", &["-std=c99", "-g", &harness]);
+    let flags = ["-std=c99", "-g", &harness];
+    let program = cc::compile(&source, "wrong-host", &flags.into_iter().chain(SANITIZERS).collect::<Vec<_>>());
+    let bare = cc::compile(&source, "wrong-host-bare", &flags);
     assert!(LINKED.iter().all(|name| undefined(&program).contains(name)), "{}", undefined(&program));
     assert!(!LINKED.iter().any(|name| undefined(&bare).contains(name)), "{}", undefined(&bare));
     let outcome = cc::run(&program, &[]);

@@ -156,13 +156,16 @@ static int32_t in_progress(void *user_data, const omlx_download_progress *progre
     return 0;
 }
 
-static void in_destroy(void *user_data) {
-    place *p = user_data;
-    call_everything("destroy");
+static void gone(place *p) {
     pthread_mutex_lock(&p->lock);
     p->destroyed++;
     pthread_cond_broadcast(&p->changed);
     pthread_mutex_unlock(&p->lock);
+}
+
+static void in_destroy(void *user_data) {
+    call_everything("destroy");
+    gone(user_data);
 }
 
 static void wait_place(place *p) {
@@ -270,57 +273,51 @@ static void a_callback_ends_everything(void) {
 
 /* A function that ends what it is told of, and whatever that belongs to. */
 typedef struct ender {
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
+    place of;
     omlx_pool *pool;
     omlx_request *request;
     omlx_download *download;
     struct ender *next;
-    int at_end, calls, returned, destroyed, acted, on_main_thread;
+    int at_end, returned, acted, on_main_thread;
 } ender;
 
-static void ender_init(ender *e) {
-    memset(e, 0, sizeof *e);
-    pthread_mutex_init(&e->lock, NULL);
-    pthread_cond_init(&e->changed, NULL);
-}
+#define ENDER {PLACE("ending"), NULL, NULL, NULL, NULL, 0, 0, 0, 0}
 
 static void on_end_destroy(void *user_data) {
     ender *e = user_data;
-    pthread_mutex_lock(&e->lock);
-    CHECK(e->calls == e->returned); /* Not during a call. */
-    e->destroyed++;
-    pthread_cond_broadcast(&e->changed);
-    pthread_mutex_unlock(&e->lock);
+    pthread_mutex_lock(&e->of.lock);
+    CHECK(e->of.calls == e->returned); /* Not during a call. */
+    pthread_mutex_unlock(&e->of.lock);
+    gone(&e->of);
 }
 
-static void wait_ender(ender *e) {
-    pthread_mutex_lock(&e->lock);
-    while (e->destroyed == 0)
-        pthread_cond_wait(&e->changed, &e->lock);
-    CHECK(e->destroyed == 1);
-    pthread_mutex_unlock(&e->lock);
+static int calls_of(ender *e) {
+    int calls;
+    pthread_mutex_lock(&e->of.lock);
+    calls = e->of.calls;
+    pthread_mutex_unlock(&e->of.lock);
+    return calls;
 }
 
 /* Begins a call; whether to act in it, which happens once. */
 static int begin_call(ender *e, int may_act) {
     int acts;
-    pthread_mutex_lock(&e->lock);
-    CHECK(e->destroyed == 0);
-    e->calls++;
+    pthread_mutex_lock(&e->of.lock);
+    CHECK(e->of.destroyed == 0);
+    e->of.calls++;
     acts = may_act && !e->acted;
     if (acts) {
         e->acted = 1;
         e->on_main_thread = pthread_equal(pthread_self(), main_thread) != 0;
     }
-    pthread_mutex_unlock(&e->lock);
+    pthread_mutex_unlock(&e->of.lock);
     return acts;
 }
 
 static void end_call(ender *e) {
-    pthread_mutex_lock(&e->lock);
+    pthread_mutex_lock(&e->of.lock);
     e->returned++;
-    pthread_mutex_unlock(&e->lock);
+    pthread_mutex_unlock(&e->of.lock);
 }
 
 static void on_ending_wake(void *user_data) {
@@ -349,14 +346,13 @@ static void a_wake_ends_everything(void) {
             omlx_generate_options options = OMLX_GENERATE_OPTIONS_INIT;
             const char *json = kinds[kind].json;
             omlx_error *error = NULL;
-            ender e;
-            ender_init(&e);
+            ender e = ENDER;
             e.pool = fresh_pool();
             /* Without it the first event comes when the model is loaded. */
             options.loading_events = round % 2;
             CHECK_STATUS(OMLX_OK, kinds[kind].start(e.pool, json, strlen(json), &options, &e.request, &error));
             CHECK_STATUS(OMLX_OK, omlx_request_set_wake(e.request, on_ending_wake, &e, on_end_destroy, &error));
-            wait_ender(&e);
+            wait_place(&e.of);
             at_once[e.on_main_thread]++;
         }
     }
@@ -370,7 +366,7 @@ static int32_t on_ending_progress(void *user_data, const omlx_download_progress 
         /* The next one is told at once. */
         e->next->download = e->download;
         CHECK(omlx_download_set_callback(e->download, on_ending_progress, e->next, on_end_destroy, NULL) == OMLX_OK);
-        CHECK(e->next->calls > 0);
+        CHECK(calls_of(e->next) > 0);
     } else if (acts) {
         omlx_download_progress now = OMLX_DOWNLOAD_PROGRESS_INIT;
         CHECK(omlx_download_status(e->download, &now, NULL) == OMLX_OK && now.state >= progress->state);
@@ -391,9 +387,7 @@ static void a_progress_callback_ends_its_download(void) {
     for (round = 0; round < 48; round++) {
         omlx_pool *own_pool = fresh_pool();
         omlx_error *error = NULL;
-        ender first, second;
-        ender_init(&first);
-        ender_init(&second);
+        ender first = ENDER, second = ENDER;
         first.next = round & 1 ? &second : NULL;
         first.at_end = round & 8;
         CHECK_STATUS(OMLX_OK, omlx_download_start(own_pool, download_json, strlen(download_json), &first.download, &error));
@@ -402,9 +396,9 @@ static void a_progress_callback_ends_its_download(void) {
         if (round & 4)
             omlx_pool_release(own_pool);
         CHECK_STATUS(OMLX_OK, omlx_download_set_callback(first.download, on_ending_progress, &first, on_end_destroy, &error));
-        wait_ender(&first);
+        wait_place(&first.of);
         if (first.next != NULL)
-            wait_ender(&second);
+            wait_place(&second.of);
         at_once[first.on_main_thread]++;
         if (!(round & 4))
             omlx_pool_release(own_pool);
