@@ -77,6 +77,7 @@ impl Simd for Avx512 {
     const DOT_ROWS: usize = 6;
     const DOT_COLUMNS: usize = 4;
     const GEMM_ROWS: usize = 12;
+    const GEMM_WIDE: bool = true;
     type F = __m512;
     type I = __m512i;
 

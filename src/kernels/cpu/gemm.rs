@@ -4,6 +4,8 @@
 //! Every output is one chain of fused multiplications and additions over the columns, first to last: its bits do not depend on
 //! other rows. They are other bits than those of `dot.rs`, which adds in sixteen lanes.
 
+use std::ops::Range;
+
 use super::dot::load_tail;
 use super::floats::{Bf16, Element, f32_to_bf16};
 use super::simd::{LANES, Simd, WORDS, Work};
@@ -17,6 +19,11 @@ pub const WIDTH: usize = VECTORS * LANES;
 
 /// Depth that is computed at once: a strip of it and a tile's rows stay in the caches.
 const DEPTH: usize = 256;
+
+/// The same for tiles with two panels, and rows of such a tile: it loads fewer numbers, for all lanes one at a time, than tiles of
+/// more rows with one panel.
+const WIDE_DEPTH: usize = 128;
+const WIDE_ROWS: usize = 6;
 
 /// Columns of a strip.
 #[inline(always)]
@@ -171,54 +178,104 @@ unsafe fn turn<S: Simd>(simd: S, rows: *const f32, stride: usize, columns: usize
     }
 }
 
-/// Rows of `a` times rows of a panel, added to rows of [`WIDTH`] numbers.
-pub struct TimesPanel<'a> {
-    /// Whether `a` and the panel are pairs of bf16, two columns each.
+/// Rows of `a` times rows of panels, added to rows of [`WIDTH`] numbers for each panel.
+pub struct TimesPanels<'a> {
+    /// Whether `a` and the panels are pairs of bf16, two columns each.
     pub pairs: bool,
     /// Row `m` begins at `m * a_stride` and has `depth` numbers.
     pub a: &'a [f32],
     pub a_stride: usize,
     pub rows: usize,
     pub depth: usize,
-    /// A whole panel.
-    pub panel: &'a [f32],
-    /// Its row that is multiplied with the first number of the rows of `a`.
+    /// So many whole panels, one after another.
+    pub panels: &'a [f32],
+    pub count: usize,
+    /// Their row that is multiplied with the first number of the rows of `a`.
     pub begin: usize,
     /// Row `m` begins at `m * acc_stride`.
     pub acc: &'a mut [f32],
     pub acc_stride: usize,
 }
 
-impl Work for TimesPanel<'_> {
+impl Work for TimesPanels<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(mut self, simd: S) {
         if self.pairs { self.by::<S, true>(simd) } else { self.by::<S, false>(simd) }
     }
 }
 
-impl TimesPanel<'_> {
+impl<'a> TimesPanels<'a> {
     #[inline(always)]
-    fn by<S: Simd, const PAIRS: bool>(self, simd: S) {
-        let Self { a, a_stride, rows, depth, panel, begin, acc, acc_stride, .. } = self;
-        let (columns, height) = (strip::<S>(), panel.len() / WIDTH);
-        assert!(rows == 0 || a.len() >= (rows - 1) * a_stride + depth);
-        assert!(begin + depth <= height && (rows == 0 || acc.len() >= (rows - 1) * acc_stride + WIDTH));
-        let mut first = 0;
-        while first < depth {
-            let depth = DEPTH.min(depth - first);
-            let mut column = 0;
-            while column < WIDTH {
-                let strip = &panel[column * height + (begin + first) * columns..][..depth * columns];
-                let mut row = 0;
-                while row < rows {
-                    let (a, acc) = (&a[row * a_stride + first..], &mut acc[row * acc_stride + column..]);
-                    row += tile::<S, PAIRS>(simd, rows - row, a, a_stride, strip, acc, acc_stride);
+    fn by<S: Simd, const PAIRS: bool>(&mut self, simd: S) {
+        let (rows, width) = (self.rows, self.count * WIDTH);
+        assert!(rows == 0 || self.a.len() >= (rows - 1) * self.a_stride + self.depth);
+        assert!(rows == 0 || self.acc.len() >= (rows - 1) * self.acc_stride + width);
+        assert!(self.begin + self.depth <= self.height());
+        let mut column = 0;
+        while column < width {
+            let wide = S::GEMM_WIDE && width - column >= 2 * WIDTH;
+            let (depth, columns) = if wide { (WIDE_DEPTH, 2 * WIDTH) } else { (DEPTH, strip::<S>()) };
+            let mut first = 0;
+            while first < self.depth {
+                let depths = first..(first + depth).min(self.depth);
+                if wide {
+                    let row = self.wide::<S, PAIRS>(simd, column, &depths);
+                    self.narrow::<S, PAIRS>(simd, row, column, &depths);
+                    self.narrow::<S, PAIRS>(simd, row, column + WIDTH, &depths);
+                } else {
+                    self.narrow::<S, PAIRS>(simd, 0, column, &depths);
                 }
-                column += columns;
+                first = depths.end;
             }
-            first += depth;
+            column += columns;
+        }
+    }
+
+    /// Rows of a panel.
+    #[inline(always)]
+    fn height(&self) -> usize {
+        self.panels.len() / (self.count * WIDTH).max(1)
+    }
+
+    /// Some rows of the strip that begins at `column`.
+    #[inline(always)]
+    fn strip<S: Simd>(&self, column: usize, depths: &Range<usize>) -> &'a [f32] {
+        let (height, columns) = (self.height(), strip::<S>());
+        &self.panels[column * height + (self.begin + depths.start) * columns..][..depths.len() * columns]
+    }
+
+    /// As many rows as fill tiles with the two panels that begin at `column`; returns how many.
+    #[inline(always)]
+    fn wide<S: Simd, const PAIRS: bool>(&mut self, simd: S, column: usize, depths: &Range<usize>) -> usize {
+        let mut row = 0;
+        while self.rows - row >= WIDE_ROWS {
+            let strips = [self.strip::<S>(column, depths), self.strip::<S>(column + WIDTH, depths)];
+            row += simd.call(Tile::<WIDE_ROWS, 2, 2, PAIRS> {
+                a: &self.a[row * self.a_stride + depths.start..],
+                a_stride: self.a_stride,
+                strips,
+                acc: &mut self.acc[row * self.acc_stride + column..],
+                acc_stride: self.acc_stride,
+            });
+        }
+        row
+    }
+
+    /// The rows from `row` on with the strip that begins at `column`.
+    #[inline(always)]
+    fn narrow<S: Simd, const PAIRS: bool>(&mut self, simd: S, mut row: usize, column: usize, depths: &Range<usize>) {
+        while row < self.rows {
+            row += tile::<S, PAIRS>(
+                simd,
+                self.rows - row,
+                &self.a[row * self.a_stride + depths.start..],
+                self.a_stride,
+                self.strip::<S>(column, depths),
+                &mut self.acc[row * self.acc_stride + column..],
+                self.acc_stride,
+            );
         }
     }
 }
@@ -236,66 +293,86 @@ fn tile<S: Simd, const PAIRS: bool>(
 ) -> usize {
     if S::GEMM_VECTORS == 1 {
         return match rows {
-            6.. if S::GEMM_ROWS >= 6 => simd.call(Tile::<6, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-            4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-            2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-            _ => simd.call(Tile::<1, 1, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+            6.. if S::GEMM_ROWS >= 6 => {
+                simd.call(Tile::<6, 1, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride })
+            }
+            4.. if S::GEMM_ROWS >= 4 => {
+                simd.call(Tile::<4, 1, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride })
+            }
+            2.. if S::GEMM_ROWS >= 2 => {
+                simd.call(Tile::<2, 1, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride })
+            }
+            _ => simd.call(Tile::<1, 1, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride }),
         };
     }
     match rows {
-        12.. if S::GEMM_ROWS >= 12 => simd.call(Tile::<12, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-        8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-        4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-        2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
-        _ => simd.call(Tile::<1, 2, PAIRS> { a, a_stride, strip, acc, acc_stride }),
+        12.. if S::GEMM_ROWS >= 12 => {
+            simd.call(Tile::<12, 2, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride })
+        }
+        8.. if S::GEMM_ROWS >= 8 => simd.call(Tile::<8, 2, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride }),
+        4.. if S::GEMM_ROWS >= 4 => simd.call(Tile::<4, 2, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride }),
+        2.. if S::GEMM_ROWS >= 2 => simd.call(Tile::<2, 2, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride }),
+        _ => simd.call(Tile::<1, 2, 1, PAIRS> { a, a_stride, strips: [strip], acc, acc_stride }),
     }
 }
 
-/// `M` rows with a strip of `V` vectors; returns `M`.
-struct Tile<'a, const M: usize, const V: usize, const PAIRS: bool> {
+/// `M` rows with `N` strips of `V` vectors, [`WIDTH`] columns apart; returns `M`.
+struct Tile<'a, const M: usize, const V: usize, const N: usize, const PAIRS: bool> {
     a: &'a [f32],
     a_stride: usize,
-    strip: &'a [f32],
+    strips: [&'a [f32]; N],
     acc: &'a mut [f32],
     acc_stride: usize,
 }
 
-impl<const M: usize, const V: usize, const PAIRS: bool> Work for Tile<'_, M, V, PAIRS> {
+impl<const M: usize, const V: usize, const N: usize, const PAIRS: bool> Work for Tile<'_, M, V, N, PAIRS> {
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let Self { a, a_stride, strip, acc, acc_stride } = self;
+        let Self { a, a_stride, strips, acc, acc_stride } = self;
         let columns = V * LANES;
-        let depth = strip.len() / columns;
-        assert!(a.len() >= (M - 1) * a_stride + depth && acc.len() >= (M - 1) * acc_stride + columns);
-        let mut sums = [[simd.splat(0.0); V]; M];
-        // SAFETY: rows of `a`, of `acc` and of the strip are in bounds, as was asserted.
+        let depth = strips[0].len() / columns;
+        assert!(strips.iter().all(|strip| strip.len() == depth * columns));
+        assert!(a.len() >= (M - 1) * a_stride + depth);
+        assert!(acc.len() >= (M - 1) * acc_stride + (N - 1) * WIDTH + columns);
+        let mut sums = [[[simd.splat(0.0); V]; N]; M];
+        // SAFETY: rows of `a`, of `acc` and of the strips are in bounds, as was asserted.
         unsafe {
             for m in 0..M {
-                for v in 0..V {
-                    sums[m][v] = simd.load(acc.as_ptr().add(m * acc_stride + v * LANES));
+                for n in 0..N {
+                    for v in 0..V {
+                        let at = m * acc_stride + n * WIDTH + v * LANES;
+                        sums[m][n][v] = simd.load(acc.as_ptr().add(at));
+                    }
                 }
             }
             for k in 0..depth {
-                let mut b = [simd.splat(0.0); V];
-                for v in 0..V {
-                    b[v] = simd.load(strip.as_ptr().add(k * columns + v * LANES));
+                let mut b = [[simd.splat(0.0); V]; N];
+                for n in 0..N {
+                    for v in 0..V {
+                        b[n][v] = simd.load(strips[n].as_ptr().add(k * columns + v * LANES));
+                    }
                 }
                 for m in 0..M {
                     let x = simd.splat(*a.as_ptr().add(m * a_stride + k));
-                    for v in 0..V {
-                        sums[m][v] = if PAIRS {
-                            simd.dot_bf16(sums[m][v], simd.bits(x), simd.bits(b[v]))
-                        } else {
-                            simd.fma(x, b[v], sums[m][v])
-                        };
+                    for n in 0..N {
+                        for v in 0..V {
+                            sums[m][n][v] = if PAIRS {
+                                simd.dot_bf16(sums[m][n][v], simd.bits(x), simd.bits(b[n][v]))
+                            } else {
+                                simd.fma(x, b[n][v], sums[m][n][v])
+                            };
+                        }
                     }
                 }
             }
             for m in 0..M {
-                for v in 0..V {
-                    simd.store(acc.as_mut_ptr().add(m * acc_stride + v * LANES), sums[m][v]);
+                for n in 0..N {
+                    for v in 0..V {
+                        let at = m * acc_stride + n * WIDTH + v * LANES;
+                        simd.store(acc.as_mut_ptr().add(at), sums[m][n][v]);
+                    }
                 }
             }
         }

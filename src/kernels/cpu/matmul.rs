@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::dot;
 use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
-use super::gemm::{PackLanes, RoundPairs, TimesPanel, WIDTH, as_pairs, lanes_at};
+use super::gemm::{PackLanes, RoundPairs, TimesPanels, WIDTH, as_pairs, lanes_at};
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
 use super::quantize::{BlockParts, Order, Quantize, QuantizedRows};
@@ -33,6 +33,9 @@ const MANY_ROWS: usize = 64;
 
 /// Rows of a task of such a product.
 const TASK_ROWS: usize = 48;
+
+/// Units that are multiplied together when weights are laid out.
+const TOGETHER: usize = 2;
 
 /// Bytes of weights that are laid out at once: all threads read them from the cache that they share, or from their own.
 const LAID_OUT: usize = 3 << 19;
@@ -167,15 +170,12 @@ impl MatMul<'_> {
         QUANTIZED.with_borrow_mut(|kept| {
             let quantized = self.quantize(isa, workers, &segments, kept);
             let out = SharedMut::new(&mut out);
-            // A few tasks a thread, so that they end together; for few rows fewer, because what limits them is memory,
-            // and each task begins without having prefetched.
-            let per_thread = if self.rows() < 64 { 2 } else { 4 };
-            let per_task = (units.len() / (workers.count() * per_thread)).max(1);
-            let runs = units.len().div_ceil(per_task);
-            workers.run(runs * segments.len(), &|task| {
-                let (expert, rows) = &segments[task / runs];
-                let first = task % runs * per_task;
-                let units = &units[first..(first + per_task).min(units.len())];
+            // Of several experts only the last one's need to be short.
+            let shortest = if segments.len() > 1 { 2 } else { 8 };
+            let runs = shrinking_runs(units.len(), workers.count(), units.len() / (shortest * workers.count()));
+            workers.run(runs.len() * segments.len(), &|task| {
+                let (expert, rows) = &segments[task / runs.len()];
+                let units = &units[runs[task % runs.len()].clone()];
                 let rows = rows.clone();
                 let laid_out = None;
                 isa.run(Units { product: self, quantized: &quantized, laid_out, units, expert: *expert, rows, out });
@@ -237,7 +237,7 @@ impl MatMul<'_> {
             });
             drop(parts);
             // Many tasks a thread, so that they end together; where rows are few, columns are divided, too.
-            let per_task = units.len().div_ceil((workers.count() * 16).div_ceil(blocks));
+            let per_task = units.len().div_ceil((workers.count() * 16).div_ceil(blocks)).next_multiple_of(TOGETHER);
             let runs = units.len().div_ceil(per_task);
             workers.run(blocks * runs, &|task| {
                 let rows = task / runs * TASK_ROWS..((task / runs + 1) * TASK_ROWS).min(self.rows());
@@ -385,6 +385,18 @@ impl MatMul<'_> {
     }
 }
 
+/// `0..len` in runs of at least `least` for `threads` to take in this order: the first are long, because each begins without having
+/// prefetched, and the last short, so that all threads end together (Polychronopoulos and Kuck 1987, "Guided Self-Scheduling").
+fn shrinking_runs(len: usize, threads: usize, least: usize) -> Vec<Range<usize>> {
+    let (mut runs, mut first) = (Vec::new(), 0);
+    while first < len {
+        let run = ((len - first) / (2 * threads)).max(least).clamp(1, len - first);
+        runs.push(first..first + run);
+        first += run;
+    }
+    runs
+}
+
 /// Lays out the weights of a unit as one panel of `gemm.rs`.
 struct LayOut<'a> {
     product: &'a MatMul<'a>,
@@ -456,27 +468,29 @@ impl Work for Units<'_> {
         // Taken, not borrowed in a closure: a closure would be compiled without the instruction set.
         let mut acc = ACCUMULATORS.take();
         // The last tile of rows may have more than there are.
-        let len = self.rows.len().next_multiple_of(S::ROWS_TOGETHER) * PAIR * PANEL;
+        let of_rows = self.rows.len().next_multiple_of(S::ROWS_TOGETHER) * PAIR * PANEL;
+        let len = if self.laid_out.is_some() { self.rows.len() * TOGETHER * WIDTH } else { of_rows };
         if acc.len() < len {
             acc.resize(len, 0.0);
         }
-        for (at, unit) in self.units.iter().enumerate() {
-            if let Some(laid_out) = self.laid_out {
-                let size = laid_out.depth * WIDTH;
-                let panels = &laid_out.panels[at * size..(at + 1) * size];
-                self.compute_laid_out(simd, unit, LaidOut { panels, ..laid_out }, &mut acc);
-                continue;
+        if let Some(laid_out) = self.laid_out {
+            let mut first = 0;
+            while first < self.units.len() {
+                first += self.compute_laid_out(simd, first, laid_out, &mut acc);
             }
-            match unit.panels {
-                [Some(a), Some(b)] if self.alike(&a, &b) => self.compute(simd, &[a, b], 0, &mut acc),
-                [Some(a), Some(b)] => {
-                    self.compute(simd, &[a], 0, &mut acc);
-                    self.compute(simd, &[b], PANEL, &mut acc);
+        } else {
+            for unit in self.units {
+                match unit.panels {
+                    [Some(a), Some(b)] if self.alike(&a, &b) => self.compute(simd, &[a, b], 0, &mut acc),
+                    [Some(a), Some(b)] => {
+                        self.compute(simd, &[a], 0, &mut acc);
+                        self.compute(simd, &[b], PANEL, &mut acc);
+                    }
+                    [Some(a), None] => self.compute(simd, &[a], 0, &mut acc),
+                    [None, _] => {}
                 }
-                [Some(a), None] => self.compute(simd, &[a], 0, &mut acc),
-                [None, _] => {}
+                self.finish(simd, unit, &mut acc);
             }
-            self.finish(simd, unit, &mut acc);
         }
         if acc.capacity() * size_of::<f32>() <= KEPT_BYTES {
             ACCUMULATORS.set(acc);
@@ -532,25 +546,63 @@ impl Units<'_> {
         }
     }
 
-    /// All of a unit whose weights are laid out: sums begin with what is added.
+    /// All of some units from `first` on, whose weights are laid out; returns how many. Sums begin with what is added.
     #[inline(always)]
-    fn compute_laid_out<S: Simd>(&self, simd: S, unit: &Unit, laid_out: LaidOut<'_>, acc: &mut [f32]) {
-        let LaidOut { x, panels: panel, depth, pairs } = laid_out;
-        let rows = self.rows.len();
-        let biases = self.biases(simd, unit).unwrap_or([0f32; WIDTH]);
-        let (width, places) = (self.product.width(), self.places(unit));
-        for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
-            acc.copy_from_slice(&biases);
-            if let Finish::Add(residual) = self.product.finish {
-                self.add_residual(simd, residual, row * width, &places, acc);
+    fn compute_laid_out<S: Simd>(&self, simd: S, first: usize, laid_out: LaidOut<'_>, acc: &mut [f32]) -> usize {
+        let LaidOut { x, panels, depth, pairs } = laid_out;
+        let units = &self.units[first..(first + TOGETHER).min(self.units.len())];
+        let (rows, width, stride) = (self.rows.len(), self.product.width(), units.len() * WIDTH);
+        let acc = &mut acc[..rows * stride];
+        for (at, unit) in units.iter().enumerate() {
+            let (biases, places) = (self.biases(simd, unit).unwrap_or([0f32; WIDTH]), self.places(unit));
+            for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(stride)) {
+                let acc = &mut acc[at * WIDTH..][..WIDTH];
+                acc.copy_from_slice(&biases);
+                if let Finish::Add(residual) = self.product.finish {
+                    self.add_residual(simd, residual, row * width, &places, acc);
+                }
             }
         }
         let a = &x[self.rows.start * depth..self.rows.end * depth];
-        let times = TimesPanel { pairs, a, a_stride: depth, rows, depth, panel, begin: 0, acc, acc_stride: WIDTH };
-        times.run(simd);
-        for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(WIDTH)) {
-            self.activate(simd, acc);
-            self.write(simd, row * width, &places, acc);
+        let panels = &panels[first * depth * WIDTH..][..units.len() * depth * WIDTH];
+        let count = units.len();
+        TimesPanels { pairs, a, a_stride: depth, rows, depth, panels, count, begin: 0, acc, acc_stride: stride }
+            .run(simd);
+        for (at, unit) in units.iter().enumerate() {
+            let places = self.places(unit);
+            for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(stride)) {
+                let acc = &mut acc[at * WIDTH..][..WIDTH];
+                self.activate(simd, acc);
+                self.write(simd, row * width, &places, acc);
+            }
         }
+        count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shrinking_runs;
+
+    #[test]
+    fn runs_shrink_and_are_all_there_is() {
+        for threads in 1..9 {
+            for len in 0..300 {
+                for shortest in [0, 1, 7, len] {
+                    let runs = shrinking_runs(len, threads, shortest);
+                    let all: Vec<usize> = runs.iter().cloned().flatten().collect();
+                    assert_eq!(all, (0..len).collect::<Vec<_>>());
+                    let lens: Vec<usize> = runs.iter().map(|run| run.len()).collect();
+                    assert!(lens.iter().all(|&run| run > 0) && lens.is_sorted_by(|a, b| a >= b), "{lens:?}");
+                    // All but the last one, which takes what is left.
+                    let (_, but_last) = lens.split_last().unwrap_or((&0, &[]));
+                    assert!(but_last.iter().all(|&run| run >= shortest), "{lens:?}");
+                }
+            }
+        }
+        assert_eq!(
+            shrinking_runs(16, 2, 1).iter().map(|run| run.len()).collect::<Vec<_>>(),
+            [4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+        );
     }
 }

@@ -38,6 +38,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const GEMM_ROWS: usize;
     /// Vectors of columns in it, one or two.
     const GEMM_VECTORS: usize = 2;
+    /// Whether there are registers for tiles of six rows with two panels of two vectors.
+    const GEMM_WIDE: bool = false;
     /// Sixteen f32.
     type F: Copy;
     /// Sixteen i32, or 64 bytes in groups of four.

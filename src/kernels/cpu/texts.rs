@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::floats::{FloatsMut, Rows, SharedMut};
-use super::gemm::{PackLanes, TimesPanel, WIDTH, lanes_at, row_step};
+use super::gemm::{PackLanes, TimesPanels, WIDTH, lanes_at, row_step};
 use super::math;
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
@@ -53,7 +53,7 @@ struct Scratch {
     values: Vec<f32>,
     /// `[QUERIES, keys rounded up to panels]`: scores, then weights.
     scores: Vec<f32>,
-    /// `[QUERIES, WIDTH]`.
+    /// `[QUERIES, head width rounded up to panels]`.
     acc: Vec<f32>,
 }
 
@@ -168,7 +168,8 @@ impl Work for AttendText<'_> {
         let mut scratch = SCRATCH.take();
         self.lay_out(simd, &mut scratch, begin, end);
         let count = end - begin;
-        grow(&mut scratch.acc, QUERIES * WIDTH);
+        let rounded = width.next_multiple_of(WIDTH);
+        grow(&mut scratch.acc, QUERIES * rounded);
         grow(&mut scratch.scores, QUERIES * count.next_multiple_of(WIDTH));
         let Scratch { keys, values, scores, acc } = &mut scratch;
         let mut first = task.queries.start;
@@ -181,23 +182,18 @@ impl Work for AttendText<'_> {
             let (low, high) = ((low - begin) / WIDTH, (high - begin).div_ceil(WIDTH));
             let stride = (high - low) * WIDTH;
             scores[..rows * stride].fill(0.0);
-            for panel in low..high {
-                let acc = &mut scores[(panel - low) * WIDTH..];
-                let panel = &keys[panel * width * WIDTH..(panel + 1) * width * WIDTH];
-                let a_stride = queries.stride;
-                let acc_stride = stride;
-                simd.call(TimesPanel {
-                    pairs: false,
-                    a,
-                    a_stride,
-                    rows,
-                    depth: width,
-                    panel,
-                    begin: 0,
-                    acc,
-                    acc_stride,
-                });
-            }
+            simd.call(TimesPanels {
+                pairs: false,
+                a,
+                a_stride: queries.stride,
+                rows,
+                depth: width,
+                panels: &keys[low * width * WIDTH..high * width * WIDTH],
+                count: high - low,
+                begin: 0,
+                acc: &mut scores[..],
+                acc_stride: stride,
+            });
             let mut sums = [0f32; QUERIES];
             for row in 0..rows {
                 let (from, to) = self.seen(first + row, first + row + 1);
@@ -210,31 +206,25 @@ impl Work for AttendText<'_> {
             }
             // Behind the last key there are no values to read.
             let depth = stride.min(count - low * WIDTH);
-            for panel in 0..width.div_ceil(WIDTH) {
-                acc[..rows * WIDTH].fill(0.0);
-                let used = WIDTH.min(width - panel * WIDTH);
-                {
-                    let panel = &values[panel * count * WIDTH..(panel + 1) * count * WIDTH];
-                    let (a, acc) = (&scores[..], &mut acc[..]);
-                    simd.call(TimesPanel {
-                        pairs: false,
-                        a,
-                        a_stride: stride,
-                        rows,
-                        depth,
-                        panel,
-                        begin: low * WIDTH,
-                        acc,
-                        acc_stride: WIDTH,
-                    });
-                }
-                for row in 0..rows {
-                    let line = &mut acc[row * WIDTH..(row + 1) * WIDTH];
-                    scale(simd, line, 1.0 / sums[row]);
-                    let at = (task.rows.start + first + row) * total + task.head * width + panel * WIDTH;
-                    // SAFETY: these numbers of this row are this task's.
-                    unsafe { out.write(at, &line[..used]) };
-                }
+            acc[..rows * rounded].fill(0.0);
+            simd.call(TimesPanels {
+                pairs: false,
+                a: &scores[..],
+                a_stride: stride,
+                rows,
+                depth,
+                panels: &values[..count * rounded],
+                count: rounded / WIDTH,
+                begin: low * WIDTH,
+                acc: &mut acc[..],
+                acc_stride: rounded,
+            });
+            for row in 0..rows {
+                let line = &mut acc[row * rounded..(row + 1) * rounded];
+                scale(simd, line, 1.0 / sums[row]);
+                let at = (task.rows.start + first + row) * total + task.head * width;
+                // SAFETY: these numbers of this row are this task's.
+                unsafe { out.write(at, &line[..width]) };
             }
             first += rows;
         }

@@ -2,7 +2,7 @@
 //! Queries and weights are rounded to bf16; scores, sums and everything else stay f32.
 
 use super::super::floats::{Bf16, Element, Floats, as_bf16};
-use super::super::gemm::{Pair, RoundPairs, TimesPanel, WIDTH, lanes_at, row_step};
+use super::super::gemm::{Pair, RoundPairs, TimesPanels, WIDTH, lanes_at, row_step};
 use super::super::matmul::Precision;
 use super::super::simd::{Isa, LANES, Simd, WORDS, Work};
 use super::chunk::{Chunk, HeadRows, Pooled};
@@ -91,13 +91,14 @@ impl Work for AttendPairs<'_> {
 
             let scores = &mut scores[..rows * CHUNK];
             scores.fill(0.0);
-            simd.call(TimesPanel {
+            simd.call(TimesPanels {
                 pairs: true,
                 a: &panels.queries[i * rows * depth..(i + 1) * rows * depth],
                 a_stride: depth,
                 rows,
                 depth,
-                panel: &panels.keys,
+                panels: &panels.keys,
+                count: 1,
                 begin: 0,
                 acc: &mut scores[..],
                 acc_stride: CHUNK,
@@ -105,19 +106,18 @@ impl Work for AttendPairs<'_> {
             let mut sums = split.of_head(i, rows);
             chunk.weigh(simd, scores, &mut sums);
             simd.call(RoundPairs { x: scores, pairs: &mut panels.weights });
-            for (at, panel) in panels.values.chunks_exact(halves * WIDTH).enumerate() {
-                simd.call(TimesPanel {
-                    pairs: true,
-                    a: &panels.weights,
-                    a_stride: halves,
-                    rows,
-                    depth: halves,
-                    panel,
-                    begin: 0,
-                    acc: &mut sums.values[at * WIDTH..],
-                    acc_stride: value_width,
-                });
-            }
+            simd.call(TimesPanels {
+                pairs: true,
+                a: &panels.weights,
+                a_stride: halves,
+                rows,
+                depth: halves,
+                panels: &panels.values,
+                count: value_width / WIDTH,
+                begin: 0,
+                acc: &mut sums.values[..],
+                acc_stride: value_width,
+            });
         }
     }
 }
