@@ -174,6 +174,24 @@ pub fn set_cache_limit(bytes: u64) {
     }
 }
 
+/// Bytes of results that operations on the CPU may be ahead by.
+const AHEAD: usize = 16 << 20;
+
+/// Keeps what is evaluated next from running far ahead of itself: for CPUs, and for the whole process.
+///
+/// MLX gives all operations that it has handed to its threads the memory of their results, up to a hundred of them, unless its
+/// limit is reached: then it waits for those that run. With few in memory at a time their buffers are used again, while they are in
+/// the processor's caches, instead of being returned to the system and cleared by it for every layer.
+pub fn limit_ahead() {
+    if gpu_available() {
+        return;
+    }
+    let limit = mlx_rs::memory::active_memory().and_then(|used| mlx_rs::memory::set_memory_limit(used + AHEAD));
+    if let Err(error) = limit {
+        tracing::warn!(%error, "the limit of MLX's memory could not be set");
+    }
+}
+
 /// Has the C library take blocks of this size and more from the system, and give them back when they are freed. By itself glibc
 /// stops doing so for blocks of up to 32 MiB as soon as one has been freed, and weights are such blocks.
 pub const LARGE_BLOCK: usize = 4 << 20;

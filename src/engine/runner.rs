@@ -370,6 +370,7 @@ impl Held {
 /// Starts the evaluation of a step described since `started`: how long that took, and this.
 fn evaluate<'a>(started: Instant, arrays: impl Iterator<Item = &'a Array>) -> Result<(Duration, Duration)> {
     let build = started.elapsed();
+    mlx::limit_ahead();
     mlx_rs::transforms::async_eval(arrays)?;
     Ok((build, started.elapsed() - build))
 }
@@ -441,6 +442,7 @@ impl Described {
     pub fn begin(&self) -> Result<()> {
         match &self.draws {
             Draws::Logits(logits, _) => {
+                mlx::limit_ahead();
                 Ok(mlx_rs::transforms::async_eval(std::iter::once(logits).chain(&self.outputs))?)
             }
             Draws::Nothing(_) | Draws::Known(_) => Ok(()),

@@ -3,6 +3,7 @@
 // An exception may cross MLX's frames, a Rust panic may not: kernels report failures as text, and this file turns the
 // text into an exception, which MLX hands to whoever evaluates the graph.
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -90,13 +91,24 @@ void run(const Kernel& kernel, const std::vector<array>& inputs, const array& ou
   }
 }
 
+// Bytes to ask MLX's allocator for. What it keeps of freed memory serves sizes within two pages alone, and batches have
+// any number of rows: sizes of at most an eighth more than needed are few enough to meet again. Small ones cost no pages.
+size_t shared_size(size_t bytes) {
+  constexpr size_t SMALL = 64 << 10;
+  if (bytes < SMALL) {
+    return bytes;
+  }
+  const size_t step = std::bit_floor(bytes) / 8;
+  return (bytes + step - 1) / step * step;
+}
+
 class RustKernel : public mlx::core::UnaryPrimitive {
  public:
   RustKernel(mlx::core::Stream stream, std::shared_ptr<Kernel> kernel)
       : UnaryPrimitive(stream), kernel_(std::move(kernel)) {}
 
   void eval_cpu(const std::vector<array>& inputs, array& output) override {
-    output.set_data(mlx::core::allocator::malloc(output.nbytes()));
+    output.set_data(mlx::core::allocator::malloc(shared_size(output.nbytes())));
     auto& encoder = mlx::core::cpu::get_command_encoder(stream());
     std::vector<array> held;
     for (const auto& input : inputs) {

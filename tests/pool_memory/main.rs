@@ -71,17 +71,19 @@ fn resizing_with(backend: &Backend) {
 fn batches_of_texts_take_what_was_reckoned() {
     let _turn = TURN.lock();
     mlx::init().unwrap();
-    let bert = |hidden: usize, inner: usize| {
-        json!({ "model_type": "bert", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2,
+    let layered = |hidden: usize, inner: usize, layers: usize| {
+        json!({ "model_type": "bert", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
             "num_attention_heads": hidden / 32, "vocab_size": 100, "max_position_embeddings": 2048, "type_vocab_size": 2,
             "hidden_act": "gelu", "layer_norm_eps": 1e-12 })
     };
+    let bert = |hidden: usize, inner: usize| layered(hidden, inner, 2);
     let modern = json!({ "model_type": "modernbert", "hidden_size": 384, "intermediate_size": 576, "num_hidden_layers": 4,
         "num_attention_heads": 12, "vocab_size": 100, "max_position_embeddings": 2048, "global_attn_every_n_layers": 3,
         "local_attention": 128, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "norm_eps": 1e-5 });
     let backend = Backend::Cpu(Cpu::new(Some(2), Precision::Fast));
     for (config, lengths) in [
         (bert(384, 1536), vec![128; 16]),
+        (layered(384, 1536, 12), vec![64; 8]),
         (bert(384, 1536), (16..80).collect()),
         (bert(128, 2048), vec![1; 512]),
         (bert(384, 1536), vec![2048]),
@@ -111,6 +113,34 @@ fn batch_takes(backend: &Backend, config: &Value, lengths: &[usize]) {
         );
         assert!(peak <= reckoned, "{peak} bytes, {reckoned} were reckoned, for {} texts", lengths.len());
         assert!(peak > reckoned / 20, "{peak} bytes say little about {reckoned}");
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+#[test]
+fn results_are_not_far_ahead() {
+    let _turn = TURN.lock();
+    mlx::init().unwrap();
+    let cpu = Cpu::new(Some(2), Precision::Fast);
+    let outcome = mlx::on_device(Device::Cpu, || {
+        let [rows, width] = [4096, 256];
+        let (x, weight) = (mlx_rs::ops::ones::<f32>(&[rows, width])?, mlx_rs::ops::ones::<f32>(&[width])?);
+        mlx_rs::transforms::eval([&x, &weight])?;
+        let chain = |limit: &dyn Fn()| {
+            let mut y = x.clone();
+            for _ in 0..40 {
+                y = cpu.rms_norm(&y, &weight, 1e-5)?;
+            }
+            limit();
+            Ok(y.eval()?)
+        };
+        let each = x.nbytes();
+        let near = extra_peak(|| chain(&mlx::limit_ahead))?;
+        assert!(near <= 10 * each, "{near} bytes ahead by results of {each}");
+        // Negative control: without a limit that is near.
+        let far = || drop(mlx_rs::memory::set_memory_limit(1 << 40));
+        assert!(extra_peak(|| chain(&far))? > 20 * each, "this test sees nothing");
         Ok(())
     });
     outcome.unwrap();

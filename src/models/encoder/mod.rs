@@ -297,6 +297,7 @@ fn pack(texts: &[TextTokens], shape: &EncoderShape) -> Result<PackedTexts> {
 /// The rows of `array [texts, width]`, f32, in the order that the texts were given in.
 fn rows_in_order(array: &Array, texts: &PackedTexts) -> Result<Vec<Vec<f32>>> {
     let array = array.contiguous()?;
+    mlx::limit_ahead();
     array.eval()?;
     let width = array.dim(1) as usize;
     let values = array.try_as_slice::<f32>().map_err(|e| Error::internal(format!("results are not f32: {e}")))?;
