@@ -3,7 +3,7 @@ import Foundation
 /// Runs `omlx-server` as a child process, and starts it again when it crashes.
 public actor ServerController {
     /// How the server is.
-    public enum State: Sendable, Hashable {
+    public enum State: Sendable, Hashable, Codable {
         case stopped
         case starting
         /// It answers at this address.

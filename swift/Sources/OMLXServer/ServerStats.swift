@@ -1,5 +1,5 @@
 /// What a server tells of itself: `/admin/api/status`.
-public struct ServerStats: Sendable, Hashable, Decodable {
+public struct ServerStats: Sendable, Hashable, Codable {
     public let version: String
     public let uptimeSeconds: Int
     /// Requests whose answer has not begun.
@@ -7,7 +7,7 @@ public struct ServerStats: Sendable, Hashable, Decodable {
     public let pool: Pool
     public let metrics: Metrics
 
-    public struct Pool: Sendable, Hashable, Decodable {
+    public struct Pool: Sendable, Hashable, Codable {
         public let device: String
         public let memory: Memory
         /// By id: those that are loaded, or about to be.
@@ -15,12 +15,12 @@ public struct ServerStats: Sendable, Hashable, Decodable {
     }
 
     /// Bytes.
-    public struct Memory: Sendable, Hashable, Decodable {
+    public struct Memory: Sendable, Hashable, Codable {
         public let limit: UInt64
         public let used: UInt64
     }
 
-    public struct Model: Sendable, Hashable, Decodable {
+    public struct Model: Sendable, Hashable, Codable {
         /// "loading", "loaded" or "failed".
         public let state: String
         /// Those that have not ended.
@@ -28,7 +28,7 @@ public struct ServerStats: Sendable, Hashable, Decodable {
     }
 
     /// Numbers by the library's names.
-    public struct Metrics: Sendable, Hashable, Decodable {
+    public struct Metrics: Sendable, Hashable, Codable {
         public let models: [String: [String: Double]]
     }
 

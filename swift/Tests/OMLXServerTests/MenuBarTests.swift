@@ -61,6 +61,7 @@ private func controller(_ arguments: [String] = []) -> ServerController {
             #expect(model.chat[0].text == "What is 12 plus 30?")
             #expect(model.chat[1].text.contains("42"))
             #expect(await eventually { model.stats?.completionTokens ?? 0 > 3 })
+            try check(#require(model.stats))
             #expect(await eventually { model.activity?.hasPrefix("tiny-chat · 0 requests · ") == true })
         }
     }
@@ -117,6 +118,18 @@ private func controller(_ arguments: [String] = []) -> ServerController {
         #expect(await eventually { model.status.hasPrefix("Failed: ") })
         #expect(model.status.contains("/no/such/folder"))
         following.cancel()
+    }
+
+    private func check<Value: Codable & Equatable>(_ value: Value) throws {
+        #expect(try JSONDecoder().decode(Value.self, from: JSONEncoder().encode(value)) == value)
+    }
+
+    @Test func statesCanBeKept() throws {
+        let address = try #require(URL(string: "http://127.0.0.1:8000"))
+        let states: [ServerController.State] = [
+            .stopped, .running(address), .crashed("signal 9", restartIn: .milliseconds(20)), .failed("no such file"),
+        ]
+        try states.forEach { try check($0) }
     }
 
     @Test func linesOfAStreamAreRead() {

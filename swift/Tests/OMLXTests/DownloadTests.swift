@@ -42,6 +42,8 @@ extension LibraryTests {
                     #expect(try Data(contentsOf: URL(fileURLWithPath: result.folder).appendingPathComponent(name)) == content)
                 }
                 #expect(try download.progress() == last)
+                let kept = try JSONDecoder().decode(DownloadProgress.self, from: JSONEncoder().encode(last))
+                #expect(kept == last)
                 // It has no weights.
                 #expect(try pool.models().first { $0.id == "org/tiny" }?.problem != nil)
             }

@@ -62,7 +62,9 @@ extension LibraryTests {
                 try await model.configure(settings)
                 #expect(try model.settings() == settings)
                 let request = ChatRequest(messages: [.user("Tell me a short story about a fox.")])
-                #expect(try await pool.model("chat").generate(request).result().completion?.usage.completionTokens == 3)
+                let generation = try pool.model("chat").generate(request)
+                #expect(generation.modelID == "tiny-chat")
+                #expect(try await generation.result().completion?.usage.completionTokens == 3)
                 settings = ModelSettings()
                 settings.defaults = ["max_tokens": 5]
                 try await model.configure(settings)
@@ -113,10 +115,49 @@ extension LibraryTests {
                 #expect(try await model.cache.find(question).pool == 0)
                 #expect(try await model.cache.prefetch(question) > 0)
                 try await pool.setCacheLimits(CacheLimits(coldBytes: 1 << 30))
+                let limits = try pool.cacheLimits()
+                #expect(limits.coldBytes == 1 << 30 && limits.coldBytesPerModel == .max)
+                // They can be set as they were read.
+                try await pool.setCacheLimits(CacheLimits(coldBytes: 2 << 30, coldBytesPerModel: 1 << 20))
+                #expect(try pool.cacheLimits() != limits)
+                try await pool.setCacheLimits(limits)
+                #expect(try pool.cacheLimits() == limits)
                 #expect(try await pool.cache.clear() > 0)
                 #expect(try await model.cache.find(question).missing == found.tokens)
                 #expect(try model.cache.stats().blocksFree ?? 0 > 0)
             }
+        }
+
+        @Test func withoutFilesTheirLimitsAreNone() async throws {
+            try await withPool { pool, _ in
+                let limits = try pool.cacheLimits()
+                #expect(limits.hotMemory != nil && limits.coldBytes == nil && limits.coldBytesPerModel == nil)
+                try await pool.setCacheLimits(limits)
+                try await expect(.unsupported) { try await pool.setCacheLimits(CacheLimits(coldBytes: 1 << 30)) }
+            }
+        }
+
+        @Test func whatIsToldCanBeKept() async throws {
+            func check<Value: Codable & Equatable>(_ value: Value) throws {
+                #expect(try JSONDecoder().decode(Value.self, from: JSONEncoder().encode(value)) == value)
+            }
+            try await withPool { pool, model in
+                var settings = ModelSettings()
+                (settings.alias, settings.timeToLiveSeconds) = ("chat", 2.5)
+                settings.defaults = ["chat_template_kwargs": ["enable_thinking": false], "max_tokens": 3]
+                try await model.configure(settings)
+                try check(model.settings())
+                try await check(#require(model.generate(question).result().completion))
+                try check(CacheLimits(hotMemory: .percent(5), coldBytesPerModel: .max))
+                try check(pool.cacheLimits())
+                try check(pool.status())
+                try check(pool.metrics())
+                try check(pool.models())
+                try check(model.cache.stats())
+            }
+            let text: JSONValue = ["text": "\u{0}é", "numbers": [1, -2.5, 1e300], "none": nil, "yes": true]
+            #expect(try JSONDecoder().decode(JSONValue.self, from: JSONEncoder().encode(text)) == JSONValue(json: text.json))
+            #expect(throws: DecodingError.self) { try JSONDecoder().decode(JSONObject.self, from: Data("[1]".utf8)) }
         }
 
         @Test func whatIsHeldIsCounted() async throws {

@@ -71,15 +71,58 @@ extension LibraryTests {
                         tokens[piece.choice, default: 0] += piece.tokens.count
                         #expect(piece.logprobs.map(\.token) == piece.tokens)
                         #expect(piece.logprobs.allSatisfy { $0.top.count == 3 && $0.logprob <= 0 })
-                    case .choiceFinished(let choice, let reason):
-                        #expect(reason == .length)
+                    case .choiceFinished(let choice, let reason, let stopString):
+                        #expect(reason == .length && stopString == nil)
                         ends.insert(choice)
+                    case .started: Issue.record("nobody asked for the start")
                     case .finished, .reasoning, .toolCall: break
                     }
                 }
                 #expect(!loading.isEmpty)
                 #expect(ends == [0, 1])
                 #expect(tokens == [0: 4, 1: 4])
+            }
+        }
+
+        @Test func aStartAndAStopStringAreTold() async throws {
+            try await withPool { _, model in
+                let request = ChatRequest(
+                    messages: [.user("What is 12 plus 30?")], options: GenerationOptions(temperature: 0, stop: ["no", "42"]))
+                var prompt = 0
+                for round in 0..<2 {
+                    let generation = try model.generate(request, options: RequestOptions(reportsStart: true))
+                    var events: [GenerationEvent] = []
+                    for try await event in generation { events.append(event) }
+                    guard case .started(let promptTokens, let cachedTokens) = events.first else {
+                        Issue.record("the first event is \(String(describing: events.first))")
+                        return
+                    }
+                    #expect(promptTokens > 1)
+                    // The second time all but the last token is there.
+                    if round == 0 { #expect(cachedTokens == 0) } else { #expect(cachedTokens == prompt - 1) }
+                    prompt = promptTokens
+                    guard case .finished(let completion) = events.last else {
+                        Issue.record("the last event is \(String(describing: events.last))")
+                        return
+                    }
+                    #expect(completion.reason == .stop && completion.stopString == "42")
+                    #expect(completion.usage.promptTokens == promptTokens)
+                }
+                let session = ChatSession(model, options: GenerationOptions(temperature: 0, stop: ["42"]))
+                #expect(try await session.respond(to: "What is 12 plus 30?").completion.stopString == "42")
+                // Several answers, each with its own.
+                var several = request
+                several.others = ["n": 2]
+                var stops: [String?] = []
+                for try await event in try model.generate(several) {
+                    if case .choiceFinished(_, _, let stopString) = event { stops.append(stopString) }
+                }
+                #expect(stops == ["42", "42"])
+                // The model's own end is none.
+                several.options.stop = ["no"]
+                several.others = [:]
+                let completion = try #require(try await model.generate(several).result().completion)
+                #expect(completion.reason == .stop && completion.stopString == nil)
             }
         }
 

@@ -52,7 +52,7 @@ struct Turn: Sendable {
         case .text(let piece): return piece.text.isEmpty ? nil : .text(piece.text)
         case .reasoning(let piece): return piece.text.isEmpty ? nil : .reasoning(piece.text)
         case .finished(let completion): try await finish(completion)
-        case .toolCall, .loading, .choiceFinished: break
+        case .toolCall, .loading, .started, .choiceFinished: break
         }
         return nil
     }
@@ -74,7 +74,8 @@ struct Turn: Sendable {
             ChatMessage(role: .assistant, content: answer.text, reasoning: answer.reasoning, toolCalls: calls))
         guard !calls.isEmpty else {
             isOver = true
-            pending.append(.finished(Completion(reason: completion.reason, usage: usage)))
+            let whole = Completion(reason: completion.reason, stopString: completion.stopString, usage: usage)
+            pending.append(.finished(whole))
             return
         }
         rounds += 1

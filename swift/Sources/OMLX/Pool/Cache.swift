@@ -97,6 +97,17 @@ extension EnginePool {
     /// The caches of all models. `stats` means the default model, requests the one they name.
     public var cache: Cache { Cache(pool: handle, model: nil) }
 
+    /// The limits of the caches that hold, in bytes. Those of files are `nil` without a `cacheFolder`.
+    public func cacheLimits() throws -> CacheLimits {
+        var limits = omlx_cache_limits()
+        limits.struct_size = UInt32(MemoryLayout<omlx_cache_limits>.size)
+        try check { omlx_cache_get_limits(handle.pointer, &limits, $0) }
+        let hasFiles = limits.cold_bytes > 0
+        return CacheLimits(
+            hotMemory: .bytes(limits.hot_bytes), coldBytes: hasFiles ? limits.cold_bytes : nil,
+            coldBytesPerModel: hasFiles ? limits.cold_bytes_per_model : nil)
+    }
+
     /// Changes limits of the caches; what is beyond them goes.
     public func setCacheLimits(_ limits: CacheLimits) async throws {
         let handle = handle
@@ -138,10 +149,10 @@ public struct CacheTiers: OptionSet, Sendable {
 }
 
 /// Limits of a pool's cache; `nil` leaves one as it is.
-public struct CacheLimits: Sendable, Hashable {
+public struct CacheLimits: Sendable, Hashable, Codable {
     public var hotMemory: PoolOptions.Memory?
     public var coldBytes: UInt64?
-    /// `UInt64.max` ends that limit.
+    /// `UInt64.max` ends that limit, and says that there is none.
     public var coldBytesPerModel: UInt64?
 
     /// Limits.

@@ -115,7 +115,7 @@ public struct DownloadOptions: Sendable, Hashable {
 }
 
 /// How far a download is.
-public struct DownloadProgress: Sendable, Hashable {
+public struct DownloadProgress: Sendable, Hashable, Codable {
     /// What it is doing.
     public let state: DownloadState
     /// Bytes that are there. Falls when a file has to be fetched anew.
@@ -143,7 +143,7 @@ public struct DownloadProgress: Sendable, Hashable {
 }
 
 /// What a download is doing. Open: newer libraries may have more states.
-public struct DownloadState: RawRepresentable, Sendable, Hashable {
+public struct DownloadState: RawRepresentable, Sendable, Hashable, Codable {
     /// The `omlx_download_state`.
     public let rawValue: UInt32
 

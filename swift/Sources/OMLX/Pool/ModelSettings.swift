@@ -1,5 +1,5 @@
 /// What is settled about a model; `nil` is the default.
-public struct ModelSettings: Sendable, Hashable, Decodable {
+public struct ModelSettings: Sendable, Hashable, Codable {
     /// Another name for it in requests.
     public var alias: String?
     /// It is not unloaded to make room, nor when its time is up.
@@ -33,9 +33,7 @@ public struct ModelSettings: Sendable, Hashable, Decodable {
         timeToLiveSeconds = try container.decodeIfPresent(Double.self, forKey: .timeToLiveSeconds)
         contextLength = try container.decodeIfPresent(Int.self, forKey: .contextLength)
         kind = try container.decodeIfPresent(ModelKind.self, forKey: .kind)
-        if case .object(let object) = try container.decodeIfPresent(JSONValue.self, forKey: .defaults) {
-            defaults = object
-        }
+        defaults = try container.decodeIfPresent(JSONObject.self, forKey: .defaults) ?? [:]
     }
 
     /// The change that makes a model's settings these: a key with null is taken back. `earlier` are the defaults that were

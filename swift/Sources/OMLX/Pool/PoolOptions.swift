@@ -24,7 +24,7 @@ public struct PoolOptions: Sendable, Hashable {
     }
 
     /// A part of the memory.
-    public enum Memory: Sendable, Hashable {
+    public enum Memory: Sendable, Hashable, Codable {
         case bytes(UInt64)
         case percent(Int)
     }

@@ -23,9 +23,13 @@ enum Event: Sendable {
         case OMLX_EVENT_KIND_LOADING.rawValue:
             let progress = LoadingProgress(loadedBytes: event.loaded_bytes, totalBytes: event.total_bytes)
             self = .generation(.loading(progress))
+        case OMLX_EVENT_KIND_STARTED.rawValue:
+            let usage = Usage(event.usage)
+            self = .generation(.started(promptTokens: usage.promptTokens, cachedTokens: usage.cachedTokens))
         case OMLX_EVENT_KIND_CHOICE_DONE.rawValue:
             let reason = FinishReason(rawValue: event.finish_reason)
-            self = .generation(.choiceFinished(choice: Int(event.choice), reason: reason))
+            let choice = Int(event.choice)
+            self = .generation(.choiceFinished(choice: choice, reason: reason, stopString: stopString(of: event)))
         case OMLX_EVENT_KIND_EMBEDDINGS.rawValue:
             let values = UnsafeBufferPointer(start: event.values, count: event.rows * event.columns)
             let vectors = (0..<event.rows).map { Array(values[$0 * event.columns..<($0 + 1) * event.columns]) }
@@ -36,7 +40,8 @@ enum Event: Sendable {
             self = .scores(copy(event.values, count: event.rows), order: order, truncated: event.truncated)
         case OMLX_EVENT_KIND_DONE.rawValue where event.status == success:
             let reason = FinishReason(rawValue: event.finish_reason)
-            self = .generation(.finished(Completion(reason: reason, usage: Usage(event.usage))))
+            let completion = Completion(reason: reason, stopString: stopString(of: event), usage: Usage(event.usage))
+            self = .generation(.finished(completion))
         case OMLX_EVENT_KIND_DONE.rawValue:
             let error = OMLXError(OMLXError.Code(rawValue: event.status), OMLX.text(event.error_message))
             self = .failed(error, Usage(event.usage))
@@ -44,6 +49,12 @@ enum Event: Sendable {
             return nil
         }
     }
+}
+
+/// The stop string that ended an answer.
+private func stopString(of event: omlx_event) -> String? {
+    let string = text(event.stop_string)
+    return string.isEmpty ? nil : string
 }
 
 extension Piece {

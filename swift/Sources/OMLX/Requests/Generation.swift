@@ -19,6 +19,9 @@ public final class Generation: AsyncSequence, Sendable {
         self.request = request
     }
 
+    /// Id of the model that answers, also where the request had an alias or none.
+    public var modelID: String { request.modelID }
+
     /// Ends the generation: what has come so far can still be read, then `finished` with the reason `cancelled`.
     public func cancel() {
         request.cancel()
@@ -44,7 +47,7 @@ public final class Generation: AsyncSequence, Sendable {
             switch try await reader.next({ Event($0) }) {
             case .generation(let event): return event
             case .failed(let error, let usage) where error.code == .cancelled && request.isCancelledByHost:
-                return .finished(Completion(reason: .cancelled, usage: usage))
+                return .finished(Completion(reason: .cancelled, stopString: nil, usage: usage))
             case .failed(let error, _): throw error
             case .embeddings, .scores: throw OMLXError(.internal, "a generation has a result of another kind")
             case nil: return nil
@@ -84,7 +87,7 @@ public struct GenerationResult: Sendable, Hashable {
             if toolCalls.last?.id != call.id { toolCalls.append(ToolCall(id: call.id, name: call.name, arguments: "")) }
             toolCalls[toolCalls.count - 1].arguments += call.piece.text
         case .finished(let completion): self.completion = completion
-        case .loading, .choiceFinished: break
+        case .loading, .started, .choiceFinished: break
         }
     }
 }

@@ -4,20 +4,23 @@ import COMLX
 public enum GenerationEvent: Sendable, Hashable {
     /// The model is being loaded. Only with `RequestOptions.reportsLoading`.
     case loading(LoadingProgress)
+    /// The prompt begins to be computed, and so many of its tokens are cached; until the end these may become more. Only with
+    /// `RequestOptions.reportsStart`.
+    case started(promptTokens: Int, cachedTokens: Int)
     /// A piece of the answer.
     case text(Piece)
     /// A piece of what the model thinks before it answers.
     case reasoning(Piece)
     /// A piece of a tool call.
     case toolCall(ToolCallPiece)
-    /// The end of one of several answers; not sent for the only one.
-    case choiceFinished(choice: Int, reason: FinishReason)
+    /// The end of one of several answers, and the stop string that ended it; not sent for the only one.
+    case choiceFinished(choice: Int, reason: FinishReason, stopString: String?)
     /// The end.
     case finished(Completion)
 }
 
 /// How far a model is loaded.
-public struct LoadingProgress: Sendable, Hashable {
+public struct LoadingProgress: Sendable, Hashable, Codable {
     /// Bytes of its weights that are there.
     public let loadedBytes: UInt64
     /// Bytes that there will be; 0 until that is known, and while the model waits for memory.
@@ -61,7 +64,7 @@ public struct TokenLogprob: Sendable, Hashable {
 }
 
 /// Why an answer ended. Open: newer libraries may know more reasons.
-public struct FinishReason: RawRepresentable, Sendable, Hashable {
+public struct FinishReason: RawRepresentable, Sendable, Hashable, Codable {
     /// The `omlx_finish_reason`.
     public let rawValue: UInt32
 
@@ -93,9 +96,11 @@ extension FinishReason: CustomStringConvertible {
 }
 
 /// The end of a request.
-public struct Completion: Sendable, Hashable {
+public struct Completion: Sendable, Hashable, Codable {
     /// Why it ended.
     public let reason: FinishReason
+    /// The stop string that ended the answer; `nil` if none did.
+    public let stopString: String?
     /// Counts and times.
     public let usage: Usage
 }

@@ -20,6 +20,7 @@ final class RequestHandle: @unchecked Sendable {
         options.struct_size = UInt32(MemoryLayout<omlx_generate_options>.size)
         options.lenient = delivery.ignoresUnknownKeys ? 1 : 0
         options.loading_events = delivery.reportsLoading ? 1 : 0
+        options.started_event = delivery.reportsStart ? 1 : 0
         var request: OpaquePointer?
         try check { error in
             withBytes(of: json) { start(pool.pointer, $0, $1, &options, &request, error) }
@@ -31,6 +32,9 @@ final class RequestHandle: @unchecked Sendable {
         // If this throws, `deinit` runs: every stored property is there.
         try check { omlx_request_set_wake(request, onWake, lend(wake), takeBack, $0) }
     }
+
+    /// Id of the model that answers.
+    var modelID: String { text(omlx_request_model(pointer)) }
 
     var isCancelledByHost: Bool { cancelledByHost.withLock { $0 } }
 

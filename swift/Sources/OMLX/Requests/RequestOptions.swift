@@ -4,10 +4,13 @@ public struct RequestOptions: Sendable, Hashable {
     public var ignoresUnknownKeys: Bool
     /// A generation begins with `GenerationEvent.loading` while its model is being loaded.
     public var reportsLoading: Bool
+    /// A generation tells of `GenerationEvent.started` before its first text.
+    public var reportsStart: Bool
 
-    /// All defaults: strict, and silent about loading.
-    public init(ignoresUnknownKeys: Bool = false, reportsLoading: Bool = false) {
+    /// All defaults: strict, and silent about loading and the start.
+    public init(ignoresUnknownKeys: Bool = false, reportsLoading: Bool = false, reportsStart: Bool = false) {
         self.ignoresUnknownKeys = ignoresUnknownKeys
         self.reportsLoading = reportsLoading
+        self.reportsStart = reportsStart
     }
 }

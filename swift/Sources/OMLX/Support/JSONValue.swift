@@ -55,7 +55,7 @@ public enum JSONValue: Sendable, Hashable {
     }
 }
 
-/// A JSON object that keeps the order of its keys.
+/// A JSON object that keeps the order of its keys. Encoders have an order of their own, and what is decoded an alphabetical one.
 public struct JSONObject: Sendable, ExpressibleByDictionaryLiteral {
     fileprivate private(set) var pairs: [(key: String, value: JSONValue)] = []
 
@@ -101,7 +101,7 @@ extension JSONObject: Hashable {
     }
 }
 
-extension JSONValue: Decodable {
+extension JSONValue: Codable {
     public init(from decoder: any Decoder) throws {
         let container = try decoder.singleValueContainer()
         if container.decodeNil() {
@@ -122,6 +122,34 @@ extension JSONValue: Decodable {
             values.keys.sorted().forEach { object[$0] = values[$0] }
             self = .object(object)
         }
+    }
+
+    public func encode(to encoder: any Encoder) throws {
+        var container = encoder.singleValueContainer()
+        switch self {
+        case .null: try container.encodeNil()
+        case .bool(let value): try container.encode(value)
+        case .integer(let value): try container.encode(value)
+        case .number(let value): try container.encode(value)
+        case .string(let value): try container.encode(value)
+        case .array(let values): try container.encode(values)
+        case .object(let object):
+            try container.encode(Dictionary(uniqueKeysWithValues: object.pairs.map { ($0.key, $0.value) }))
+        }
+    }
+}
+
+extension JSONObject: Codable {
+    public init(from decoder: any Decoder) throws {
+        guard case .object(let object) = try JSONValue(from: decoder) else {
+            throw DecodingError.typeMismatch(
+                Self.self, .init(codingPath: decoder.codingPath, debugDescription: "not a JSON object"))
+        }
+        self = object
+    }
+
+    public func encode(to encoder: any Encoder) throws {
+        try JSONValue.object(self).encode(to: encoder)
     }
 }
 
