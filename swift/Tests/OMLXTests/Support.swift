@@ -84,6 +84,50 @@ func endless(_ tokens: Int = 3500) -> ChatRequest {
         options: GenerationOptions(temperature: 0, maximumResponseTokens: tokens), others: ["ignore_eos": true])
 }
 
+/// An engine whose thread stands still: the wake function of a request does not return. Nobody who waits for its model gets an
+/// event, nor a done event, until it goes on.
+final class HeldEngine: Sendable {
+    private let request: RequestHandle
+    private let gate = Gate()
+
+    /// Waits until it stands still.
+    init(_ model: Model) async throws {
+        let (request, gate) = (try model.generate(endless()).request, gate)
+        self.request = request
+        try check { error in
+            gate.host.withLock { $0 = pthread_self() }
+            let onWake: omlx_wake_fn = { lent($0, as: Gate.self)?.pass() }
+            return omlx_request_set_wake(request.pointer, onWake, lend(gate), takeBack, error)
+        }
+        // It is woken for an event where none was, so events must not stay.
+        let stands = try await eventually {
+            while case .event = try request.fetch({ _ in () }) {}
+            return gate.isEntered.withLock { $0 }
+        }
+        if !stands { goOn() }
+        try #require(stands)
+    }
+
+    /// Lets it go on, without the request that held it.
+    func goOn() {
+        request.cancel()
+        gate.opened.signal()
+    }
+
+    private final class Gate: Sendable {
+        /// The thread that sets the wake function may have to call it, and must not stand still.
+        let host = Locked<pthread_t?>(nil)
+        let isEntered = Locked(false)
+        let opened = DispatchSemaphore(value: 0)
+
+        func pass() {
+            guard host.withLock({ $0 }) != pthread_self(), !isEntered.withLock({ $0 }) else { return }
+            isEntered.withLock { $0 = true }
+            opened.wait()
+        }
+    }
+}
+
 /// A reference to a request of our own, to see how it ends after Swift's owners are gone.
 struct Witness: @unchecked Sendable {
     private let request: OpaquePointer
@@ -114,6 +158,12 @@ struct Witness: @unchecked Sendable {
                      Int(event.usage.completion_tokens)))
             }
         }
+    }
+
+    /// Whether an event is there. It is lost.
+    func hasEvent() -> Bool {
+        var event: UnsafePointer<omlx_event>?
+        return omlx_request_next(request, 0, &event, nil) == success
     }
 
     /// Checks that the request was cancelled, and ended once.

@@ -12,6 +12,13 @@ final class Wake: Sendable {
 
     private let state = Locked(State.idle)
 
+    /// Whether the reader waits.
+    var isWaiting: Bool {
+        state.withLock { state in
+            if case .waiting = state { true } else { false }
+        }
+    }
+
     /// Lets the reader go on, or not wait the next time. Returns at once, as the library asks of its wake function.
     func raise() {
         let waiting: CheckedContinuation<Void, Never>? = state.withLock { state in
