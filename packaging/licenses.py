@@ -16,9 +16,11 @@ BROUGHT = {
     "libquadmath": ["gcc-runtime.txt", "LGPL-2.1.txt"],
 }
 
-# Packages of this repository in the library, and the texts of what they compile besides our own.
+# Packages of this repository in the library or in programs that hold it, and the texts of what they compile besides our own.
 OWN = {
     "mlx-sys": ["mlx-c.txt"],
+    "omlx": [],
+    "omlx-client": [],
     "omlx-kernels-cpu": [],
 }
 
@@ -36,12 +38,12 @@ def _metadata(folder):
     return json.loads(_output(*command, folder=folder))
 
 
-def _linked_crates(root):
-    """The packages whose code is in the library: reached from ours by other than build and test dependencies."""
+def _linked_crates(root, name):
+    """The packages whose code is in the library or program of that name: reached from it by other than build and test dependencies."""
     metadata = _metadata(root)
     packages = {package["id"]: package for package in metadata["packages"]}
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
-    own = next(id for id, p in packages.items() if p["name"] == "omlx" and p["source"] is None)
+    own = next(id for id, p in packages.items() if p["name"] == name and p["source"] is None)
     reached, waiting = set(), [own]
     while waiting:
         for dependency in nodes[waiting.pop()]["deps"]:
@@ -86,11 +88,12 @@ def _standard_library():
     return text
 
 
-def _crates(root):
+def _crates(root, name):
     """One text with the licences of all crates; equal ones once. Crates without a text have their licence's name."""
-    parts = ["The Rust crates in libomlx, their licences, and the texts of these.\n"]
+    title = "libomlx" if name == "omlx" else name
+    parts = [f"The Rust crates in {title}, their licences, and the texts of these.\n"]
     known = {}
-    for package in _linked_crates(root):
+    for package in _linked_crates(root, name):
         if package["source"] is None:
             parts.append(_own(package))
             continue
@@ -106,11 +109,12 @@ def _crates(root):
     return "\n".join(parts) + "\n"
 
 
-def install(root, libraries, target):
-    """Writes the licences of libomlx, of what is compiled into it, and of `libraries` to the folder `target`."""
+def install(root, libraries, target, name="omlx"):
+    """Writes the licences of libomlx (or of the program `name`), of what is compiled into it, and of `libraries` to the folder
+    `target`."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(root / "LICENSE", target / "LICENSE")
-    (target / "rust-crates.txt").write_text(_crates(root))
+    (target / "rust-crates.txt").write_text(_crates(root, name))
     shutil.copyfile(_mlx_c(root) / "LICENSE", target / "mlx-c.txt")
     shutil.copyfile(_standard_library(), target / "rust-standard-library.html")
     for library in libraries:

@@ -16,11 +16,14 @@ import SwiftUI
         .menuBarExtraStyle(.window)
     }
 
-    /// The server beside this program, as in an app's bundle, or the one that OMLX_SERVER names.
+    /// The server beside this program, with the models of the app's bundle; or the one that OMLX_SERVER names.
     private static var configuration: ServerConfiguration {
         let named = ProcessInfo.processInfo.environment["OMLX_SERVER"].map { URL(fileURLWithPath: $0) }
         let beside = Bundle.main.executableURL?.deletingLastPathComponent().appendingPathComponent("omlx-server")
-        return ServerConfiguration(executable: named ?? beside ?? URL(fileURLWithPath: "/usr/local/bin/omlx-server"))
+        let models = Bundle.main.url(forResource: "models", withExtension: nil)
+        return ServerConfiguration(
+            executable: named ?? beside ?? URL(fileURLWithPath: "/usr/local/bin/omlx-server"),
+            arguments: named == nil ? models.map { ["--models", $0.path] } ?? [] : [])
     }
 }
 
