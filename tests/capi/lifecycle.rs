@@ -125,6 +125,17 @@ fn handles_in_every_order_under_sanitizers() {
     run_with_folder("orders", "-sanitized", &SANITIZERS, &ENCODERS_AND_CHAT);
 }
 
+/// `tests/capi/tsan` looks for races in it; here it has to do what it says.
+#[test]
+fn many_threads() {
+    run("races", "", &[], "tests/fixtures/null");
+}
+
+#[test]
+fn many_threads_under_sanitizers() {
+    run("races", "-sanitized", &SANITIZERS, "tests/fixtures/null");
+}
+
 /// Reads an event after its life, which the header forbids; or, with an argument, forgets to release one string; or, with two,
 /// adds up more than an int holds.
 const WRONG: &str = r#"
