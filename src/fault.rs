@@ -54,9 +54,9 @@ mod armed {
         }
     }
 
-    /// Takes half a second if a test armed this point for the engine `id`.
+    /// Takes half a second for each time that a test armed this point for the engine `id`.
     pub fn pause(name: &str, id: &str) {
-        if happens(name, id) {
+        while happens(name, id) {
             std::thread::sleep(std::time::Duration::from_millis(500));
         }
     }

@@ -253,6 +253,11 @@ impl Restores {
         Ok(self.queue.pop_front().map(|first| first.finish(scheduler)))
     }
 
+    /// All restores, none of which has asked for rows yet, in their order.
+    pub fn take_all(&mut self) -> Vec<(Arc<[u32]>, Then)> {
+        std::mem::take(&mut self.queue).into_iter().map(|restore| (restore.tokens, restore.then)).collect()
+    }
+
     /// Ends all restores as they are.
     pub fn end(&mut self, scheduler: &mut Scheduler) -> Vec<Restored> {
         self.ahead = 0;

@@ -88,6 +88,9 @@ const SNAPSHOT_PART: usize = 4;
 /// Snapshots at most: they are looked through one by one.
 const MOST_SNAPSHOTS: usize = 256;
 
+/// Requests wait this long at most for the files of a loaded model to be identified, where other tiers may have their rows.
+const IDENTIFYING: Duration = Duration::from_secs(5);
+
 /// How often an engine looks at sequences that could not go on.
 const PAUSED: Duration = Duration::from_millis(20);
 
@@ -112,6 +115,8 @@ pub fn main(options: &EngineOptions, inbox: &Receiver<Command>, myself: &Sender<
                     };
                     let identified = panics::catch(|| {
                         let identity = identity?;
+                        fault::pause("identity.slow", &options.id);
+                        fault::point("identity.fails", &options.id);
                         identity.fingerprint(&options.tiers, &interrupted).map(|fingerprint| (fingerprint, identity))
                     });
                     let _ = myself.send(Command::Identified(identified.and_then(|identified| identified)));
@@ -185,6 +190,8 @@ fn serve(
         scheduler: Scheduler::new(limits, blocks),
         tiers: None,
         unidentified: options.tiers.exist(),
+        // Where no tier knows its name there is nothing to wait for.
+        identifying: options.tiers.know(&options.id).then(|| Instant::now() + IDENTIFYING),
         restores: Restores::new(read_ahead),
         saving: Saving::default(),
         metrics,
@@ -314,6 +321,8 @@ struct Worker<'a> {
     tiers: Option<ModelTiers>,
     /// It will be, or nobody knows yet.
     unidentified: bool,
+    /// Until when requests wait for that.
+    identifying: Option<Instant>,
     restores: Restores,
     saving: Saving,
     metrics: EngineMetrics,

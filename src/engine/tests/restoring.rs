@@ -173,3 +173,43 @@ fn rows_come_from_the_disk_while_that_is_faster() {
     assert_eq!(ask_again(), PROMPT - 1, "as fast as it was");
     assert_eq!(ask_again(), 0, "a slow disk");
 }
+
+/// Tokens that come back of a prompt of 41 whose rows are in `folder`, asked for as soon as the pool is open, and what is said
+/// of the model then.
+fn cached_at_once(folder: &Path, id: &str) -> (usize, String) {
+    let tiers = TierOptions { folder: Some(folder.to_owned()), always_restore: true, ..TierOptions::default() };
+    let options = PoolOptions { device: Some(Device::Cpu), block_tokens: Some(8), tiers, ..Default::default() };
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(&fixture("qwen3-f32"), Some(id)).unwrap();
+    let json = format!(r#"{{"prompt":{:?},"max_tokens":2}}"#, (1..42).collect::<Vec<_>>());
+    let cached = finish(&pool.generate(request(&json)).unwrap()).1.usage.cached_tokens;
+    let found = pool.cache_find(&request(r#"{"prompt":[42,41,40]}"#)).unwrap();
+    // Not of a model that is never identified.
+    let _ = pool.cache_flush(None, PATIENCE);
+    pool.close();
+    (cached, found)
+}
+
+/// What was computed before a restart is not computed again because a request is there before the model's files are read.
+#[test]
+fn a_request_waits_until_the_model_is_identified() {
+    let (folder, id) = (tempfile::tempdir().unwrap(), "identified");
+    (0..4).for_each(|_| crate::fault::arm("identity.slow", id, 0));
+    let (cached, found) = cached_at_once(folder.path(), id);
+    assert!(cached == 0 && found.contains("not_identified"), "nothing to wait for: {cached} {found}");
+    crate::fault::arm("identity.slow", id, 0);
+    assert_eq!(cached_at_once(folder.path(), id).0, 40);
+    crate::fault::arm("identity.slow", id, 0);
+    crate::fault::arm("identity.fails", id, 0);
+    assert_eq!(cached_at_once(folder.path(), id).0, 0, "it never is");
+}
+
+#[test]
+fn a_request_does_not_wait_for_ever_until_the_model_is_identified() {
+    let (folder, id) = (tempfile::tempdir().unwrap(), "identified-late");
+    assert_eq!(cached_at_once(folder.path(), id).0, 0);
+    assert_eq!(cached_at_once(folder.path(), id).0, 40);
+    // Eight seconds.
+    (0..16).for_each(|_| crate::fault::arm("identity.slow", id, 0));
+    assert_eq!(cached_at_once(folder.path(), id).0, 0);
+}

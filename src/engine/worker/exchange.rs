@@ -118,18 +118,34 @@ impl Worker<'_> {
                 self.scheduler.blocks().save_in_runs_of(SPAN_TOKENS);
                 let pins = tiers.pins();
                 self.tiers = Some(tiers);
+                self.bring_waiting()?;
                 pins.into_iter().try_for_each(|tokens| self.bring(tokens, Then::Pin))?;
             }
             Err(error) => {
                 tracing::warn!(model = self.options.id, %error, "only the pools cache");
                 self.saving.answer(false);
+                self.bring_waiting()?;
             }
         }
         Ok(())
     }
 
+    /// Whether the model may soon be identified, and rows of it found that are not to be computed meanwhile.
+    fn is_identifying(&self) -> bool {
+        self.unidentified && self.identifying.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Looks for the rows of what has waited until the model is identified.
+    fn bring_waiting(&mut self) -> Result<()> {
+        self.restores.take_all().into_iter().try_for_each(|(tokens, then)| self.bring(tokens, then))
+    }
+
     /// Gets what other tiers have of `tokens`, if that is faster than to compute it, and then goes on.
     pub(super) fn bring(&mut self, tokens: Arc<[u32]>, then: Then) -> Result<()> {
+        if self.is_identifying() {
+            self.restores.begin(tokens, 0, Vec::new(), then);
+            return Ok(());
+        }
         let blocks = self.scheduler.blocks();
         // The last token is computed in any case.
         let limit = tokens.len().saturating_sub(1);
@@ -171,6 +187,9 @@ impl Worker<'_> {
     pub(super) fn restore(&mut self) -> Result<()> {
         for cancelled in self.restores.take_cancelled(&mut self.scheduler) {
             self.restored(cancelled)?;
+        }
+        if self.tiers.is_none() && !self.is_identifying() {
+            self.bring_waiting()?;
         }
         self.scheduler.expect_others(self.restores.have_sequences());
         loop {
