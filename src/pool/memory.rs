@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use sysinfo::{CGroupLimits, MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
+use super::cgroup::GroupMemory;
 use super::policy::Pressure;
 use crate::error::{Error, Result};
 use crate::mlx::{self, Device};
@@ -75,18 +76,15 @@ impl Machine for ThisMachine {
             ProcessRefreshKind::nothing().with_memory(),
         );
         let (total, available) = (self.system.total_memory(), self.system.available_memory());
-        let (total, available) = within(self.system.cgroup_limits(), total, available);
+        let (total, available) = within(GroupMemory::read(Path::new("/")), total, available);
         let footprint = self.system.process(process).map_or(0, sysinfo::Process::memory);
         Reading { total, available, footprint, pressure: pressure(total, available) }
     }
 }
 
 /// What a container leaves of a machine's `total` and `available` bytes.
-fn within(container: Option<CGroupLimits>, total: u64, available: u64) -> (u64, u64) {
-    let Some(container) = container else { return (total, available) };
-    // Files that the system keeps in memory count as used there, and go when they must: what is not a file stays.
-    let spare = container.total_memory.saturating_sub(container.rss);
-    (total.min(container.total_memory), available.min(spare))
+fn within(container: Option<GroupMemory>, total: u64, available: u64) -> (u64, u64) {
+    container.map_or((total, available), |own| (total.min(own.limit), available.min(own.available)))
 }
 
 fn pressure(total: u64, available: u64) -> Pressure {
@@ -161,20 +159,17 @@ mod tests {
 
     #[test]
     fn a_container_has_the_last_word() {
-        // All of its memory is in use, most of it for files.
-        let container = |total: u64, rss: u64| {
-            Some(CGroupLimits { total_memory: total * GB, free_memory: 0, free_swap: 0, rss: rss * GB })
-        };
+        let container = |limit: u64, available: u64| Some(GroupMemory { limit: limit * GB, available: available * GB });
         let read = |container| {
             let (total, available) = within(container, 64 * GB, 60 * GB);
             let reading = Reading { total, available, ..Reading::default() };
             (total / GB, available / GB, MemoryLimit::Auto.bytes(Device::Cpu, &reading, 0) / GB)
         };
         assert_eq!(read(None), (64, 60, 56));
-        assert_eq!(read(container(4, 1)), (4, 3, 2));
-        assert_eq!(read(container(4, 3)), (4, 1, 1), "others in the container have the rest");
-        assert_eq!(read(container(4, 5)), (4, 0, 0), "it is full");
-        assert_eq!(read(container(100, 1)), (64, 60, 56), "it may have more than there is");
+        assert_eq!(read(container(4, 3)), (4, 3, 2));
+        assert_eq!(read(container(4, 1)), (4, 1, 1), "others in the container have the rest");
+        assert_eq!(read(container(4, 0)), (4, 0, 0), "it is full");
+        assert_eq!(read(container(100, 99)), (64, 60, 56), "it may have more than there is");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod cache;
 mod catalogue;
+mod cgroup;
 mod download;
 mod keeper;
 mod memory;
