@@ -235,6 +235,22 @@ impl HotTier {
         state.shrink()
     }
 
+    /// Lets spans go whatever the limit is, the least valuable first, up to one that is nowhere else and not within `room`
+    /// bytes of such.
+    pub fn release(&self, mut room: u64) -> Vec<Evicted> {
+        lock(&self.state).evict(|_, entry| {
+            let bytes = if entry.dirty { entry.rows.bytes() as u64 } else { 0 };
+            let goes = bytes <= room;
+            room = room.saturating_sub(bytes);
+            goes
+        })
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> u64 {
+        lock(&self.state).bytes
+    }
+
     /// What it holds.
     pub fn stats(&self) -> HotStats {
         let state = lock(&self.state);
@@ -314,10 +330,17 @@ impl State {
 
     /// Lets go what is beyond the limit.
     fn shrink(&mut self) -> Vec<Evicted> {
+        self.evict(|state, _| state.bytes > state.limit)
+    }
+
+    /// Lets the least valuable go as long as that one `goes`.
+    fn evict(&mut self, mut goes: impl FnMut(&Self, &Entry) -> bool) -> Vec<Evicted> {
         let mut evicted = Vec::new();
-        while self.bytes > self.limit {
-            // There may be none without followers: two spans can go on from each other's blocks.
-            let Some(&(_, id)) = self.leaves.first().or(self.inner.first()) else { break };
+        // There may be none without followers: two spans can go on from each other's blocks.
+        while let Some(&(_, id)) = self.leaves.first().or(self.inner.first()) {
+            if !self.entries.get(&id).is_some_and(|entry| goes(self, entry)) {
+                break;
+            }
             let Some(entry) = self.remove(id) else { break };
             self.clock = self.clock.max(entry.credit);
             evicted.push(entry.evicted());

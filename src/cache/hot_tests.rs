@@ -102,6 +102,25 @@ fn models_and_dirt_are_kept_apart() {
 }
 
 #[test]
+fn all_goes_that_is_elsewhere_or_can_be_written() {
+    let tier = HotTier::new(20 * one());
+    put(&tier, 0, &[9, 9], 0, 1.0);
+    put(&tier, 0, &[1, 2, 3, 4], 0, 1.0);
+    put(&tier, 0, &[1, 2, 3, 4, 5], 4, 2.0);
+    put(&tier, 0, &[8, 8], 0, 3.0);
+    tier.mark_clean(found(&tier, 0, &[9, 9])[0]);
+    tier.mark_clean(found(&tier, 0, &[8, 8])[0]);
+    let released = |room| tier.release(room).iter().map(|gone| gone.span.tokens.to_vec()).collect::<Vec<_>>();
+    assert_eq!(released(one() - 1), [[9, 9]], "the next one is nowhere else");
+    assert_eq!(released(one()), [[5]], "nor is the one behind it");
+    assert_eq!(released(0), Vec::<Vec<u32>>::new());
+    assert_eq!(released(u64::MAX), [vec![1, 2, 3, 4], vec![8, 8]]);
+    assert_eq!((tier.bytes(), tier.limit()), (0, 20 * one()));
+    put(&tier, 0, &[7, 7], 0, 1.0);
+    assert_eq!(tier.bytes(), one(), "it may be full again");
+}
+
+#[test]
 fn what_was_not_written_stays_dirty() {
     let tier = HotTier::new(20 * one());
     put(&tier, 0, &[1, 2, 3, 4, 5], 4, 1.0);

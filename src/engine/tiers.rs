@@ -231,6 +231,13 @@ impl Tiers {
         }
     }
 
+    /// Empties the hot tier, unless `all` only as far as what is nowhere else can be written.
+    pub fn release_hot(&self, all: bool) {
+        let cold = self.cold.as_ref().filter(|_| !all);
+        let room = cold.map_or(usize::MAX, |cold| cold.write_bytes.saturating_sub(cold.writer.pending_bytes()));
+        self.write_evicted(self.hot.release(room as u64));
+    }
+
     /// Writes what had to leave the hot tier, of whatever model; whether nothing was lost.
     pub fn write_evicted(&self, evicted: Vec<Evicted>) -> bool {
         let mut kept = true;

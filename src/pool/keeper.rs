@@ -16,7 +16,7 @@ use crate::mlx::{self, Device};
 use crate::panics;
 use crate::sync::lock;
 
-/// How often the machine's memory is read while models are loaded.
+/// How often the machine's memory is read while models are loaded, or rows are in the hot tier.
 const READ: Duration = Duration::from_secs(1);
 
 /// How often the keeper looks again while somebody waits for memory.
@@ -76,6 +76,7 @@ impl Keeper {
     /// Does what is to be done; when to look again, if nobody wakes the keeper before.
     fn look(&mut self, shared: &Shared, now: Instant) -> Option<Instant> {
         let pressure = self.read(shared, now);
+        let hot = lock(&shared.tiers).as_ref().map_or(0, |tiers| tiers.hot.bytes());
         let mut state = lock(&shared.state);
         if state.closed {
             return None;
@@ -92,19 +93,28 @@ impl Keeper {
             shortage.as_ref().map(|short| Need { bytes: short.bytes.saturating_sub(coming), to_load: short.in_line });
         // What is on its way out will do.
         let need = need.filter(|need| need.bytes > 0);
-        for action in policy::decide(now, &residents, need, pressure) {
+        let mut release_hot = false;
+        for action in policy::decide(now, &residents, hot, need, pressure) {
             tracing::info!(?action, short = shortage.as_ref().map_or(0, |short| short.bytes), "memory");
             match action {
+                Action::ReleaseHot => release_hot = true,
                 Action::Shrink(id) => state.shrink(&id, now),
                 Action::Unload(id) => state.unload_idle(&id),
                 Action::Drain(id) => state.drain(&id),
                 Action::Refuse => shared.ledger.refuse_first("no other model can be unloaded"),
             }
         }
-        if shortage.is_some() || !state.draining.is_empty() {
+        let (draining, retiring) = (!state.draining.is_empty(), !state.retiring.is_empty());
+        drop(state);
+        // Giving memory back takes time that requests need not wait for.
+        if let Some(tiers) = lock(&shared.tiers).as_ref().filter(|_| release_hot) {
+            tiers.release_hot(pressure == Pressure::Much);
+        }
+        if shortage.is_some() || draining {
             return Some(now + SHORT);
         }
-        let read = (!residents.is_empty()).then_some(now + READ);
+        // Rows of a model that goes may stay in the hot tier.
+        let read = (!residents.is_empty() || retiring || hot > 0).then_some(now + READ);
         let expiry = policy::next_expiry(&residents).map(|time| time.max(now + SHORT));
         read.into_iter().chain(expiry).min()
     }

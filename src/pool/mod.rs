@@ -150,6 +150,8 @@ struct Shared {
     buffers: Account,
     limit: Mutex<MemoryLimit>,
     ttl: Option<Duration>,
+    /// Until the pool closes: whoever held them longer would keep their folder locked.
+    tiers: Mutex<Option<Tiers>>,
     /// The last one.
     reading: Mutex<Reading>,
     footprint_at_open: u64,
@@ -239,6 +241,7 @@ impl EnginePool {
             buffers: ledger.open_for_good("buffers"),
             limit: Mutex::new(options.memory),
             ttl: options.ttl,
+            tiers: Mutex::default(),
             reading: Mutex::new(reading),
             footprint_at_open: reading.footprint,
         });
@@ -248,6 +251,7 @@ impl EnginePool {
             let _ = waker.try_send(());
         });
         let tiers = options.tiers.open(device, reading.total, limit)?;
+        *lock(&shared.tiers) = Some(tiers.clone());
         let hot = ledger.open_for_good("tiers");
         if !device.has_own_memory() {
             hot.set(Part::Hot, tiers::host_bytes(&tiers));
@@ -406,6 +410,7 @@ impl EnginePool {
 
     /// Ends all requests and refuses new ones; returns the engines that run down, without waiting for them.
     fn begin_close(&self) -> Vec<Arc<Engine>> {
+        lock(&self.shared.tiers).take();
         let mut state = lock(&self.shared.state);
         state.closed = true;
         self.downloads.cancel();

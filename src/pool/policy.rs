@@ -52,6 +52,8 @@ pub struct Need {
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
+    /// Empty the hot tier.
+    ReleaseHot,
     /// Give back what of the model's cache no request uses.
     Shrink(String),
     /// Unload a model without requests.
@@ -62,8 +64,8 @@ pub enum Action {
     Refuse,
 }
 
-/// What to do now. Models that are on their way out are not among the `residents`.
-pub fn decide(now: Instant, residents: &[Resident], need: Option<Need>, pressure: Pressure) -> Vec<Action> {
+/// What to do now, where the hot tier holds `hot` bytes. Models that are on their way out are not among the `residents`.
+pub fn decide(now: Instant, residents: &[Resident], hot: u64, need: Option<Need>, pressure: Pressure) -> Vec<Action> {
     let loading = residents.iter().any(|resident| resident.loading && resident.bytes > 0);
     let mut residents: Vec<&Resident> = residents.iter().filter(|resident| !resident.loading).collect();
     residents.sort_by_key(|resident| resident.last_used);
@@ -86,7 +88,7 @@ pub fn decide(now: Instant, residents: &[Resident], need: Option<Need>, pressure
             actions.push(used.map_or(Action::Refuse, |resident| Action::Drain(resident.id.clone())));
         }
     } else if pressure > Pressure::None {
-        relieve(&stay, pressure, &mut actions);
+        relieve(&stay, hot, pressure, &mut actions);
     }
     actions
 }
@@ -114,8 +116,10 @@ fn make_room(residents: &[&Resident], mut missing: u64, actions: &mut Vec<Action
     shrinks(&stay, &mut missing, actions);
 }
 
-/// Under pressure caches shrink; if it is strong, the model that has been idle for longest goes.
-fn relieve(residents: &[&Resident], pressure: Pressure, actions: &mut Vec<Action>) {
+/// Under pressure caches shrink, in the host's memory and in the pools; if it is strong, the model that has been idle for
+/// longest goes.
+fn relieve(residents: &[&Resident], hot: u64, pressure: Pressure, actions: &mut Vec<Action>) {
+    actions.extend((hot > 0).then_some(Action::ReleaseHot));
     let spare = residents.iter().filter(|resident| resident.spare > 0);
     actions.extend(spare.map(|resident| Action::Shrink(resident.id.clone())));
     let idle = residents.iter().find(|resident| !resident.in_use && !resident.pinned);
@@ -133,6 +137,11 @@ pub fn next_expiry(residents: &[Resident]) -> Option<Instant> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// With an empty hot tier.
+    fn decide(now: Instant, residents: &[Resident], need: Option<Need>, pressure: Pressure) -> Vec<Action> {
+        super::decide(now, residents, 0, need, pressure)
+    }
 
     /// A model last used `age` seconds before the time that the tests call now.
     fn model(id: &str, now: Instant, age: u64) -> Resident {
@@ -238,5 +247,23 @@ mod tests {
         assert_eq!(decide(now, &models, None, Pressure::Much), [unload("old")]);
         models[0].pinned = true;
         assert_eq!(decide(now, &models, None, Pressure::Much), [unload("new")]);
+    }
+
+    #[test]
+    fn pressure_empties_the_hot_tier_before_any_model_goes() {
+        let now = now();
+        let mut models = [model("idle", now, 40)];
+        let hot = |models: &[Resident], need, pressure| super::decide(now, models, 5, need, pressure);
+        assert_eq!(hot(&models, None, Pressure::None), []);
+        assert_eq!(
+            hot(&models, load(1), Pressure::None),
+            [unload("idle")],
+            "its limit is in the ledger, however full it is"
+        );
+        assert_eq!(hot(&models, None, Pressure::Some), [Action::ReleaseHot]);
+        assert_eq!(hot(&models, None, Pressure::Much), [Action::ReleaseHot], "the model stays for now");
+        assert_eq!(hot(&[], None, Pressure::Some), [Action::ReleaseHot], "no model is loaded");
+        models[0].spare = 5;
+        assert_eq!(hot(&models, None, Pressure::Much), [Action::ReleaseHot, shrink("idle")]);
     }
 }

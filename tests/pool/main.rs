@@ -456,6 +456,38 @@ fn the_pool_gives_way_when_the_system_needs_memory() {
     assert_eq!(state(&pool, "b"), "loaded", "it is pinned");
 }
 
+/// Rows in the host's memory go before any model does, also when none is loaded; those that files have come back from there.
+#[test]
+fn the_hot_tier_gives_way_when_the_system_needs_memory() {
+    let (folder, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    model(folder.path(), "a", 1, 1);
+    let total = 100_000 * MB;
+    let reading = Arc::new(Mutex::new(Reading { total, available: total, ..Reading::default() }));
+    let tiers = TierOptions {
+        folder: Some(cache.path().to_owned()),
+        hot_bytes: Some(64 * MIB),
+        always_restore: true,
+        ..TierOptions::default()
+    };
+    let options = PoolOptions { models_dir: Some(folder.path().to_owned()), tiers, ..options(1000 * MB) };
+    let pool = EnginePool::open_on(options, Box::new(Told(Arc::clone(&reading)))).unwrap();
+    let body = json!({ "model": "a", "prompt": (0..900).map(|n| n % VOCAB).collect::<Vec<_>>(), "max_tokens": 1 });
+    let find = || serde_json::from_str::<Value>(&pool.cache_find(&request(&body)).unwrap()).unwrap();
+    let hot = || serde_json::from_str::<Value>(&pool.metrics_json()).unwrap()["pool"]["hot_bytes"].as_u64().unwrap();
+    answer(&pool, &body).unwrap();
+    until(|| find()["stopped_by"] != "not_identified");
+    pool.unload("a", false).unwrap();
+    let held = hot();
+    assert!(held > 0, "what the pools had is in the hot tier");
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(hot(), held, "nobody is short");
+    reading.lock().unwrap().pressure = Pressure::Some;
+    until(|| hot() == 0);
+    pool.load("a").unwrap();
+    until(|| find()["stopped_by"] != "not_identified");
+    assert_eq!(find()["cold"], 899);
+}
+
 #[test]
 fn metrics_have_the_memory() {
     let folder = tempfile::tempdir().unwrap();
