@@ -126,8 +126,17 @@ impl Server {
 
     /// Bytes of memory that the process has.
     pub fn memory(&self) -> u64 {
+        self.status_bytes("VmRSS:")
+    }
+
+    /// Bytes of memory that it had at most.
+    pub fn peak_memory(&self) -> u64 {
+        self.status_bytes("VmHWM:")
+    }
+
+    fn status_bytes(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
     }
 
@@ -188,9 +197,9 @@ impl Connection {
         self.write((head + "\r\n" + body).as_bytes());
     }
 
-    /// Sends bytes; a server that has hung up is no error here.
-    pub fn write(&mut self, bytes: &[u8]) {
-        let _ = self.stream.get_mut().write_all(bytes);
+    /// Sends bytes; whether that went: a server that has hung up is no error here.
+    pub fn write(&mut self, bytes: &[u8]) -> bool {
+        self.stream.get_mut().write_all(bytes).is_ok()
     }
 
     /// Reads a whole reply; status 0 if the server hung up without one.
