@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 class Server:
     """omlx-server on a port of its own."""
 
-    def __init__(self, program, *arguments, models="models", key=None):
+    def __init__(self, program, *arguments, models="models", key=None, hub=None):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMLX_SERVER_")}
-        # Nothing is fetched by these tests.
-        environment["HF_HUB_OFFLINE"] = "1"
+        # Nothing is fetched from elsewhere.
+        environment.update({"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"} if hub else {"HF_HUB_OFFLINE": "1"})
         if key:
             environment["OMLX_SERVER_API_KEY"] = key
         command = [program, "serve", "--port", "0", "--device", "cpu", "--models", str(ROOT / models), *arguments]

@@ -1,5 +1,5 @@
-// Drives the page: loads and pins a model, chats, sees tokens stream, thoughts and calls of tools, clears a tier, in both schemes
-// and on a phone.
+// Drives the page: loads and pins a model, chats, sees tokens stream, thoughts and calls of tools, clears a tier, downloads a
+// model, in both schemes and on a phone.
 // Prints a JSON object for each step; pictures go to the folder PICTURES.
 import assert from "node:assert/strict";
 import puppeteer from "puppeteer-core";
@@ -101,6 +101,19 @@ const steps = {
     await page.click("[data-tier='pools']");
     await until(() => /freed/.test(document.querySelector("#cleared").textContent));
     assert.doesNotMatch(await text("#cleared"), /^0 /);
+  },
+  async "a model is downloaded"() {
+    await page.type("#repo", "org/tiny");
+    await page.click("#pull button");
+    await until(() => {
+      const bar = document.querySelector("#downloads progress");
+      return bar && 0 < bar.value && bar.value < bar.max;
+    });
+    await until(() => /done/.test(document.querySelector("#downloads").textContent));
+    assert.ok(await page.$eval("#downloads progress", bar => bar.value === bar.max));
+    await until(() => document.querySelector("[data-load='org/tiny']"));
+    await page.click("#downloads button");
+    await until(() => !document.querySelector("#downloads").firstChild);
   },
   async "it is dark where people like that, and fits a phone"() {
     const back = () => page.$eval("body", node => getComputedStyle(node).backgroundColor);

@@ -82,10 +82,8 @@ fn downloads_are_listed_and_cancelled() {
 
 #[test]
 fn a_model_is_downloaded_and_answers() {
-    let (hub, models) = (hub::with_the_bundled_model(), tempfile::tempdir().unwrap());
-    // A small file takes a second or two, so that the others are seen to be there before.
-    let slow = hub::server::Fault::DripHead(Duration::from_millis(10));
-    hub.fault(1, slow, |seen| seen.path.starts_with("/api/resolve-cache") && seen.path.ends_with("README.md"));
+    // It takes a second or two.
+    let (hub, models) = (hub::slow(Duration::from_millis(10)), tempfile::tempdir().unwrap());
     let mut command = crate::harness::command(&["--models", models.path().to_str().unwrap()]);
     command.env("HF_ENDPOINT", hub.endpoint()).env_remove("HF_HUB_OFFLINE");
     let server = Server::spawn(command);
