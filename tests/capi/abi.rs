@@ -69,6 +69,11 @@ fn structs(header: &str) -> Vec<(String, Vec<(String, String)>)> {
     found.map(|(name, parts)| (name.to_owned(), parts.into_iter().map(field).collect())).collect()
 }
 
+/// The name of a struct of which this is the item.
+fn struct_name(item: &str) -> Option<&str> {
+    item.strip_prefix("struct ")?.split(' ').next()
+}
+
 /// A C program that prints size, alignment and places, in the form of [`layout::of_rust`].
 fn measuring(header: &str) -> String {
     let mut source = "#include <stdio.h>\n#include \"omlx.h\"\n\n".to_owned();
@@ -129,9 +134,8 @@ fn interface(header: &str, include: &Path, name: &str) -> Items {
     let mut items = declared(header);
     let mut layout = read(&of_c(header, include, name, &["-std=c99"]));
     for (name, fields) in structs(header) {
-        let start = format!("struct {name} ");
-        let (_, places) =
-            layout.iter_mut().find(|(item, _)| item.starts_with(&start)).expect("a struct that C has seen");
+        let found = layout.iter_mut().find(|(item, _)| struct_name(item) == Some(&name));
+        let (_, places) = found.expect("a struct that C has seen");
         for (place, (kind, field)) in places.iter_mut().zip(fields) {
             let numbers = place.strip_suffix(&field).expect("fields in the same order");
             *place = format!("{numbers}{}", declaration(&kind, &field));
@@ -152,7 +156,7 @@ fn today(header: &str, name: &str) -> Items {
 fn broken(old: &Items, new: &Items) -> Vec<String> {
     let mut problems = Vec::new();
     for (item, parts) in old {
-        let Some(name) = item.strip_prefix("struct ").and_then(|rest| rest.split(' ').next()) else {
+        let Some(name) = struct_name(item) else {
             // Enumerations may get more numbers; functions and callbacks stay what they are.
             match new.get(item) {
                 Some(found) if parts.iter().all(|part| found.contains(part)) => {}
@@ -163,9 +167,7 @@ fn broken(old: &Items, new: &Items) -> Vec<String> {
             continue;
         };
         // Structs grow at their end: with the same alignment, and all old fields where they were.
-        let start = format!("struct {name} ");
-        let found = new.iter().find(|(other, _)| other.starts_with(&start));
-        let Some((grown, fields)) = found else {
+        let Some((grown, fields)) = new.iter().find(|(other, _)| struct_name(other) == Some(name)) else {
             problems.push(format!("struct {name} is gone"));
             continue;
         };
@@ -370,8 +372,7 @@ fn a_program_with_a_kept_header_is_built_and_run() {
     let folder = folder_with(&before, "abi-older");
     let (old, new) = (interface(&before, &folder, "layout-older.c"), today(&header, "layout-newer.c"));
     for (name, _) in GROWN {
-        let start = format!("struct {name} ");
-        let same = |item: &&String| item.starts_with(&start) && new.contains_key(*item);
+        let same = |item: &&String| struct_name(item) == Some(name) && new.contains_key(*item);
         assert_eq!(old.keys().find(same), None, "{name} is not shorter");
     }
     assert_eq!(broken(&old, &new), Vec::<String>::new());

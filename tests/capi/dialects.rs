@@ -26,7 +26,7 @@ int probe(uint32_t kind, omlx_status status) {
     default: return status == OMLX_OK && sizeof(text) == 4 && sizeof(status) == 4
         && pool.struct_size == sizeof pool && generate.struct_size == sizeof generate
         && limits.struct_size == sizeof limits && progress.struct_size == sizeof progress
-        && progress.state == OMLX_DOWNLOAD_STATE_LISTING && OMLX_ABI_VERSION < 4711;
+        && progress.state == OMLX_DOWNLOAD_STATE_LISTING && omlx_check_abi(OMLX_ABI_VERSION, 0) == OMLX_OK;
     }
 }
 "#;

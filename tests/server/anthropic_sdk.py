@@ -9,6 +9,11 @@ MODEL = "tiny-chat"
 # The package has no argument for it any more, the interface does.
 GREEDY = {"temperature": 0}
 QUESTION = [{"role": "user", "content": "What is 12 plus 30?"}]
+# Of bounded length, so that every answer is whole.
+PERSON = {"type": "object", "properties": {
+    "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "required": ["name", "age"], "additionalProperties": False}
+PERSON_QUESTION = [{"role": "user", "content": "Tom is 7 years old. Give name and age as JSON."}]
 
 
 def client(url, key):
@@ -83,21 +88,16 @@ def errors(url, key):
 
 
 def structured_output(url, key):
-    # Of bounded length, so that every answer is whole.
-    schema = {"type": "object", "properties": {
-        "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
-        "required": ["name", "age"], "additionalProperties": False}
-    question = [{"role": "user", "content": "Tom is 7 years old. Give name and age as JSON."}]
-    output = {"type": "json_schema", "schema": schema}
+    output = {"type": "json_schema", "schema": PERSON}
     # As it is called, and as it was called first.
     for ways in [{"output_config": {"format": output}}, {"extra_body": {"output_format": output}}]:
-        answer = client(url, key).messages.create(model=MODEL, max_tokens=200, messages=question, **ways)
+        answer = client(url, key).messages.create(model=MODEL, max_tokens=200, messages=PERSON_QUESTION, **ways)
         assert answer.stop_reason == "end_turn", answer
         person = json.loads(answer.content[0].text)
         assert set(person) == {"name", "age"} and 0 <= person["age"] <= 150, person
     impossible = {"format": {"type": "json_schema", "schema": {"type": "no such type"}}}
     try:
-        client(url, key).messages.create(model=MODEL, max_tokens=20, messages=question, output_config=impossible)
+        client(url, key).messages.create(model=MODEL, max_tokens=20, messages=PERSON_QUESTION, output_config=impossible)
     except anthropic.BadRequestError:
         return
     raise AssertionError("an impossible schema was accepted")

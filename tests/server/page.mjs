@@ -36,14 +36,11 @@ const steps = {
       new MutationObserver(() => window.lengths.add(document.querySelector("#log").textContent.length))
         .observe(document.querySelector("#log"), { childList: true, subtree: true, characterData: true });
     });
-    await page.type("#text", "Tell me a short story about a fox.");
-    await page.click("#send");
-    await until(() => /tokens\/s/.test(document.querySelector("#speed").textContent));
+    await say("Tell me a short story about a fox.");
+    assert.match(await text("#speed"), /tokens\/s/);
     assert.ok(await page.evaluate(() => window.lengths.size) > 5, "it came at once");
-    await page.type("#text", "What is 12 plus 30?");
-    await page.click("#send");
-    await until(() => document.querySelector("#log").lastChild.textContent.includes("42"));
-    await until(() => document.querySelector("#send").textContent === "Send");
+    await say("What is 12 plus 30?");
+    assert.match(await text("#log > :last-child"), /42/);
     await picture("page-light");
   },
   async "thoughts are shown"() {

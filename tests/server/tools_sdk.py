@@ -5,7 +5,7 @@ import json
 import anthropic
 import openai
 
-from anthropic_sdk import GREEDY
+from anthropic_sdk import GREEDY, PERSON, PERSON_QUESTION
 from openai_sdk import MODEL, client
 
 WEATHER = {"name": "get_weather", "description": "Get the weather of a city.",
@@ -80,21 +80,16 @@ def thinking(url, key):
 
 
 def structured_output(url, key):
-    # Of bounded length, so that every answer is whole.
-    schema = {"type": "object", "properties": {
-        "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
-        "required": ["name", "age"], "additionalProperties": False}
-    question = [{"role": "user", "content": "Tom is 7 years old. Give name and age as JSON."}]
     for seed in range(5):
         answer = client(url, key).chat.completions.create(
-            model=MODEL, messages=question, seed=seed, temperature=1, max_tokens=200,
-            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}})
+            model=MODEL, messages=PERSON_QUESTION, seed=seed, temperature=1, max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}})
         assert answer.choices[0].finish_reason == "stop", answer
         person = json.loads(answer.choices[0].message.content)
         assert set(person) == {"name", "age"} and isinstance(person["age"], int), person
     unsupported = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     try:
-        client(url, key).chat.completions.create(model=MODEL, messages=question, response_format=unsupported)
+        client(url, key).chat.completions.create(model=MODEL, messages=PERSON_QUESTION, response_format=unsupported)
     except openai.BadRequestError:
         return
     raise AssertionError("an impossible schema was accepted")
