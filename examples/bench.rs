@@ -12,7 +12,8 @@
 //! as soon as they are computed), `--bandwidth` (what decoding reads is held against a loop that only reads, before and after it).
 //!
 //! `prefillN` is N over the time to the first token. `decode` counts all tokens that come while every request decodes,
-//! over that time; their prompts are in the cache by then. Random weights are as fast as real ones; every weight is a buffer of its own.
+//! over that time; their prompts are in the cache by then. What weights say does not change their speed, but where they lie may: those of
+//! `--random` are buffers of their own, those of a folder lie side by side, on huge pages where the system has them.
 //! With `--bandwidth` a step counts as reading all weights (so the embeddings are tied, and no layer has experts) and all rows of
 //! its sequences.
 

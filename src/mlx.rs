@@ -11,7 +11,7 @@ pub use matrix::{Matrix, QuantFormat, QuantMode, QuantizedMatrix};
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
-use std::sync::{Mutex, Once};
+use std::sync::{Mutex, Once, OnceLock};
 use std::time::Duration;
 
 use mlx_rs::{Array, Dtype, Stream};
@@ -179,7 +179,7 @@ const AHEAD: usize = 16 << 20;
 
 /// Keeps what is evaluated next from running far ahead of itself: for CPUs, and for the whole process.
 ///
-/// MLX gives all operations that it has handed to its threads the memory of their results, up to a hundred of them, unless its
+/// MLX gives all operations that it has handed to its threads the memory of their results, some fifty of them, unless its
 /// limit is reached: then it waits for those that run. With few in memory at a time their buffers are used again, while they are in
 /// the processor's caches, instead of being returned to the system and cleared by it for every layer.
 pub fn limit_ahead() {
@@ -252,16 +252,19 @@ pub fn physical_memory() -> usize {
     pages.max(0) as usize * size.max(0) as usize
 }
 
-/// Whether the loaded MLX has a usable GPU.
+/// Whether the loaded MLX has a usable GPU. Asked once: every step wants to know.
 pub fn gpu_available() -> bool {
-    let mut available = false;
-    // SAFETY: the handle is created and freed here, the flag outlives the call.
-    unsafe {
-        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
-        let code = mlx_sys::mlx_device_is_available(&mut available, device);
-        mlx_sys::mlx_device_free(device);
-        code == 0 && available
-    }
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        let mut available = false;
+        // SAFETY: the handle is created and freed here, the flag outlives the call.
+        unsafe {
+            let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+            let code = mlx_sys::mlx_device_is_available(&mut available, device);
+            mlx_sys::mlx_device_free(device);
+            code == 0 && available
+        }
+    })
 }
 
 /// Whether the loaded MLX computes with CUDA.

@@ -86,7 +86,8 @@ pub struct omlx_pool_options {
     /// those of `MLX_CUDA_GRAPH_CACHE_SIZE` (4096), `MLX_CUDA_SDPA_CACHE_SIZE` (2048), `MLX_ENABLE_CACHE_THRASHING_CHECK`
     /// (0), `MLX_MAX_OPS_PER_BUFFER` (100) and `MLX_MAX_MB_PER_BUFFER` (100000) that are not set. No other thread may
     /// call getenv() or setenv() meanwhile. With glibc it also sets M_MMAP_THRESHOLD to 4 MiB, so that large blocks return
-    /// to the system when they are freed.
+    /// to the system when they are freed. Whatever this is, where MLX has no GPU every step sets MLX's memory limit, that of
+    /// the whole process, to 16 MiB above what is in use.
     pub keep_environment: u32,
     /// Threads that compute on the CPU, at most 1024, shared by all engines of the process; 0 is the number of physical
     /// cores.

@@ -370,9 +370,14 @@ impl Held {
 /// Starts the evaluation of a step described since `started`: how long that took, and this.
 fn evaluate<'a>(started: Instant, arrays: impl Iterator<Item = &'a Array>) -> Result<(Duration, Duration)> {
     let build = started.elapsed();
-    mlx::limit_ahead();
-    mlx_rs::transforms::async_eval(arrays)?;
+    start(arrays)?;
     Ok((build, started.elapsed() - build))
+}
+
+/// Has arrays computed, and does not wait for them.
+fn start<'a>(arrays: impl Iterator<Item = &'a Array>) -> Result<()> {
+    mlx::limit_ahead();
+    Ok(mlx_rs::transforms::async_eval(arrays)?)
 }
 
 /// Sequence and row of the step for everyone that samples.
@@ -441,10 +446,7 @@ impl Described {
     /// Starts the evaluation of what tokens are drawn from: the device computes it while the host makes the masks.
     pub fn begin(&self) -> Result<()> {
         match &self.draws {
-            Draws::Logits(logits, _) => {
-                mlx::limit_ahead();
-                Ok(mlx_rs::transforms::async_eval(std::iter::once(logits).chain(&self.outputs))?)
-            }
+            Draws::Logits(logits, _) => start(std::iter::once(logits).chain(&self.outputs)),
             Draws::Nothing(_) | Draws::Known(_) => Ok(()),
         }
     }

@@ -92,8 +92,8 @@ void run(const Kernel& kernel, const std::vector<array>& inputs, const array& ou
 }
 
 // Bytes to ask MLX's allocator for. What it keeps of freed memory serves sizes within two pages alone, and batches have
-// any number of rows: sizes of at most an eighth more than needed are few enough to meet again. Small ones cost no pages, and
-// MLX keeps no large ones, such as pools.
+// any number of rows: sizes of at most an eighth more than needed are few enough to meet again. Small ones cost no pages,
+// and large ones, such as pools, are hardly ever kept.
 size_t shared_size(size_t bytes) {
   constexpr size_t SMALL = 64 << 10, LARGE = 16 << 20;
   if (bytes < SMALL || bytes > LARGE) {
