@@ -363,6 +363,31 @@ impl Drop for LentStream {
     }
 }
 
+/// A second stream of the CPU's, for what is to be computed beside what the thread computes on its own.
+pub struct SideStream {
+    stream: Stream,
+    // Dropped behind the handle: waits for what is left.
+    _lent: LentStream,
+}
+
+impl SideStream {
+    /// One that no other thread uses.
+    pub fn new() -> Result<Self> {
+        let cpu = Device::Cpu.mlx();
+        let own = Stream::try_default_on_device(&cpu)?;
+        let lent = LentStream::default_for(Device::Cpu)?;
+        let stream = Stream::try_default_on_device(&cpu)?;
+        // SAFETY: the live stream that was the default before.
+        checked(unsafe { mlx_sys::mlx_set_default_stream(own.as_ptr()) })?;
+        Ok(Self { stream, _lent: lent })
+    }
+
+    /// Has what `body` describes be computed here.
+    pub fn run<T>(&self, body: impl FnOnce() -> T) -> T {
+        mlx_rs::with_stream(&self.stream, body)
+    }
+}
+
 impl RawStream {
     fn new(device: Device) -> Result<Self> {
         let kind = match device {

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use mlx_rs::{Array, Dtype, Stream};
 
-use super::cpu::floats::{Floats, FloatsMut, bf16_to_f32, f16_to_f32};
+use super::cpu::floats::{Float, Floats, FloatsMut, SharedMut, bf16_to_f32, f16_to_f32};
+use super::cpu::threads::{beside, is_beside};
 use crate::error::{Error, Result};
 use crate::panics;
 use crate::sync::lock;
@@ -241,6 +242,19 @@ impl<'a> Output<'a> {
         }
     }
 
+    /// The elements of a floating-point array that is written in place, some by this kernel and others by those that run at the
+    /// same time.
+    pub fn shared(&self) -> Result<SharedMut> {
+        let float = match self.raw.dtype() {
+            Some(Dtype::Float32) => Float::F32,
+            Some(Dtype::Float16) => Float::F16,
+            Some(Dtype::Bfloat16) => Float::Bf16,
+            other => return Err(wrong_type(other)),
+        };
+        // SAFETY: of this type and length, and alive while the kernel runs.
+        Ok(unsafe { SharedMut::from_raw(float, self.raw.data.cast(), self.raw.len()) })
+    }
+
     /// The elements of a u32 output, to be written.
     pub fn into_words(self) -> Result<&'a mut [u32]> {
         match self.raw.dtype() {
@@ -280,6 +294,8 @@ struct Task {
     kernel: Box<dyn CpuKernel>,
     /// How many of the inputs are written to: the last ones.
     written: usize,
+    /// Whether it was described for the second side of a step.
+    beside: bool,
     failure: Arc<Mutex<Option<String>>>,
 }
 
@@ -302,8 +318,9 @@ pub fn node<K: CpuKernel + 'static>(kernel: K, inputs: &[&Array], shape: &[i32],
 /// The same for a kernel that also writes to the last `written` of its inputs, in place.
 ///
 /// MLX knows nothing of these writes: nodes that touch such an array take effect in the order in which their stream
-/// runs them, and every handle to it sees them. It must be an evaluated array with memory of its own, which no other
-/// input shares and which the host does not read meanwhile.
+/// runs them, and every handle to it sees them. Where two streams have such nodes, these keep to different places
+/// ([`Output::shared`]). It must be an evaluated array with memory of its own, which no other input shares and which the host
+/// does not read meanwhile.
 pub fn writing_node<K: CpuKernel + 'static>(
     kernel: K,
     inputs: &[&Array],
@@ -312,7 +329,7 @@ pub fn writing_node<K: CpuKernel + 'static>(
     dtype: Dtype,
 ) -> Result<Array> {
     let code = DTYPES.iter().position(|known| *known == dtype).ok_or_else(|| wrong_type(Some(dtype)))?;
-    let task = Task { kernel: Box::new(kernel), written, failure: FAILURE.with(Arc::clone) };
+    let task = Task { kernel: Box::new(kernel), written, beside: is_beside(), failure: FAILURE.with(Arc::clone) };
     let stream = Stream::thread_local_or_default();
     let inputs: Vec<*mut c_void> = inputs.iter().map(|input| input.as_ptr().ctx).collect();
     let mut message = [0 as c_char; 512];
@@ -361,7 +378,8 @@ extern "C" fn run_kernel(
         written.iter().try_for_each(Input::contiguous).map_err(|error| error.message().to_owned())?;
         let outputs = std::iter::once(output).chain(written.iter().map(|input| input.raw));
         let outputs = outputs.map(|raw| Output { raw }).collect();
-        task.kernel.run(inputs, outputs).map_err(|error| error.message().to_owned())
+        let run = || task.kernel.run(inputs, outputs).map_err(|error| error.message().to_owned());
+        if task.beside { beside(run) } else { run() }
     };
     let outcome = panics::catch(body).unwrap_or_else(|panic| Err(format!("{PANIC_MARK}{}", panic.message())));
     let Err(text) = outcome else { return 0 };

@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::cpu::attention::{Attention, AttentionKind, PoolView, Segment, append};
 use super::cpu::elementwise::{RmsNorm, Rotary, take_rows};
-use super::cpu::floats::{Floats, FloatsMut, Rows};
+use super::cpu::floats::{Floats, FloatsMut, Rows, SharedMut};
 use super::cpu::matmul::{Finish, MatMul, Precision, Projection};
 use super::cpu::matrix::{Coding, Matrix as Packing, Packed, Scales, Storage};
 use super::cpu::sample::{Draw, sample};
@@ -343,6 +343,11 @@ impl MatrixLayout {
     }
 }
 
+/// The last output that is left, a pool.
+fn pool(outputs: &mut Vec<Output<'_>>) -> Result<SharedMut> {
+    outputs.pop().ok_or_else(|| Error::internal("a kernel without output"))?.shared()
+}
+
 /// The last output that is left.
 pub(super) fn last<'a>(outputs: &mut Vec<Output<'a>>) -> Result<FloatsMut<'a>> {
     outputs.pop().ok_or_else(|| Error::internal("a kernel without output"))?.into_floats()
@@ -498,6 +503,22 @@ impl Attend {
         Ok(turned)
     }
 
+    /// Copies whole blocks of a pool over others.
+    ///
+    /// # Safety
+    /// Nobody else uses them.
+    unsafe fn copy_blocks(&self, pool: SharedMut, shape: &[i32]) -> Result<()> {
+        let block: usize = shape[1..].iter().map(|&n| n as usize).product();
+        for &(from, to) in &self.placement.copies {
+            if from.max(to) >= shape[0] as u32 {
+                return Err(Error::internal("a copy of a block that does not exist"));
+            }
+            // SAFETY: the caller's promise.
+            unsafe { pool.copy_within(from as usize * block, to as usize * block, block) };
+        }
+        Ok(())
+    }
+
     /// Heads of `width` numbers over their roots of mean squares, each by itself.
     fn normalise(&self, rows: Rows<'_>, width: usize, eps: f32, positions: &[usize]) -> Scratch {
         let ones = vec![1f32; width];
@@ -513,8 +534,9 @@ impl Attend {
 impl CpuKernel for Attend {
     fn run(&self, inputs: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
         let (key_shape, value_shape) = (outputs[1].shape(), outputs.get(2).map(|pool| pool.shape()));
-        let mut value_pool = value_shape.map(|_| last(&mut outputs)).transpose()?;
-        let mut key_pool = last(&mut outputs)?;
+        // The other side of a step may use them at the same time.
+        let value_pool = value_shape.map(|_| pool(&mut outputs)).transpose()?;
+        let key_pool = pool(&mut outputs)?;
         let (key_width, value_width) = (key_shape[3] as usize, self.value_width);
         let joined = inputs[0].to_f32()?;
         let stride = inputs[0].shape()[1] as usize;
@@ -527,29 +549,33 @@ impl CpuKernel for Attend {
         if self.appends {
             let keys = columns(query_columns, key_columns);
             let keys = self.rotate(keys, key_width, key_norm, inputs, &positions)?;
-            for &(from, to) in &self.placement.copies {
-                copy_block(&mut key_pool, key_shape, from, to)?;
+            // SAFETY: nobody else uses the places of this side's rows, and where blocks are copied there is one side.
+            unsafe {
+                self.copy_blocks(key_pool, key_shape)?;
+                append(key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
             }
-            append(&mut key_pool, Rows::packed(&keys, key_columns), &self.placement.slots);
         }
-        if let (true, Some(pool), Some(shape)) = (self.appends, &mut value_pool, value_shape) {
+        if let (true, Some(pool), Some(shape)) = (self.appends, value_pool, value_shape) {
             let value_columns = self.kind.kv_heads * value_width;
             let values = columns(query_columns + key_columns, value_columns);
             let normed = value_norm.map(|eps| self.normalise(values, value_width, eps, &positions));
             let values = normed.as_ref().map_or(values, |normed| Rows::packed(normed, value_columns));
-            for &(from, to) in &self.placement.copies {
-                copy_block(pool, shape, from, to)?;
+            // SAFETY: as above.
+            unsafe {
+                self.copy_blocks(pool, shape)?;
+                append(pool, values, &self.placement.slots);
             }
-            append(pool, values, &self.placement.slots);
         }
         let sinks = self.sinks.map(|at| inputs[at].to_f32()).transpose()?;
+        // SAFETY: alive while this runs; rows that the other side writes are in nobody else's tables.
+        let (keys, values) = unsafe { (key_pool.read(), value_pool.map(|pool| pool.read())) };
         let attention = Attention {
             kind: &self.kind,
             queries: &queries,
-            keys: PoolView::new(view(&key_pool), key_width),
-            values: match &value_pool {
-                Some(pool) => PoolView::new(view(pool), value_width),
-                None => PoolView::last_columns(view(&key_pool), key_width, value_width),
+            keys: PoolView::new(keys, key_width),
+            values: match values {
+                Some(values) => PoolView::new(values, value_width),
+                None => PoolView::last_columns(keys, key_width, value_width),
             },
             block_tokens: key_shape[1] as usize,
             tables: &self.placement.tables,
@@ -559,31 +585,5 @@ impl CpuKernel for Attend {
         };
         attention.run(self.cpu.isa, &self.cpu.workers, last(&mut outputs)?);
         Ok(())
-    }
-}
-
-/// Copies a block of a pool over another one.
-fn copy_block(pool: &mut FloatsMut<'_>, shape: &[i32], from: u32, to: u32) -> Result<()> {
-    fn copy<T: Copy>(numbers: &mut [T], block: usize, from: usize, to: usize) -> Result<()> {
-        let there = |at: usize| (at + 1) * block <= numbers.len();
-        if !there(from) || !there(to) {
-            return Err(Error::internal("a copy of a block that does not exist"));
-        }
-        numbers.copy_within(from * block..(from + 1) * block, to * block);
-        Ok(())
-    }
-    let block = shape[1..].iter().map(|&n| n as usize).product();
-    let (from, to) = (from as usize, to as usize);
-    match pool {
-        FloatsMut::F32(x) => copy(x, block, from, to),
-        FloatsMut::F16(x) | FloatsMut::Bf16(x) => copy(x, block, from, to),
-    }
-}
-
-fn view<'a>(floats: &'a FloatsMut<'_>) -> Floats<'a> {
-    match floats {
-        FloatsMut::F32(x) => Floats::F32(x),
-        FloatsMut::F16(x) => Floats::F16(x),
-        FloatsMut::Bf16(x) => Floats::Bf16(x),
     }
 }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use crate::cpu::Isa;
 use crate::cpu::attention::{Attention, AttentionKind, PoolView, Segment, Window, append};
-use crate::cpu::floats::Rows;
+use crate::cpu::floats::{FloatsMut, Rows, SharedMut};
 use crate::cpu::matmul::Precision;
 use crate::guard::{EDGES, Edge, Guarded};
 use crate::numbers::{Numbers, Placed, TYPES, Type, bits, cases, rounded};
@@ -428,7 +428,8 @@ proptest! {
         for edge in EDGES {
             let mut pool = rounded(stored, &before).place(edge);
             let (rows, places) = (Guarded::new(&rows, edge), Guarded::new(&places, edge));
-            append(&mut pool.floats_mut(), Rows::packed(&rows, width), &places);
+            // SAFETY: the pool is this test's alone.
+            unsafe { append(SharedMut::new(&mut pool.floats_mut()), Rows::packed(&rows, width), &places) };
             prop_assert_eq!(pool.numbers(), rounded(stored, &expected));
         }
     }
@@ -599,7 +600,8 @@ fn sizes_that_do_not_agree_are_refused() {
     let mut pool = [0f32; 8];
     let mut refuse = |rows: &[f32], slots: &[u32]| {
         let pool = &mut pool;
-        let append = || append(&mut crate::cpu::floats::FloatsMut::F32(pool), Rows::packed(rows, 4), slots);
+        // SAFETY: the pool is this test's alone.
+        let append = || unsafe { append(SharedMut::new(&mut FloatsMut::F32(pool)), Rows::packed(rows, 4), slots) };
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(append)).is_err()
     };
     assert!(refuse(&[1.0; 4], &[2]) && refuse(&[1.0; 4], &[0, 1]) && refuse(&[1.0; 5], &[0]));

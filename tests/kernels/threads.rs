@@ -1,13 +1,15 @@
 //! The worker threads: every task once, panics come back, threads end with the last share.
 
+use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use crate::cpu::threads::Workers;
+use crate::cpu::threads::{Workers, beside};
 use crate::numbers::cases;
 
 /// Held for reading by everyone who has a share, for writing by who needs to have the only ones.
@@ -107,6 +109,84 @@ fn tasks_run_at_the_same_time() {
     let barrier = std::sync::Barrier::new(2);
     workers.run(2, &|_| {
         barrier.wait();
+    });
+}
+
+/// While they share, a kernel of each side runs; when that ends, helpers join the one that is still running.
+#[test]
+fn two_sides_share_the_threads() {
+    for threads in [2, 3, 4, 7] {
+        let workers = workers(threads);
+        let sharing = workers.share();
+        // Whoever takes part in either job, and how many wait for the sharing to end.
+        let (first, second) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeSet::new()));
+        let note = |who: &Mutex<BTreeSet<String>>| {
+            who.lock().unwrap_or_else(PoisonError::into_inner).insert(format!("{:?}", std::thread::current().id()))
+        };
+        let (half, all) = (threads.div_ceil(2), threads);
+        let (begun, joined) = (Barrier::new(2), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                beside(|| {
+                    workers.run(10_000, &|task| {
+                        note(&second);
+                        if task == 0 {
+                            begun.wait();
+                            // The first side computes meanwhile, then it ends, and all come here.
+                            let since = Instant::now();
+                            while second.lock().unwrap_or_else(PoisonError::into_inner).len() < all {
+                                assert!(since.elapsed().as_secs() < 10, "nobody joined");
+                                std::thread::yield_now();
+                            }
+                            joined.store(all, Ordering::Relaxed);
+                        } else if joined.load(Ordering::Relaxed) == 0 {
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
+                    });
+                });
+            });
+            begun.wait();
+            workers.run(200, &|_| {
+                note(&first);
+                std::thread::sleep(Duration::from_micros(100));
+            });
+            let taken = second.lock().unwrap_or_else(PoisonError::into_inner).len();
+            assert!(taken <= (threads - half).max(1), "{taken} of {threads} threads on the second side");
+            sharing.end();
+        });
+        let first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let second = second.into_inner().unwrap_or_else(PoisonError::into_inner);
+        assert!(first.len() <= half, "{} of {threads} threads on the first side", first.len());
+        assert_eq!(second.len(), all);
+    }
+}
+
+/// Jobs of two sides that begin and end to share at any moment: every task once, on both.
+#[test]
+fn sides_come_and_go() {
+    let workers = workers(4);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let sharing = workers.share();
+                std::thread::sleep(Duration::from_micros(50));
+                sharing.end();
+            }
+        });
+        let sides = [false, true].map(|second| {
+            let workers = &workers;
+            scope.spawn(move || {
+                for round in 0..2000 {
+                    let tasks = round % 37;
+                    let counted = if second { beside(|| count(workers, tasks)) } else { count(workers, tasks) };
+                    assert_eq!(counted, vec![1; tasks], "round {round}");
+                }
+            })
+        });
+        let ended = sides.map(|side| side.join());
+        done.store(true, Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok));
     });
 }
 

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use chunk::{AttendChunk, Chunk};
 use pairs::{AttendPairs, Panels};
 
-use super::floats::{Element, Floats, FloatsMut, Rows, SharedMut, as_bf16, as_f16};
+use super::floats::{Element, FloatsMut, Rows, SharedFloats, SharedMut, SharedSlice};
 use super::math;
 use super::matmul::Precision;
 use super::simd::{Isa, LANES, Simd, Work};
@@ -45,7 +45,7 @@ const TASKS_PER_THREAD: usize = 1;
 #[derive(Debug, Clone, Copy)]
 pub struct PoolView<'a> {
     /// The elements.
-    numbers: Floats<'a>,
+    numbers: SharedFloats<'a>,
     /// Width of a head.
     width: usize,
     /// Elements from one head to the next, and before the first column of one.
@@ -55,13 +55,13 @@ pub struct PoolView<'a> {
 
 impl<'a> PoolView<'a> {
     /// Heads of `width` elements.
-    pub fn new(numbers: Floats<'a>, width: usize) -> Self {
-        Self { numbers, width, row: width, first: 0 }
+    pub fn new(numbers: impl Into<SharedFloats<'a>>, width: usize) -> Self {
+        Self { numbers: numbers.into(), width, row: width, first: 0 }
     }
 
     /// The last `width` columns of heads of `row` elements.
-    pub fn last_columns(numbers: Floats<'a>, row: usize, width: usize) -> Self {
-        Self { numbers, width, row, first: row - width }
+    pub fn last_columns(numbers: impl Into<SharedFloats<'a>>, row: usize, width: usize) -> Self {
+        Self { numbers: numbers.into(), width, row, first: row - width }
     }
 }
 
@@ -192,11 +192,13 @@ thread_local! {
 }
 
 /// Writes rows of `heads * width` numbers into a pool: row `i` at place `slots[i]`, counted in tokens over all blocks.
-pub fn append(pool: &mut FloatsMut<'_>, rows: Rows<'_>, slots: &[u32]) {
+///
+/// # Safety
+/// The pool is there, and nobody else touches these places.
+pub unsafe fn append(pool: SharedMut, rows: Rows<'_>, slots: &[u32]) {
     rows.check(slots.len());
-    let pool = SharedMut::new(pool);
     for (row, &slot) in slots.iter().enumerate() {
-        // SAFETY: the pool is borrowed, and nobody else writes; `write` checks the bounds.
+        // SAFETY: the caller's promise; `write` checks the bounds.
         unsafe { pool.write(slot as usize * rows.width, rows.row(row)) };
     }
 }
@@ -417,13 +419,9 @@ impl Work for AttendTile<'_> {
         let Attention { keys, values, .. } = *self.attention;
         let mut scratch = SCRATCH.take();
         match (keys.numbers, values.numbers) {
-            (Floats::F32(keys), Floats::F32(values)) => self.attend(simd, keys, values, &mut scratch),
-            (Floats::F16(keys), Floats::F16(values)) => {
-                self.attend(simd, as_f16(keys), as_f16(values), &mut scratch);
-            }
-            (Floats::Bf16(keys), Floats::Bf16(values)) => {
-                self.attend(simd, as_bf16(keys), as_bf16(values), &mut scratch);
-            }
+            (SharedFloats::F32(keys), SharedFloats::F32(values)) => self.attend(simd, keys, values, &mut scratch),
+            (SharedFloats::F16(keys), SharedFloats::F16(values)) => self.attend(simd, keys, values, &mut scratch),
+            (SharedFloats::Bf16(keys), SharedFloats::Bf16(values)) => self.attend(simd, keys, values, &mut scratch),
             _ => panic!("keys and values of different types"),
         }
         match self.keep {
@@ -436,7 +434,13 @@ impl Work for AttendTile<'_> {
 
 impl AttendTile<'_> {
     #[inline(always)]
-    fn attend<S: Simd, T: Element>(&self, simd: S, keys: &[T], values: &[T], scratch: &mut Scratch) {
+    fn attend<S: Simd, T: Element>(
+        &self,
+        simd: S,
+        keys: SharedSlice<'_, T>,
+        values: SharedSlice<'_, T>,
+        scratch: &mut Scratch,
+    ) {
         let (attention, tile) = (self.attention, self.tile);
         let rows = attention.rows_per_head(tile) * tile.kv_heads.len();
         let padded = attention.values.width.next_multiple_of(LANES);

@@ -1,5 +1,7 @@
 //! Floating-point elements as tensors store them, and conversions.
 
+use std::marker::PhantomData;
+
 use super::simd::{LANES, Simd};
 
 /// Numbers of a tensor, in the type it is stored in.
@@ -211,18 +213,102 @@ impl FloatsMut<'_> {
     }
 }
 
+/// Numbers of which others may write some while the rest is read.
+#[derive(Debug)]
+pub struct SharedSlice<'a, T> {
+    data: *const T,
+    len: usize,
+    lives: PhantomData<&'a [T]>,
+}
+
+impl<T> Clone for SharedSlice<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SharedSlice<'_, T> {}
+
+// SAFETY: it is read only where nobody writes, which the contract of `SharedMut::read` demands.
+unsafe impl<T: Sync> Send for SharedSlice<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    /// Numbers that nobody writes.
+    pub fn new(numbers: &'a [T]) -> Self {
+        Self { data: numbers.as_ptr(), len: numbers.len(), lives: PhantomData }
+    }
+
+    /// Elements `at..at + len`.
+    #[inline(always)]
+    pub fn row(&self, at: usize, len: usize) -> &'a [T] {
+        let room = self.len.checked_sub(len);
+        assert!(room.is_some_and(|room| at <= room), "a kernel reads past its input");
+        // SAFETY: in bounds; nobody writes there, by contract.
+        unsafe { std::slice::from_raw_parts(self.data.add(at), len) }
+    }
+
+    /// Where element `at` is, if there is one.
+    #[inline(always)]
+    pub fn address(&self, at: usize) -> *const T {
+        self.data.wrapping_add(at)
+    }
+}
+
+/// The same as [`Floats`], of which others may write some.
+#[derive(Debug, Clone, Copy)]
+pub enum SharedFloats<'a> {
+    /// 32 bits.
+    F32(SharedSlice<'a, f32>),
+    /// IEEE half precision.
+    F16(SharedSlice<'a, F16>),
+    /// The upper half of an f32.
+    Bf16(SharedSlice<'a, Bf16>),
+}
+
+impl SharedFloats<'_> {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len,
+            Self::F16(x) => x.len,
+            Self::Bf16(x) => x.len,
+        }
+    }
+}
+
+impl<'a> From<Floats<'a>> for SharedFloats<'a> {
+    fn from(floats: Floats<'a>) -> Self {
+        match floats {
+            Floats::F32(x) => Self::F32(SharedSlice::new(x)),
+            Floats::F16(x) => Self::F16(SharedSlice::new(as_f16(x))),
+            Floats::Bf16(x) => Self::Bf16(SharedSlice::new(as_bf16(x))),
+        }
+    }
+}
+
 /// Memory that several threads write at different places.
 #[derive(Debug, Clone, Copy)]
 pub struct SharedMut {
-    kind: Kind,
+    kind: Float,
     data: *mut u8,
     len: usize,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Kind {
+/// How numbers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 32 bits.
     F32,
+    /// IEEE half precision.
     F16,
+    /// The upper half of an f32.
     Bf16,
 }
 
@@ -236,10 +322,43 @@ impl SharedMut {
     pub fn new(floats: &mut FloatsMut<'_>) -> Self {
         let len = floats.len();
         match floats {
-            FloatsMut::F32(x) => Self { kind: Kind::F32, data: x.as_mut_ptr().cast(), len },
-            FloatsMut::F16(x) => Self { kind: Kind::F16, data: x.as_mut_ptr().cast(), len },
-            FloatsMut::Bf16(x) => Self { kind: Kind::Bf16, data: x.as_mut_ptr().cast(), len },
+            FloatsMut::F32(x) => Self { kind: Float::F32, data: x.as_mut_ptr().cast(), len },
+            FloatsMut::F16(x) => Self { kind: Float::F16, data: x.as_mut_ptr().cast(), len },
+            FloatsMut::Bf16(x) => Self { kind: Float::Bf16, data: x.as_mut_ptr().cast(), len },
         }
+    }
+
+    /// `len` elements from `data` on.
+    ///
+    /// # Safety
+    /// They are there for as long as this is used.
+    pub unsafe fn from_raw(float: Float, data: *mut u8, len: usize) -> Self {
+        Self { kind: float, data, len }
+    }
+
+    /// All elements, to be read.
+    ///
+    /// # Safety
+    /// The memory stays for `'a`, and nobody writes what is read meanwhile.
+    pub unsafe fn read<'a>(&self) -> SharedFloats<'a> {
+        let len = self.len;
+        match self.kind {
+            Float::F32 => SharedFloats::F32(SharedSlice { data: self.data.cast(), len, lives: PhantomData }),
+            Float::F16 => SharedFloats::F16(SharedSlice { data: self.data.cast(), len, lives: PhantomData }),
+            Float::Bf16 => SharedFloats::Bf16(SharedSlice { data: self.data.cast(), len, lives: PhantomData }),
+        }
+    }
+
+    /// Copies `len` elements from `from` on to `to`.
+    ///
+    /// # Safety
+    /// As for [`write`](Self::write), and nobody writes what is copied.
+    pub unsafe fn copy_within(&self, from: usize, to: usize, len: usize) {
+        let room = self.len.checked_sub(len);
+        assert!(room.is_some_and(|room| from <= room && to <= room), "a kernel copies what is not there");
+        let item = if matches!(self.kind, Float::F32) { size_of::<f32>() } else { size_of::<u16>() };
+        // SAFETY: in bounds; exclusive by contract.
+        unsafe { std::ptr::copy(self.data.add(from * item), self.data.add(to * item), len * item) };
     }
 
     /// Elements `at..at + len` of f32 memory.
@@ -249,7 +368,7 @@ impl SharedMut {
     #[inline(always)]
     pub unsafe fn floats_mut<'a>(&self, at: usize, len: usize) -> &'a mut [f32] {
         let room = self.len.checked_sub(len);
-        assert!(matches!(self.kind, Kind::F32) && room.is_some_and(|room| at <= room), "f32 inside of an output");
+        assert!(matches!(self.kind, Float::F32) && room.is_some_and(|room| at <= room), "f32 inside of an output");
         // SAFETY: in bounds; exclusive by contract.
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<f32>().add(at), len) }
     }
@@ -262,7 +381,7 @@ impl SharedMut {
     pub unsafe fn write_lanes<S: Simd>(&self, simd: S, at: usize, values: S::F) {
         // SAFETY: in bounds where it is stored at once; exclusive by contract.
         unsafe {
-            if matches!(self.kind, Kind::F32) {
+            if matches!(self.kind, Float::F32) {
                 let room = self.len.checked_sub(LANES);
                 assert!(room.is_some_and(|room| at <= room), "a kernel writes past its output");
                 simd.store(self.data.cast::<f32>().add(at), values);
@@ -285,16 +404,16 @@ impl SharedMut {
         // SAFETY: in bounds; exclusive by contract.
         unsafe {
             match self.kind {
-                Kind::F32 => {
+                Float::F32 => {
                     std::ptr::copy_nonoverlapping(values.as_ptr(), self.data.cast::<f32>().add(at), values.len());
                 }
-                Kind::F16 => {
+                Float::F16 => {
                     let to = self.data.cast::<u16>().add(at);
                     for (i, &x) in values.iter().enumerate() {
                         to.add(i).write(f32_to_f16(x));
                     }
                 }
-                Kind::Bf16 => {
+                Float::Bf16 => {
                     let to = self.data.cast::<u16>().add(at);
                     for (i, &x) in values.iter().enumerate() {
                         to.add(i).write(f32_to_bf16(x));

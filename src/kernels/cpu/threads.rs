@@ -1,12 +1,15 @@
 //! The threads that kernels compute on: one set for the whole process, however many engines there are.
 //!
 //! A kernel runs on the thread that MLX gave it, helped by the set's. One kernel at a time has the helpers, so that two
-//! engines never compete for the cores with more threads than there are. Helpers look for the next kernel for a short
-//! while, because kernels of a step follow each other within microseconds, and then sleep.
+//! engines never compete for the cores with more threads than there are; but the two sides of a step may share them
+//! ([`Workers::share`]). Helpers look for the next kernel for a short while, because kernels of a step follow each other
+//! within microseconds, and then sleep.
 
 use std::any::Any;
+use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,48 +30,87 @@ pub struct Workers {
     crew: Arc<Crew>,
 }
 
+/// Two kernels at a time share the helpers until this ends: the thread's own, and one of those that run [`beside`] it.
+#[derive(Debug)]
+pub struct Sharing {
+    crew: Arc<Crew>,
+    ended: AtomicBool,
+}
+
 #[derive(Debug)]
 struct Crew {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// How many the system grants: known when it has refused one.
     limit: AtomicUsize,
-    /// Held while a kernel has the helpers.
-    turn: Mutex<()>,
+    /// Held while a kernel has the helpers, or its part of them: on the first side, and on the second.
+    turns: [Mutex<()>; 2],
 }
 
 #[derive(Debug)]
 struct Shared {
-    /// Counts the jobs; helpers watch it.
+    /// Counts what helpers should look at; they watch it.
     generation: AtomicU64,
     state: Mutex<State>,
     wake: Condvar,
-    /// The next task of the job.
-    next: AtomicUsize,
-    /// Helpers at work on the job.
-    busy: AtomicUsize,
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
-    /// The job that helpers may still join.
-    job: Option<Job>,
+    /// The jobs that helpers may still join, of either side.
+    jobs: [Option<Job>; 2],
+    /// How many sharings there are: hardly ever more than one.
+    sharings: usize,
     sleeping: usize,
     ended: bool,
 }
 
 /// What a kernel wants done: `body(0)` to `body(tasks - 1)`, each once, in any order.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Job {
     body: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
-    /// Helpers with a smaller index take part.
-    helpers: usize,
+    progress: *const Progress,
+    /// Which helpers may take part, and how many may once no other kernel runs beside this one.
+    helpers: Range<usize>,
+    all: usize,
 }
 
-// SAFETY: `run` returns only when no helper uses the body any more, and the body is `Sync`.
+/// How far a job is.
+#[derive(Debug)]
+struct Progress {
+    tasks: usize,
+    /// The next task.
+    next: AtomicUsize,
+    /// Helpers at work.
+    busy: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `run` returns only when no helper uses the body and the progress any more, and both are `Sync`.
 unsafe impl Send for Job {}
+
+thread_local! {
+    /// Whether what this thread describes or runs is on the second side.
+    static BESIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `body` for the second side of a step: kernels that it runs leave a part of the threads to others while a
+/// [`Sharing`] lasts.
+pub fn beside<T>(body: impl FnOnce() -> T) -> T {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            BESIDE.set(self.0);
+        }
+    }
+    let _before = Before(BESIDE.replace(true));
+    body()
+}
+
+/// Whether this is called by [`beside`].
+pub fn is_beside() -> bool {
+    BESIDE.get()
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -90,47 +132,97 @@ impl Workers {
         self.count
     }
 
+    /// Lets two kernels run at the same time, each on about half of the threads: what waits for memory leaves time to what
+    /// multiplies. The half of the first is for the second, too, in the kernel that it is running, once the sharing ends.
+    pub fn share(&self) -> Sharing {
+        lock(&self.crew.shared.state).sharings += 1;
+        Sharing { crew: Arc::clone(&self.crew), ended: AtomicBool::new(false) }
+    }
+
     /// Calls `body` with every number below `tasks`, on this thread and the helpers; returns when all calls have.
     /// A panic in `body` goes on here, after the other tasks are done or given up. `body` must not call this itself.
     pub fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.count == 1 {
             return (0..tasks).for_each(body);
         }
-        let _turn = lock(&self.crew.turn);
-        let helpers = self.crew.hire(self.count - 1);
         let shared = &*self.crew.shared;
+        let sharing = lock(&shared.state).sharings > 0;
+        let second = sharing && is_beside();
+        if sharing && !second && self.part(false) == 0 {
+            return (0..tasks).for_each(body);
+        }
+        let _turn = lock(&self.crew.turns[usize::from(second)]);
+        let all = self.crew.hire(self.count - 1);
+        let panic = Mutex::new(None);
+        let progress = Progress { tasks, next: AtomicUsize::new(0), busy: AtomicUsize::new(0), panic };
         // SAFETY: only the lifetime changes; this function waits for the helpers before it returns.
         let body: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
-        shared.start(Job { body, tasks, helpers });
-        shared.work(body, tasks);
+        let mut job = Job { body, progress: &progress, helpers: 0..all, all };
+        {
+            let mut state = lock(&shared.state);
+            if state.sharings > 0 {
+                let first = self.part(false).min(all);
+                job.helpers = if second { first..(first + self.part(true)).min(all) } else { 0..first };
+            }
+            let anyone = !job.helpers.is_empty();
+            state.jobs[usize::from(second)] = Some(job);
+            if anyone {
+                shared.call(&state);
+            }
+        }
+        progress.work(body);
         // Whoever has not come by now is not waited for.
-        lock(&shared.state).job = None;
+        lock(&shared.state).jobs[usize::from(second)] = None;
         let mut looks = 0u32;
-        while shared.busy.load(Ordering::Acquire) > 0 {
+        while progress.busy.load(Ordering::Acquire) > 0 {
             looks = looks.saturating_add(1);
             if looks < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
-        if let Some(panic) = lock(&shared.panic).take() {
+        if let Some(panic) = progress.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(panic);
         }
+    }
+
+    /// Helpers of either side while they share: with its caller the first has half of the threads, rounded up.
+    fn part(&self, second: bool) -> usize {
+        let first = self.count.div_ceil(2);
+        if second { (self.count - first).saturating_sub(1) } else { first - 1 }
+    }
+}
+
+impl Sharing {
+    /// Ends it before its time: one of the sides has nothing more to do.
+    pub fn end(&self) {
+        if self.ended.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let shared = &*self.crew.shared;
+        let mut state = lock(&shared.state);
+        state.sharings -= 1;
+        if state.sharings == 0
+            && let Some(job) = &mut state.jobs[1]
+        {
+            job.helpers = 0..job.all;
+            shared.call(&state);
+        }
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
 impl Crew {
     fn new() -> Self {
-        let shared = Shared {
-            generation: AtomicU64::new(0),
-            state: Mutex::new(State { job: None, sleeping: 0, ended: false }),
-            wake: Condvar::new(),
-            next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
-            panic: Mutex::new(None),
-        };
+        let shared =
+            Shared { generation: AtomicU64::new(0), state: Mutex::new(State::default()), wake: Condvar::new() };
         Self {
             shared: Arc::new(shared),
             threads: Mutex::default(),
             limit: AtomicUsize::new(usize::MAX),
-            turn: Mutex::new(()),
+            turns: Default::default(),
         }
     }
 
@@ -166,26 +258,15 @@ impl Drop for Crew {
     }
 }
 
-impl Shared {
-    /// Publishes a job; helpers may be at work when this returns.
-    fn start(&self, job: Job) {
-        let mut state = lock(&self.state);
-        self.next.store(0, Ordering::Relaxed);
-        state.job = Some(job);
-        self.generation.fetch_add(1, Ordering::Release);
-        if state.sleeping > 0 {
-            self.wake.notify_all();
-        }
-    }
-
-    /// Does tasks of the current job until none is left.
-    fn work(&self, body: *const (dyn Fn(usize) + Sync), tasks: usize) {
+impl Progress {
+    /// Does tasks of the job until none is left.
+    fn work(&self, body: *const (dyn Fn(usize) + Sync)) {
         // SAFETY: the job's owner waits until `busy` says that this is over.
         let body = unsafe { &*body };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
                 let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
+                if task >= self.tasks {
                     break;
                 }
                 body(task);
@@ -193,8 +274,18 @@ impl Shared {
         }));
         if let Err(panic) = outcome {
             // No further task is begun.
-            self.next.store(tasks, Ordering::Relaxed);
+            self.next.store(self.tasks, Ordering::Relaxed);
             lock(&self.panic).get_or_insert(panic);
+        }
+    }
+}
+
+impl Shared {
+    /// Has helpers look at the jobs of `state`, which the caller holds.
+    fn call(&self, state: &State) {
+        self.generation.fetch_add(1, Ordering::Release);
+        if state.sleeping > 0 {
+            self.wake.notify_all();
         }
     }
 
@@ -202,14 +293,26 @@ impl Shared {
     fn help(&self, index: usize) {
         let mut seen = 0;
         while self.wait(&mut seen) {
-            let state = lock(&self.state);
-            let Some(job) = state.job.filter(|job| index < job.helpers) else { continue };
-            // Counted before the lock is released: from here on the job's owner waits for this helper.
-            self.busy.fetch_add(1, Ordering::Relaxed);
-            drop(state);
-            self.work(job.body, job.tasks);
-            self.busy.fetch_sub(1, Ordering::Release);
+            while let Some(job) = self.join(index) {
+                // SAFETY: its owner waits for this helper, which it counts as busy.
+                let progress = unsafe { &*job.progress };
+                progress.work(job.body);
+                progress.busy.fetch_sub(1, Ordering::Release);
+            }
         }
+    }
+
+    /// A job with tasks left that the helper `index` may take part in: it counts as busy from here on.
+    fn join(&self, index: usize) -> Option<Job> {
+        let state = lock(&self.state);
+        state.jobs.iter().flatten().filter(|job| job.helpers.contains(&index)).find_map(|job| {
+            // SAFETY: while a job is in the state, its owner has not returned.
+            let progress = unsafe { &*job.progress };
+            let left = progress.next.load(Ordering::Relaxed) < progress.tasks;
+            // Counted before the lock is released: from here on the job's owner waits for this helper.
+            left.then(|| progress.busy.fetch_add(1, Ordering::Relaxed))?;
+            Some(job.clone())
+        })
     }
 
     /// Waits for another generation than `seen`; false when the crew is dismissed.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::dot::{load_tail, sum_all};
-use super::super::floats::{Element, widen};
+use super::super::floats::{Element, SharedSlice, widen};
 use super::super::math;
 use super::super::simd::{LANES, Simd, Work};
 use super::{Attention, CHUNK, FEW_ROWS, Partial, PoolView, Scratch, Tile, exp};
@@ -54,7 +54,7 @@ impl<T> Default for Ahead<T> {
 /// Rows in a pool: those of key `i` begin at `offset + slots[i] * stride`.
 #[derive(Clone, Copy)]
 pub(super) struct Pooled<'a, T> {
-    pub numbers: &'a [T],
+    pub numbers: SharedSlice<'a, T>,
     pub width: usize,
     pub stride: usize,
     pub offset: usize,
@@ -70,7 +70,7 @@ impl<T> Pooled<'_, T> {
     #[inline(always)]
     pub fn fetched(&self, key: usize) -> Option<*const u8> {
         let at = self.offset + self.next[key] * self.stride;
-        (self.fetch.0..self.fetch.1).contains(&key).then(|| self.numbers.as_ptr().wrapping_add(at).cast())
+        (self.fetch.0..self.fetch.1).contains(&key).then(|| self.numbers.address(at).cast())
     }
 }
 
@@ -93,7 +93,7 @@ impl<T: Element> HeadRows for Pooled<'_, T> {
     #[inline(always)]
     fn row(&self, key: usize) -> &[T] {
         let at = self.offset + self.slots[key] * self.stride;
-        &self.numbers[at..at + self.width]
+        self.numbers.row(at, self.width)
     }
 
     #[inline(always)]
@@ -145,8 +145,8 @@ fn fours(seen: &Range<usize>) -> Range<usize> {
 /// Attends to a chunk, into the scratch's split.
 pub(super) struct AttendChunk<'a, T> {
     pub chunk: &'a Chunk<'a>,
-    pub keys: &'a [T],
-    pub values: &'a [T],
+    pub keys: SharedSlice<'a, T>,
+    pub values: SharedSlice<'a, T>,
     /// Index in the pools of the row of each seen key.
     pub slots: &'a [usize; CHUNK],
     /// The same of the next chunk; zeros where there is none.

@@ -1,7 +1,7 @@
 //! A chunk of keys against many rows, in pairs of bf16: half the multiplications, where the processor multiplies those.
 //! Queries and weights are rounded to bf16; scores, sums and everything else stay f32.
 
-use super::super::floats::{Bf16, Element, Floats, as_bf16};
+use super::super::floats::{Bf16, Element, SharedFloats};
 use super::super::gemm::{Pair, RoundPairs, TimesPanels, WIDTH, lanes_at, row_step};
 use super::super::matmul::Precision;
 use super::super::simd::{Isa, LANES, Simd, WORDS, Work};
@@ -14,7 +14,7 @@ const _: () = assert!(CHUNK == WIDTH);
 impl Attention<'_> {
     /// Whether tiles of many rows are computed in pairs.
     pub(super) fn is_in_pairs(&self, isa: Isa) -> bool {
-        let bf16 = |numbers: &Floats<'_>| matches!(numbers, Floats::Bf16(_));
+        let bf16 = |numbers: &SharedFloats<'_>| matches!(numbers, SharedFloats::Bf16(_));
         self.precision == Precision::Fast
             && isa.has_dot_bf16()
             && bf16(&self.keys.numbers)
@@ -64,7 +64,8 @@ impl Work for AttendPairs<'_> {
         let Self { chunk, slots, next, scratch } = self;
         let Scratch { panels, scores, split, .. } = scratch;
         let (attention, tile) = (chunk.attention, chunk.tile);
-        let (Floats::Bf16(keys), Floats::Bf16(values)) = (attention.keys.numbers, attention.values.numbers) else {
+        let (SharedFloats::Bf16(keys), SharedFloats::Bf16(values)) = (attention.keys.numbers, attention.values.numbers)
+        else {
             unreachable!("only bf16 is multiplied in pairs")
         };
         let rows = attention.rows_per_head(tile);
@@ -84,9 +85,8 @@ impl Work for AttendPairs<'_> {
                 next,
                 fetch: (0, CHUNK),
             };
-            simd.call(LayOutKeys { rows: pooled(as_bf16(keys), &attention.keys), panel: &mut panels.keys });
-            let (rows_of_values, seen) =
-                (pooled(as_bf16(values), &attention.values), (chunk.seen.start, chunk.seen.end));
+            simd.call(LayOutKeys { rows: pooled(keys, &attention.keys), panel: &mut panels.keys });
+            let (rows_of_values, seen) = (pooled(values, &attention.values), (chunk.seen.start, chunk.seen.end));
             simd.call(LayOutValues { rows: rows_of_values, seen, panels: &mut panels.values });
 
             let scores = &mut scores[..rows * CHUNK];
