@@ -18,6 +18,8 @@ pub struct EngineMetrics {
     pub steps: u64,
     /// Those in which prompts passed some of the layers only, so that answers beside them stay smooth.
     pub partial_steps: u64,
+    /// Those in which a part of a prompt and answers were computed at the same time.
+    pub parallel_steps: u64,
     /// Seconds that steps took.
     pub step_seconds: f64,
     /// Seconds since the step that is being computed, or told of, began or the one before it ended; 0 while none is.

@@ -1,5 +1,7 @@
 //! Runs planned steps on MLX: forward pass, sampling, asynchronous evaluation. Owned by the worker thread.
 
+mod beside;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,12 +20,13 @@ use crate::cache::snapshots::SlotCopy;
 use crate::cache::{BlockCopy, Pages, Save, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Backend, Placement, Segment, StatePlacement};
-use crate::mlx;
+use crate::kernels::{self, Backend, Placement, Segment, StatePlacement, end_sharing};
+use crate::mlx::{self, SideStream};
 use crate::models::Model;
 use crate::nn::Step;
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
 use crate::text::grammar::TokenMask;
+use beside::Beside;
 
 /// A loaded model, its pools and the device state of its sequences.
 pub struct Runner {
@@ -39,6 +42,9 @@ pub struct Runner {
     newest: Option<(Array, Vec<SequenceId>)>,
     /// Prompt tokens that have not passed all layers.
     piece: Option<Held>,
+    /// Whether a step's answers and its piece of a prompt may be computed at the same time, and where the piece then is.
+    parts: bool,
+    side: Option<SideStream>,
 }
 
 /// The tokens that a sequence may draw; `None` if all.
@@ -65,6 +71,7 @@ pub struct Launched {
     result: StepResult,
     /// Whose tokens are sampled, and how many likeliest ones they asked for.
     sampled: Vec<(SequenceId, usize)>,
+    beside: Option<Beside>,
 }
 
 /// A step whose graph is described as far as what its tokens are drawn from.
@@ -75,6 +82,7 @@ pub struct Described {
     work: Work,
     outputs: Vec<Array>,
     draws: Draws,
+    beside: Option<Beside>,
 }
 
 /// What a described step draws from.
@@ -94,6 +102,7 @@ struct Pass {
     written: Option<Array>,
     /// To be evaluated with the step: nothing that it samples from needs them.
     outputs: Vec<Array>,
+    beside: Option<Beside>,
 }
 
 enum StepResult {
@@ -106,7 +115,8 @@ enum StepResult {
 }
 
 impl Runner {
-    /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, its pools and its states.
+    /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, its pools and its states. Where no step is
+    /// launched before the one before it is read, a step may have parts that are `computed_apart`.
     pub fn new(
         id: String,
         model: Box<dyn Model>,
@@ -114,8 +124,10 @@ impl Runner {
         backend: Backend,
         pages: Pages,
         states: States,
+        computed_apart: bool,
     ) -> Self {
-        Self { id, model, vocab, backend, pages, states, samplers: HashMap::new(), newest: None, piece: None }
+        let (samplers, newest, piece) = (HashMap::new(), None, None);
+        Self { id, model, vocab, backend, pages, states, samplers, newest, piece, parts: computed_apart, side: None }
     }
 
     /// What sequences have besides rows in blocks.
@@ -167,12 +179,15 @@ impl Runner {
         let (decodes, work) = (answers > 0, plan.work);
         if let Some(token) = self.model.constant() {
             let draws = Draws::Known(self.certain(plan, token));
-            return Ok(Described { build: started.elapsed(), decodes, work, outputs: Vec::new(), draws });
+            let (build, outputs) = (started.elapsed(), Vec::new());
+            return Ok(Described { build, decodes, work, outputs, draws, beside: None });
         }
         let mut pass = Pass::default();
         let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
         let wanted = sampling_rows(&plan.runs, &shape);
-        pass.outputs.extend(self.piece.iter().map(|piece| piece.rows.clone()));
+        if pass.beside.is_none() {
+            pass.outputs.extend(self.piece.iter().map(|piece| piece.rows.clone()));
+        }
         let draws = if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
             Draws::Nothing(pass.written.unwrap_or(hidden))
@@ -181,26 +196,30 @@ impl Runner {
             let all = rows.len() == shape.rows;
             let rows = if all { None } else { Some(mlx::indices(&rows)?) };
             let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
+            if let Some(beside) = &pass.beside {
+                pass.outputs.push(end_sharing(&beside.sharing, &logits)?);
+            }
             Draws::Logits(logits, wanted.into_iter().map(|(id, _)| id).collect())
         };
-        Ok(Described { build: started.elapsed(), decodes, work, outputs: pass.outputs, draws })
+        let Pass { outputs, beside, .. } = pass;
+        Ok(Described { build: started.elapsed(), decodes, work, outputs, draws, beside })
     }
 
     /// Adds what draws the tokens and starts the evaluation; returns without waiting for it. `masks` tells which tokens a
     /// sequence may draw; `None` if all of them may draw all.
     pub fn launch(&mut self, step: Described, masks: Option<Masks>) -> Result<Launched> {
-        let Described { build: described, decodes, work, outputs, draws } = step;
+        let Described { build: described, decodes, work, outputs, draws, beside } = step;
         let started = Instant::now();
         let (logits, ids) = match draws {
             Draws::Logits(logits, ids) => (logits, ids),
             Draws::Nothing(marker) => {
                 let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&outputs))?;
                 let (build, result) = (described + build, StepResult::Chunks(marker));
-                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
+                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new(), beside });
             }
             Draws::Known(tokens) => {
                 let (build, encode, result) = (Duration::ZERO, Duration::ZERO, StepResult::Known(tokens));
-                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new() });
+                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new(), beside });
             }
         };
         if let Some(masks) = masks {
@@ -213,7 +232,7 @@ impl Runner {
         let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
         let (build, result) = (described + build, StepResult::Tokens(drawn));
-        Ok(Launched { decodes, work, build, encode, result, sampled })
+        Ok(Launched { decodes, work, build, encode, result, sampled, beside })
     }
 
     /// The tokens of a model that computes nothing.
@@ -227,13 +246,21 @@ impl Runner {
     }
 
     /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden states of
-    /// whoever is behind the last layer, and which rows those are. Where both are, their rows are together.
+    /// whoever is behind the last layer, and which rows those are. Where both are, their rows are together, or both are computed
+    /// at the same time.
     fn forward(&mut self, plan: &StepPlan, answers: usize, pass: &mut Pass) -> Result<(Array, Shape)> {
         let depth = self.model.depth();
         let layers = if plan.layers.len() == self.stops() { 0..depth } else { plan.layers.clone() };
         // By themselves, and together: the copies are made in every layer, by whoever is there.
         let by_itself = layers != (0..depth) && answers > 0;
         let copies = (&plan.copies[..], &plan.slot_copies[..]);
+        if by_itself
+            && self.can_part(plan, answers)
+            && let Backend::Cpu(cpu) = &self.backend
+            && let Some(sharing) = cpu.share()
+        {
+            return self.forward_beside(plan, answers, sharing, pass);
+        }
         let alone = by_itself.then(|| self.pack(&plan.runs[..answers], copies)).transpose()?;
         let together = self.pack(&plan.runs, copies)?;
         let mut x = if layers.start == 0 {
@@ -460,12 +487,19 @@ impl Described {
 }
 
 impl Launched {
-    /// Waits until its tokens are computed; whether its kernels failed is not looked at.
+    /// Whether answers and a piece of a prompt are computed at the same time.
+    pub fn is_parallel(&self) -> bool {
+        self.beside.is_some()
+    }
+
+    /// Waits until it is computed; whether its kernels failed is not looked at.
     pub fn wait(&self) -> Result<()> {
-        match &self.result {
-            StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result) => Ok(result.eval()?),
+        let own = match &self.result {
+            StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result) => result.eval(),
             StepResult::Known(_) => Ok(()),
-        }
+        };
+        let beside = self.beside.as_ref().map_or(Ok(()), Beside::wait);
+        own.map_err(Error::from).and(beside)
     }
 
     /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
@@ -476,6 +510,8 @@ impl Launched {
             StepResult::Chunks(marker) => marker.eval().map(|()| Vec::new()).map_err(Error::from),
             StepResult::Known(tokens) => Ok(tokens.clone()),
         };
+        let beside = self.beside.as_ref().map_or(Ok(()), Beside::wait);
+        let read = read.and_then(|tokens| beside.map(|()| tokens));
         // Numbers that came from a failed kernel must not pass for tokens.
         kernels::check().and(read)
     }

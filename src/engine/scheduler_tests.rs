@@ -599,7 +599,7 @@ fn with_a_piece_on_its_way() -> (Machine, usize) {
     for _ in 0..100 {
         machine.scheduler.observe(0.01, true, Work::default());
         let work = Work { layers: 2, ..Work::of_run(0, 40) };
-        machine.scheduler.observe(0.05, true, work);
+        machine.scheduler.observe(0.04, true, work);
     }
     let prompt = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
     (machine, prompt)

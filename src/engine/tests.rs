@@ -209,6 +209,63 @@ fn a_panic_in_a_kernel_ends_the_request_only() {
     survives("kernel", "panic-kernel");
 }
 
+/// How often to try: how much of a prompt a step takes depends on how long the steps before it took.
+const TRIES: usize = 30;
+
+/// A long prompt beside a running answer, in small pieces, of which some are computed at the same time as the answer.
+fn parallel(id: &str, threads: usize) -> (EnginePool, Arc<RequestState>, Arc<RequestState>) {
+    let target_latency = Some(Duration::from_nanos(1));
+    let options =
+        PoolOptions { device: Some(Device::Cpu), threads: Some(threads), target_latency, ..Default::default() };
+    let pool = EnginePool::open(options).unwrap();
+    pool.add_model(&fixture("qwen3-f32"), Some(id)).unwrap();
+    let answer = generate(&pool, id, 2000);
+    assert!(matches!(answer.next(Some(PATIENCE)), Ok(Event::Delta(_))));
+    let prompt: Vec<usize> = (0..400).map(|at| 1 + at % 50).collect();
+    let json = format!(r#"{{"model":"{id}","prompt":{prompt:?},"max_tokens":4}}"#);
+    let prompt = pool.generate(request(&json)).unwrap();
+    (pool, answer, prompt)
+}
+
+#[test]
+fn a_prompt_is_computed_while_an_answer_is() {
+    let tokens: Vec<_> = [1, 2, 4]
+        .map(|threads| {
+            let tries = if threads > 1 { TRIES } else { 1 };
+            let mut tokens = Vec::new();
+            let steps = (0..tries).find_map(|_| {
+                let (pool, answer, prompt) = parallel("parallel", threads);
+                let (all, done) = finish(&prompt);
+                assert_eq!(done.reason, FinishReason::Length, "{:?}", done.error);
+                answer.cancel();
+                tokens = all;
+                Some(pool.metrics()[0].1.parallel_steps).filter(|&steps| steps > 0)
+            });
+            assert_eq!(steps.is_some(), threads > 1, "{steps:?} steps on {threads} threads");
+            tokens
+        })
+        .into();
+    assert!(tokens.iter().all(|other| *other == tokens[0]), "{tokens:?}");
+}
+
+#[test]
+fn a_panic_beside_an_answer_ends_the_requests_only() {
+    let id = "panic-beside";
+    crate::fault::arm("beside", id, 3);
+    let failed = (0..TRIES).find_map(|_| {
+        let (pool, answer, prompt) = parallel(id, 2);
+        let error = finish(&prompt).1.error;
+        if error.is_none() {
+            answer.cancel();
+        }
+        Some((pool, answer, error?))
+    });
+    let (pool, answer, error) = failed.expect("the fault came");
+    assert!(error.message().contains("injected at beside"), "{error}");
+    assert_eq!(finish(&answer).1.error.map(|error| error.status()), Some(Status::Internal));
+    assert_eq!(finish(&generate(&pool, id, 8)).0.len(), 8, "the model does not come back");
+}
+
 #[test]
 fn a_panic_while_preparing_ends_the_request_only() {
     let pool = pool("panic-intake");

@@ -267,7 +267,8 @@ fn load<'a>(options: &EngineOptions, shared: &Shared, account: &'a Account) -> R
     let slots = Snapshots::reserve(options.max_sequences);
     let states = States::new(&options.backend, &loaded.model.state_layouts(), slots)?;
     let vocab = models::vocab_size(&config)?;
-    let runner = Runner::new(options.id.clone(), loaded.model, vocab, options.backend.clone(), pages, states);
+    let (id, backend) = (options.id.clone(), options.backend.clone());
+    let runner = Runner::new(id, loaded.model, vocab, backend, pages, states, !options.overlap);
     Ok(Loaded { runner, weight_bytes: loaded.weight_bytes, memory, read_ahead })
 }
 
@@ -491,6 +492,7 @@ impl Worker<'_> {
     /// have.
     fn read(&mut self, step: Launched, launched: Instant) -> Result<Option<Vec<SequenceId>>> {
         let (decodes, work) = (step.decodes, step.work);
+        let parallel = step.is_parallel();
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,
@@ -505,6 +507,7 @@ impl Worker<'_> {
         self.committed = now;
         self.scheduler.observe(seconds, decodes, work);
         self.metrics.steps += 1;
+        self.metrics.parallel_steps += u64::from(parallel);
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
         self.metrics.step_seconds += seconds;
         let ended = tokens.into_iter().filter_map(|(id, sampled)| self.scheduler.commit(id, sampled, now)).collect();

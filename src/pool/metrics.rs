@@ -9,9 +9,10 @@ use serde_json::{Map, Value, json};
 pub type Numbers = Map<String, Value>;
 
 /// Numbers that only ever grow, of an engine and of a tier.
-const GROWING: [&str; 23] = [
+const GROWING: [&str; 24] = [
     "steps",
     "partial_steps",
+    "parallel_steps",
     "step_seconds",
     "host_seconds",
     "build_seconds",

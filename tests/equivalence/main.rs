@@ -248,7 +248,7 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize, keeps_
         max_sequences: Some(if scarce { 8 } else { 1 + random.below(9) }),
         block_tokens: Some(block_tokens),
         cache_bytes: scarce.then(|| token_bytes * block_tokens * (least + random.below(least))),
-        threads: Some(1 + random.below(2)),
+        threads: Some(1 + random.below(3)),
         // Sometimes so short that prompts pass a few layers a step.
         target_latency: (random.below(2) == 0).then_some(Duration::from_nanos(1)),
         overlap: Some(random.below(2) == 0),
@@ -259,7 +259,7 @@ fn settings(random: &mut Random, metrics: &EngineMetrics, longest: usize, keeps_
 #[test]
 fn company_changes_nothing_on_tiny_models() {
     let mut random = Random(7);
-    let (mut preemptions, mut partial_steps, mut cut) = (0, 0, 0);
+    let (mut preemptions, mut partial_steps, mut parallel_steps, mut cut) = (0, 0, 0, 0);
     // Of each kind of layer and of cache: full, windows, both, sinks and experts, chunks, latent, states, other layers' keys; and
     // with one part in each layer.
     let models = [
@@ -289,12 +289,14 @@ fn company_changes_nothing_on_tiny_models() {
             preemptions += metrics.preemptions;
             println!("{name}: {} preempted, {} cached", metrics.preemptions, metrics.cached_tokens);
             partial_steps += metrics.partial_steps;
+            parallel_steps += metrics.parallel_steps;
             company.close();
             pool.close();
         }
     }
     assert!(preemptions > 0, "nothing was preempted: this test sees less than it should");
     assert!(partial_steps > 0, "no prompt stopped between layers: this test sees less than it should");
+    assert!(parallel_steps > 0, "nothing was computed at the same time: this test sees less than it should");
     assert!(cut > 0, "no answer was cancelled in its middle: this test sees less than it should");
 }
 
