@@ -115,8 +115,10 @@ fn tasks_run_at_the_same_time() {
 /// While they share, a kernel of each side runs; when that ends, helpers join the one that is still running.
 #[test]
 fn two_sides_share_the_threads() {
+    // Others need all of their threads meanwhile.
+    let _alone = SHARES.write().unwrap_or_else(PoisonError::into_inner);
     for threads in [2, 3, 4, 7] {
-        let workers = workers(threads);
+        let workers = Workers::shared(Some(threads));
         let sharing = workers.share();
         // Whoever takes part in either job, and how many wait for the sharing to end.
         let (first, second) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeSet::new()));
@@ -164,7 +166,8 @@ fn two_sides_share_the_threads() {
 /// Jobs of two sides that begin and end to share at any moment: every task once, on both.
 #[test]
 fn sides_come_and_go() {
-    let workers = workers(4);
+    let _alone = SHARES.write().unwrap_or_else(PoisonError::into_inner);
+    let workers = Workers::shared(Some(4));
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
