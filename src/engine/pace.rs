@@ -88,7 +88,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Steps with running answers should take `target`; no step takes more than `most` tokens of prompts, which may stop
+    /// Steps with running answers should take no longer than `target`; no step takes more than `most` tokens of prompts, which may stop
     /// behind any of `layers` layers.
     pub fn new(target: Duration, most: usize, layers: usize) -> Self {
         let (most, layers) = (most.max(1), layers.max(1));
@@ -110,7 +110,8 @@ impl Pace {
     pub fn piece(&self, decodes: bool, start: usize) -> usize {
         let token = self.cost.at((start + SMALL / 2) as f64);
         let (true, Some(token)) = (decodes, token) else { return self.most };
-        let fit = |steps: usize| (self.room() / (token * self.layers.div_ceil(steps) as f64)).min(self.most as f64);
+        let room = self.room();
+        let fit = |steps: usize| (room / (token * self.layers.div_ceil(steps) as f64)).min(self.most as f64);
         // The last of its slices should not be shorter than the others.
         let best = |a: &usize, b: &usize| (fit(*a) / *a as f64).total_cmp(&(fit(*b) / *b as f64)).then(b.cmp(a));
         let steps = (1..=self.layers).filter(|&steps| fit(steps) >= SMALL.min(self.most) as f64).max_by(best);

@@ -20,8 +20,8 @@ use crate::cache::snapshots::SlotCopy;
 use crate::cache::{BlockCopy, Pages, Save, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Backend, Placement, Segment, StatePlacement, end_sharing};
-use crate::mlx::{self, SideStream};
+use crate::kernels::{self, Backend, Placement, Segment, Side, StatePlacement, end_sharing};
+use crate::mlx;
 use crate::models::Model;
 use crate::nn::Step;
 use crate::sampling::{Drawn, Sampler, SamplingParams, sample};
@@ -42,9 +42,10 @@ pub struct Runner {
     newest: Option<(Array, Vec<SequenceId>)>,
     /// Prompt tokens that have not passed all layers.
     piece: Option<Held>,
-    /// Whether a step's answers and its piece of a prompt may be computed at the same time, and where the piece then is.
-    parts: bool,
-    side: Option<SideStream>,
+    /// Whether a step's answers and its piece of a prompt may be computed at the same time.
+    parallel: bool,
+    /// Where the piece then is, once it was.
+    side: Option<Side>,
 }
 
 /// The tokens that a sequence may draw; `None` if all.
@@ -71,6 +72,7 @@ pub struct Launched {
     result: StepResult,
     /// Whose tokens are sampled, and how many likeliest ones they asked for.
     sampled: Vec<(SequenceId, usize)>,
+    /// The piece of a prompt that is computed at the same time.
     beside: Option<Beside>,
 }
 
@@ -82,6 +84,7 @@ pub struct Described {
     work: Work,
     outputs: Vec<Array>,
     draws: Draws,
+    /// What has begun already, at the same time.
     beside: Option<Beside>,
 }
 
@@ -102,6 +105,7 @@ struct Pass {
     written: Option<Array>,
     /// To be evaluated with the step: nothing that it samples from needs them.
     outputs: Vec<Array>,
+    /// What has begun already, at the same time.
     beside: Option<Beside>,
 }
 
@@ -116,7 +120,7 @@ enum StepResult {
 
 impl Runner {
     /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, its pools and its states. Where no step is
-    /// launched before the one before it is read, a step may have parts that are `computed_apart`.
+    /// launched before the one before it is read, a prompt and answers may be computed in `parallel`.
     pub fn new(
         id: String,
         model: Box<dyn Model>,
@@ -124,10 +128,10 @@ impl Runner {
         backend: Backend,
         pages: Pages,
         states: States,
-        computed_apart: bool,
+        parallel: bool,
     ) -> Self {
-        let (samplers, newest, piece) = (HashMap::new(), None, None);
-        Self { id, model, vocab, backend, pages, states, samplers, newest, piece, parts: computed_apart, side: None }
+        let (samplers, newest, piece, side) = (HashMap::new(), None, None, None);
+        Self { id, model, vocab, backend, pages, states, samplers, newest, piece, parallel, side }
     }
 
     /// What sequences have besides rows in blocks.
@@ -185,9 +189,6 @@ impl Runner {
         let mut pass = Pass::default();
         let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
         let wanted = sampling_rows(&plan.runs, &shape);
-        if pass.beside.is_none() {
-            pass.outputs.extend(self.piece.iter().map(|piece| piece.rows.clone()));
-        }
         let draws = if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
             Draws::Nothing(pass.written.unwrap_or(hidden))
@@ -255,7 +256,7 @@ impl Runner {
         let by_itself = layers != (0..depth) && answers > 0;
         let copies = (&plan.copies[..], &plan.slot_copies[..]);
         if by_itself
-            && self.can_part(plan, answers)
+            && self.can_run_parallel(plan, answers)
             && let Backend::Cpu(cpu) = &self.backend
             && let Some(sharing) = cpu.share()
         {
@@ -266,11 +267,7 @@ impl Runner {
         let mut x = if layers.start == 0 {
             self.model.embed(&self.tokens(&plan.runs, &together.packed.shape)?)?
         } else {
-            let piece = self
-                .piece
-                .take()
-                .ok_or_else(|| Error::internal("no piece of a prompt"))?
-                .rows_of(&plan.runs[answers..])?;
+            let piece = self.held_rows(&plan.runs[answers..])?;
             match &alone {
                 Some(alone) => {
                     let x = self.model.embed(&self.tokens(&plan.runs[..answers], &alone.packed.shape)?)?;
@@ -282,9 +279,16 @@ impl Runner {
         x = self.pass(x, layers.clone(), &together, pass)?;
         let Some(alone) = alone.filter(|_| layers.end < depth) else { return Ok((x, together.packed.shape)) };
         let runs = plan.runs[answers..].iter().map(|run| (run.sequence, run.tokens())).collect();
-        self.piece = Some(Held { rows: mlx::rows(&x, alone.packed.shape.rows, together.packed.shape.rows)?, runs });
+        let rows = mlx::rows(&x, alone.packed.shape.rows, together.packed.shape.rows)?;
+        pass.outputs.push(rows.clone());
+        self.piece = Some(Held { rows, runs });
         x = self.pass(mlx::rows(&x, 0, alone.packed.shape.rows)?, layers.end..depth, &alone, pass)?;
         Ok((x, alone.packed.shape))
+    }
+
+    /// Hidden states of the piece that is on its way, of whose runs these are.
+    fn held_rows(&mut self, runs: &[Run]) -> Result<Array> {
+        self.piece.take().ok_or_else(|| Error::internal("no piece of a prompt"))?.rows_of(runs)
     }
 
     fn pack(&mut self, runs: &[Run], copies: (&[BlockCopy], &[SlotCopy])) -> Result<Placed> {
@@ -300,13 +304,12 @@ impl Runner {
             let slots = self.states.slots() as u32;
             Arc::make_mut(&mut states).runs.iter_mut().for_each(|run| run.slot = (run.slot + 1) % slots);
         }
-        Ok(Placed { packed, states })
+        Ok(Placed { positions: packed.positions()?, packed, states })
     }
 
     /// Runs `layers` over hidden states of the rows `placed`.
     fn pass(&mut self, x: Array, layers: Range<usize>, placed: &Placed, pass: &mut Pass) -> Result<Array> {
-        let positions = placed.packed.positions()?;
-        let step = Step::new(&positions, &mut self.pages, &placed.packed.placements);
+        let step = Step::new(&placed.positions, &mut self.pages, &placed.packed.placements);
         let mut step = step.with_states(self.states.pools(), &placed.states);
         let x = self.model.pass(x, layers, &mut step)?;
         pass.written = step.written.take();
@@ -416,6 +419,7 @@ fn sampling_rows(runs: &[Run], shape: &Shape) -> Vec<(SequenceId, i32)> {
 /// Rows, and where all that belongs to them is.
 struct Placed {
     packed: Packed,
+    positions: Array,
     states: Arc<StatePlacement>,
 }
 
@@ -505,13 +509,11 @@ impl Launched {
     /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
     /// keeps at most two steps on the device, so that a cancel does not wait for a whole prompt.
     pub fn read(self) -> Result<Vec<(SequenceId, SampledToken)>> {
-        let read = match &self.result {
+        let read = self.wait().and_then(|()| match &self.result {
             StepResult::Tokens(drawn) => self.read_tokens(drawn),
-            StepResult::Chunks(marker) => marker.eval().map(|()| Vec::new()).map_err(Error::from),
+            StepResult::Chunks(_) => Ok(Vec::new()),
             StepResult::Known(tokens) => Ok(tokens.clone()),
-        };
-        let beside = self.beside.as_ref().map_or(Ok(()), Beside::wait);
-        let read = read.and_then(|tokens| beside.map(|()| tokens));
+        });
         // Numbers that came from a failed kernel must not pass for tokens.
         kernels::check().and(read)
     }

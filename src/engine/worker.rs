@@ -491,8 +491,7 @@ impl Worker<'_> {
     /// Reads a step and passes its tokens on; returns the sequences that have ended with it, or `None` if it failed, and all
     /// have.
     fn read(&mut self, step: Launched, launched: Instant) -> Result<Option<Vec<SequenceId>>> {
-        let (decodes, work) = (step.decodes, step.work);
-        let parallel = step.is_parallel();
+        let (decodes, work, parallel) = (step.decodes, step.work, step.is_parallel());
         let waiting = Instant::now();
         let tokens = match step.read() {
             Ok(tokens) => tokens,

@@ -4,15 +4,31 @@ use std::sync::Arc;
 
 use mlx_rs::{Array, Dtype};
 
-use super::cpu::threads::Sharing;
+use super::cpu::threads::{Sharing, beside};
 use super::node::{CpuKernel, Input, Output, node};
 use super::ops::Cpu;
 use crate::error::{Error, Result};
+use crate::mlx::SideStream;
 
 impl Cpu {
     /// Lets two sides share the threads; `None` where there is only one.
     pub fn share(&self) -> Option<Arc<Sharing>> {
         (self.workers().count() > 1).then(|| Arc::new(self.workers().share()))
+    }
+}
+
+/// Where the second side is computed.
+pub struct Side(SideStream);
+
+impl Side {
+    /// One that no other thread uses.
+    pub fn new() -> Result<Self> {
+        SideStream::new().map(Self)
+    }
+
+    /// Has what `body` describes be computed here; its kernels take the second side's part of the threads.
+    pub fn run<T>(&self, body: impl FnOnce() -> T) -> T {
+        self.0.run(|| beside(body))
     }
 }
 

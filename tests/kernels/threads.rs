@@ -120,13 +120,13 @@ fn two_sides_share_the_threads() {
     for threads in [2, 3, 4, 7] {
         let workers = Workers::shared(Some(threads));
         let sharing = workers.share();
-        // Whoever takes part in either job, and how many wait for the sharing to end.
+        // Whoever takes part in either job, and whether all have joined the second.
         let (first, second) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeSet::new()));
         let note = |who: &Mutex<BTreeSet<String>>| {
             who.lock().unwrap_or_else(PoisonError::into_inner).insert(format!("{:?}", std::thread::current().id()))
         };
-        let (half, all) = (threads.div_ceil(2), threads);
-        let (begun, joined) = (Barrier::new(2), AtomicUsize::new(0));
+        let half = threads.div_ceil(2);
+        let (begun, joined) = (Barrier::new(2), AtomicBool::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 beside(|| {
@@ -136,12 +136,12 @@ fn two_sides_share_the_threads() {
                             begun.wait();
                             // The first side computes meanwhile, then it ends, and all come here.
                             let since = Instant::now();
-                            while second.lock().unwrap_or_else(PoisonError::into_inner).len() < all {
+                            while second.lock().unwrap_or_else(PoisonError::into_inner).len() < threads {
                                 assert!(since.elapsed().as_secs() < 10, "nobody joined");
                                 std::thread::yield_now();
                             }
-                            joined.store(all, Ordering::Relaxed);
-                        } else if joined.load(Ordering::Relaxed) == 0 {
+                            joined.store(true, Ordering::Relaxed);
+                        } else if !joined.load(Ordering::Relaxed) {
                             std::thread::sleep(Duration::from_millis(1));
                         }
                     });
@@ -159,7 +159,7 @@ fn two_sides_share_the_threads() {
         let first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
         let second = second.into_inner().unwrap_or_else(PoisonError::into_inner);
         assert!(first.len() <= half, "{} of {threads} threads on the first side", first.len());
-        assert_eq!(second.len(), all);
+        assert_eq!(second.len(), threads);
     }
 }
 

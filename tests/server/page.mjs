@@ -98,7 +98,10 @@ const steps = {
     // What the server says arrives between press and release, and the click still counts.
     await page.hover("[data-pin='tiny-chat']");
     await page.mouse.down();
-    await page.evaluate(() => refresh());
+    await page.evaluate(async () => {
+      while (refreshing) await new Promise(next => setTimeout(next, 10));
+      await refresh();
+    });
     await page.mouse.up();
     await pinned("Pin");
   },

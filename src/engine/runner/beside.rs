@@ -1,7 +1,6 @@
 //! A step whose answers and whose piece of a prompt pass their layers at the same time, each on a stream of its own.
 //!
-//! Answers wait for memory and prompts for multiplications: side by side, two threads computed about a fifth more than one after
-//! the other.
+//! Answers wait for memory and prompts for multiplications, so together they take less time than one after the other.
 
 use std::sync::Arc;
 
@@ -12,9 +11,8 @@ use crate::engine::scheduler::StepPlan;
 use crate::engine::shape::Shape;
 use crate::error::Result;
 use crate::fault;
-use crate::kernels::cpu::threads::{Sharing, beside};
-use crate::kernels::end_sharing;
-use crate::mlx::SideStream;
+use crate::kernels::cpu::threads::Sharing;
+use crate::kernels::{Side, end_sharing};
 
 /// What is on its way beside the answers.
 pub(super) struct Beside {
@@ -41,9 +39,9 @@ impl Drop for Beside {
 impl Runner {
     /// Whether the first `answers` runs and the others can do without each other: nothing is copied for one of them that the
     /// other has, no state is written, and no token is drawn behind a prompt.
-    pub(super) fn can_part(&self, plan: &StepPlan, answers: usize) -> bool {
+    pub(super) fn can_run_parallel(&self, plan: &StepPlan, answers: usize) -> bool {
         let copies = !plan.copies.is_empty() || !plan.slot_copies.is_empty();
-        self.parts && !copies && self.states.is_empty() && !plan.runs[answers..].iter().any(|run| run.samples)
+        self.parallel && !copies && self.states.is_empty() && !plan.runs[answers..].iter().any(|run| run.samples)
     }
 
     /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden
@@ -58,13 +56,12 @@ impl Runner {
         let (depth, layers) = (self.model.depth(), plan.layers.clone());
         let (runs, prompts) = plan.runs.split_at(answers);
         let (alone, piece) = (self.pack(runs, (&[], &[]))?, self.pack(prompts, (&[], &[]))?);
-        let side = self.side.take().map_or_else(SideStream::new, Ok)?;
-        let mut rows = match self.piece.take() {
-            Some(piece) if layers.start > 0 => piece.rows_of(prompts)?,
-            _ => {
-                let tokens = self.tokens(prompts, &piece.packed.shape)?;
-                side.run(|| beside(|| self.model.embed(&tokens)))?
-            }
+        let side = self.side.take().map_or_else(Side::new, Ok)?;
+        let mut rows = if layers.start == 0 {
+            let tokens = self.tokens(prompts, &piece.packed.shape)?;
+            side.run(|| self.model.embed(&tokens))?
+        } else {
+            self.held_rows(prompts)?
         };
         let mut x = self.model.embed(&self.tokens(runs, &alone.packed.shape)?)?;
         // MLX begins what it is given in the order in which it gets it, and not all at once: in slices that take either side about
@@ -74,18 +71,19 @@ impl Runner {
         start([&x].into_iter())?;
         let mut prompt_pass = Pass::default();
         for (at, layer) in layers.clone().enumerate() {
-            rows = side.run(|| beside(|| self.pass(rows, layer..layer + 1, &piece, &mut prompt_pass)))?;
-            rows = side.run(|| fault::in_graph("beside", &self.id, rows))?;
+            rows = side.run(|| {
+                let rows = self.pass(rows, layer..layer + 1, &piece, &mut prompt_pass)?;
+                fault::in_graph("beside", &self.id, rows)
+            })?;
             if layer + 1 == depth {
                 // Only keys and values are wanted of the last layer.
                 rows = prompt_pass.written.take().unwrap_or(rows);
             }
-            start([&rows].into_iter().chain(&prompt_pass.outputs))?;
-            prompt_pass.outputs.clear();
+            start([&rows].into_iter())?;
             x = self.pass(x, slice(at + 1), &alone, pass)?;
             start([&x].into_iter())?;
         }
-        let end = side.run(|| beside(|| end_sharing(&sharing, &rows)))?;
+        let end = side.run(|| end_sharing(&sharing, &rows))?;
         start([&end].into_iter())?;
         self.side = Some(side);
         if layers.end < depth {

@@ -133,7 +133,7 @@ impl Workers {
     }
 
     /// Lets two kernels run at the same time, each on about half of the threads: what waits for memory leaves time to what
-    /// multiplies. The half of the first is for the second, too, in the kernel that it is running, once the sharing ends.
+    /// multiplies. Once the sharing ends, the first's half joins the kernel that the second is running, and later kernels have all.
     pub fn share(&self) -> Sharing {
         lock(&self.crew.shared.state).sharings += 1;
         Sharing { crew: Arc::clone(&self.crew), ended: AtomicBool::new(false) }
@@ -148,7 +148,7 @@ impl Workers {
         let shared = &*self.crew.shared;
         let sharing = lock(&shared.state).sharings > 0;
         let second = sharing && is_beside();
-        if sharing && !second && self.part(false) == 0 {
+        if sharing && !second && self.part(false).is_empty() {
             return (0..tasks).for_each(body);
         }
         let _turn = lock(&self.crew.turns[usize::from(second)]);
@@ -161,8 +161,8 @@ impl Workers {
         {
             let mut state = lock(&shared.state);
             if state.sharings > 0 {
-                let first = self.part(false).min(all);
-                job.helpers = if second { first..(first + self.part(true)).min(all) } else { 0..first };
+                let part = self.part(second);
+                job.helpers = part.start.min(all)..part.end.min(all);
             }
             let anyone = !job.helpers.is_empty();
             state.jobs[usize::from(second)] = Some(job);
@@ -183,10 +183,10 @@ impl Workers {
         }
     }
 
-    /// Helpers of either side while they share: with its caller the first has half of the threads, rounded up.
-    fn part(&self, second: bool) -> usize {
-        let first = self.count.div_ceil(2);
-        if second { (self.count - first).saturating_sub(1) } else { first - 1 }
+    /// The helpers of either side while they share: with its caller the first has half of the threads, rounded up.
+    fn part(&self, second: bool) -> Range<usize> {
+        let first = self.count.div_ceil(2) - 1;
+        if second { first..first.max(self.count - 2) } else { 0..first }
     }
 }
 
