@@ -220,10 +220,12 @@ impl Pages {
     }
 
     /// Resizes keys or values of a layer, on the CPU, or both: old and new arrays exist side by side of these, and of no
-    /// others. Returns whether more are to follow. New blocks may be used when none is left.
-    pub fn resize_part(&mut self) -> Result<bool> {
+    /// others. Not while it is the turn of a layer that is `in_use`. Returns whether more are to follow. New blocks may be used
+    /// when none is left.
+    pub fn resize_part(&mut self, in_use: Range<usize>) -> Result<bool> {
         let arrays = self.at_a_time();
-        let Some((capacities, mut left)) = self.resize.take() else { return Ok(false) };
+        let Some((capacities, left)) = &self.resize else { return Ok(false) };
+        let (capacities, mut left) = (capacities.clone(), left.clone());
         // Those that stay as they are take no time.
         let stays = |array: usize| {
             let blocks = capacities[self.layout.layers[array / 2].group] + SPARE;
@@ -232,6 +234,9 @@ impl Pages {
                 .is_some_and(|pool| pool.keys.dim(0) as usize == blocks && pool.values.dim(0) as usize == blocks)
         };
         let part: Vec<usize> = left.by_ref().filter(|&array| !stays(array)).take(arrays).collect();
+        if part.iter().any(|&array| in_use.clone().any(|layer| self.pool_of(layer) == array / 2)) {
+            return Ok(true);
+        }
         let more = left.clone().any(|array| !stays(array));
         self.resize = Some((capacities.clone(), left));
         for array in part {
@@ -256,7 +261,7 @@ impl Pages {
 
     /// Does all that is left to resize.
     pub fn resize_all(&mut self) -> Result<()> {
-        while self.resize_part()? {}
+        while self.resize_part(0..0)? {}
         Ok(())
     }
 
@@ -521,7 +526,7 @@ mod tests {
                 let (expected, most) = (pages.bytes_to_hold(&capacities), pages.bytes());
                 pages.resize(&capacities);
                 let (mut parts, mut peak) = (1, 0);
-                while pages.resize_part()? {
+                while pages.resize_part(0..0)? {
                     parts += 1;
                     peak = peak.max(pages.bytes());
                 }

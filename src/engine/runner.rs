@@ -4,9 +4,12 @@ mod beside;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use mlx_rs::Array;
 use mlx_rs::ops::concatenate;
 
@@ -20,7 +23,7 @@ use crate::cache::snapshots::SlotCopy;
 use crate::cache::{BlockCopy, Pages, Save, copy_places, place};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::kernels::{self, Backend, Placement, Segment, Side, StatePlacement, end_sharing};
+use crate::kernels::{self, Backend, Placement, Segment, Side, StatePlacement, after};
 use crate::mlx;
 use crate::models::Model;
 use crate::nn::Step;
@@ -42,10 +45,16 @@ pub struct Runner {
     newest: Option<(Array, Vec<SequenceId>)>,
     /// Prompt tokens that have not passed all layers.
     piece: Option<Held>,
-    /// Whether a step's answers and its piece of a prompt may be computed at the same time.
+    /// Whether a prompt may be computed beside steps of answers.
     parallel: bool,
-    /// Where the piece then is, once it was.
-    side: Option<Side>,
+    /// The piece that is.
+    beside: Option<Beside>,
+    /// Where it is computed, once one was.
+    side: Option<Rc<Side>>,
+    /// The layer behind which it has stopped, if nobody has been told.
+    stopped: Option<usize>,
+    /// Told when a layer of the piece has ended, and when a step beside it has.
+    progress: (Sender<()>, Receiver<()>),
 }
 
 /// The tokens that a sequence may draw; `None` if all.
@@ -72,8 +81,10 @@ pub struct Launched {
     result: StepResult,
     /// Whose tokens are sampled, and how many likeliest ones they asked for.
     sampled: Vec<(SequenceId, usize)>,
-    /// The piece of a prompt that is computed at the same time.
-    beside: Option<Beside>,
+    /// Whether a piece of a prompt is computed beside it.
+    pub parallel: bool,
+    /// Set when it has ended, if somebody has to feed that meanwhile.
+    ended: Option<Arc<AtomicBool>>,
 }
 
 /// A step whose graph is described as far as what its tokens are drawn from.
@@ -84,8 +95,8 @@ pub struct Described {
     work: Work,
     outputs: Vec<Array>,
     draws: Draws,
-    /// What has begun already, at the same time.
-    beside: Option<Beside>,
+    /// See [`Launched`].
+    parallel: bool,
 }
 
 /// What a described step draws from.
@@ -105,8 +116,6 @@ struct Pass {
     written: Option<Array>,
     /// To be evaluated with the step: nothing that it samples from needs them.
     outputs: Vec<Array>,
-    /// What has begun already, at the same time.
-    beside: Option<Beside>,
 }
 
 enum StepResult {
@@ -120,7 +129,7 @@ enum StepResult {
 
 impl Runner {
     /// Takes the loaded model `id` with `vocab` tokens, who computes its layers, its pools and its states. Where no step is
-    /// launched before the one before it is read, a prompt and answers may be computed in `parallel`.
+    /// launched before the one before it is read, prompts may be computed in `parallel` with answers.
     pub fn new(
         id: String,
         model: Box<dyn Model>,
@@ -130,8 +139,22 @@ impl Runner {
         states: States,
         parallel: bool,
     ) -> Self {
-        let (samplers, newest, piece, side) = (HashMap::new(), None, None, None);
-        Self { id, model, vocab, backend, pages, states, samplers, newest, piece, parallel, side }
+        Self {
+            id,
+            model,
+            vocab,
+            backend,
+            pages,
+            states,
+            samplers: HashMap::new(),
+            newest: None,
+            piece: None,
+            parallel,
+            beside: None,
+            side: None,
+            stopped: None,
+            progress: unbounded(),
+        }
     }
 
     /// What sequences have besides rows in blocks.
@@ -180,14 +203,22 @@ impl Runner {
     pub fn describe(&mut self, plan: &StepPlan) -> Result<Described> {
         let started = Instant::now();
         let answers = plan.runs.len() - plan.prompt_runs;
-        let (decodes, work) = (answers > 0, plan.work);
+        let decodes = answers > 0;
+        let work = if plan.beside { Work::default() } else { plan.work };
         if let Some(token) = self.model.constant() {
             let draws = Draws::Known(self.certain(plan, token));
             let (build, outputs) = (started.elapsed(), Vec::new());
-            return Ok(Described { build, decodes, work, outputs, draws, beside: None });
+            return Ok(Described { build, decodes, work, outputs, draws, parallel: false });
         }
-        let mut pass = Pass::default();
-        let (hidden, shape) = self.forward(plan, answers, &mut pass)?;
+        if plan.beside {
+            self.begin_beside(&plan.runs[answers..], plan.layers.clone())?;
+        }
+        let (mut pass, sharing) = (Pass::default(), self.share());
+        let parallel = sharing.is_some();
+        let (hidden, shape) = match &sharing {
+            Some(_) => self.forward_alone(&plan.runs[..answers], &mut pass)?,
+            None => self.forward(plan, answers, &mut pass)?,
+        };
         let wanted = sampling_rows(&plan.runs, &shape);
         let draws = if wanted.is_empty() {
             // Only keys and values are wanted: what is behind them in the last layer need not be computed.
@@ -197,43 +228,63 @@ impl Runner {
             let all = rows.len() == shape.rows;
             let rows = if all { None } else { Some(mlx::indices(&rows)?) };
             let logits = fault::in_graph("kernel", &self.id, self.model.logits(&hidden, rows.as_ref())?)?;
-            if let Some(beside) = &pass.beside {
-                pass.outputs.push(end_sharing(&beside.sharing, &logits)?);
+            if let Some(sharing) = sharing {
+                pass.outputs.push(after(&logits, move || sharing.end())?);
             }
             Draws::Logits(logits, wanted.into_iter().map(|(id, _)| id).collect())
         };
-        let Pass { outputs, beside, .. } = pass;
-        Ok(Described { build: started.elapsed(), decodes, work, outputs, draws, beside })
+        let (build, outputs) = (started.elapsed(), pass.outputs);
+        Ok(Described { build, decodes, work, outputs, draws, parallel })
     }
 
     /// Adds what draws the tokens and starts the evaluation; returns without waiting for it. `masks` tells which tokens a
     /// sequence may draw; `None` if all of them may draw all.
     pub fn launch(&mut self, step: Described, masks: Option<Masks>) -> Result<Launched> {
-        let Described { build: described, decodes, work, outputs, draws, beside } = step;
+        let Described { build: described, decodes, work, mut outputs, draws, parallel } = step;
         let started = Instant::now();
+        let without_tokens = |build, encode, result| {
+            let (sampled, ended) = (Vec::new(), None);
+            Launched { decodes, work, build, encode, result, sampled, parallel, ended }
+        };
         let (logits, ids) = match draws {
             Draws::Logits(logits, ids) => (logits, ids),
             Draws::Nothing(marker) => {
                 let (build, encode) = evaluate(started, std::iter::once(&marker).chain(&outputs))?;
-                let (build, result) = (described + build, StepResult::Chunks(marker));
-                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new(), beside });
+                return Ok(without_tokens(described + build, encode, StepResult::Chunks(marker)));
             }
             Draws::Known(tokens) => {
-                let (build, encode, result) = (Duration::ZERO, Duration::ZERO, StepResult::Known(tokens));
-                return Ok(Launched { decodes, work, build, encode, result, sampled: Vec::new(), beside });
+                return Ok(without_tokens(Duration::ZERO, Duration::ZERO, StepResult::Known(tokens)));
             }
         };
         if let Some(masks) = masks {
             self.restrict(&ids, masks);
         }
         let (drawn, sampled) = self.sample(&logits, &ids)?;
+        let ended = self.is_beside().then(Arc::<AtomicBool>::default);
+        if let Some(ended) = &ended {
+            let (ended, told) = (Arc::clone(ended), self.progress.0.clone());
+            outputs.push(after(&drawn.tokens, move || {
+                ended.store(true, Ordering::Release);
+                // The receiver has gone only when nobody waits any more.
+                let _ = told.send(());
+            })?);
+        }
         let logprobs = drawn.logprobs.iter();
         let logprobs = logprobs.flat_map(|l| std::iter::once(&l.drawn).chain(l.top.iter().flat_map(|(i, v)| [i, v])));
         let all = std::iter::once(&drawn.tokens).chain(logprobs).chain(&outputs);
         let (build, encode) = evaluate(started, all)?;
         self.newest = Some((drawn.tokens.clone(), ids));
         let (build, result) = (described + build, StepResult::Tokens(drawn));
-        Ok(Launched { decodes, work, build, encode, result, sampled, beside })
+        Ok(Launched { decodes, work, build, encode, result, sampled, parallel, ended })
+    }
+
+    /// Waits for a step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
+    /// keeps at most two steps on the device, so that a cancel does not wait for a whole prompt. The piece beside it goes on.
+    pub fn read(&mut self, step: Launched) -> Result<Vec<(SequenceId, SampledToken)>> {
+        let fed = step.ended.as_ref().map_or(Ok(()), |ended| self.feed_until(ended));
+        let read = step.tokens();
+        // Numbers that came from a failed kernel must not pass for tokens.
+        kernels::check().and(fed).and(read)
     }
 
     /// The tokens of a model that computes nothing.
@@ -247,21 +298,13 @@ impl Runner {
     }
 
     /// Takes the first `answers` runs through all layers and the others through those that the plan says: hidden states of
-    /// whoever is behind the last layer, and which rows those are. Where both are, their rows are together, or both are computed
-    /// at the same time.
+    /// whoever is behind the last layer, and which rows those are. Where both are, their rows are together.
     fn forward(&mut self, plan: &StepPlan, answers: usize, pass: &mut Pass) -> Result<(Array, Shape)> {
         let depth = self.model.depth();
         let layers = if plan.layers.len() == self.stops() { 0..depth } else { plan.layers.clone() };
         // By themselves, and together: the copies are made in every layer, by whoever is there.
         let by_itself = layers != (0..depth) && answers > 0;
         let copies = (&plan.copies[..], &plan.slot_copies[..]);
-        if by_itself
-            && self.can_run_parallel(plan, answers)
-            && let Backend::Cpu(cpu) = &self.backend
-            && let Some(sharing) = cpu.share()
-        {
-            return self.forward_beside(plan, answers, sharing, pass);
-        }
         let alone = by_itself.then(|| self.pack(&plan.runs[..answers], copies)).transpose()?;
         let together = self.pack(&plan.runs, copies)?;
         let mut x = if layers.start == 0 {
@@ -491,31 +534,21 @@ impl Described {
 }
 
 impl Launched {
-    /// Whether answers and a piece of a prompt are computed at the same time.
-    pub fn is_parallel(&self) -> bool {
-        self.beside.is_some()
-    }
-
     /// Waits until it is computed; whether its kernels failed is not looked at.
     pub fn wait(&self) -> Result<()> {
-        let own = match &self.result {
-            StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result) => result.eval(),
+        match &self.result {
+            StepResult::Tokens(Drawn { tokens: result, .. }) | StepResult::Chunks(result) => Ok(result.eval()?),
             StepResult::Known(_) => Ok(()),
-        };
-        let beside = self.beside.as_ref().map_or(Ok(()), Beside::wait);
-        own.map_err(Error::from).and(beside)
+        }
     }
 
-    /// Waits for the step and reads its tokens; none for prompt chunks, which sampled nothing. Waiting for chunks too
-    /// keeps at most two steps on the device, so that a cancel does not wait for a whole prompt.
-    pub fn read(self) -> Result<Vec<(SequenceId, SampledToken)>> {
-        let read = self.wait().and_then(|()| match &self.result {
+    fn tokens(&self) -> Result<Vec<(SequenceId, SampledToken)>> {
+        self.wait()?;
+        match &self.result {
             StepResult::Tokens(drawn) => self.read_tokens(drawn),
             StepResult::Chunks(_) => Ok(Vec::new()),
             StepResult::Known(tokens) => Ok(tokens.clone()),
-        });
-        // Numbers that came from a failed kernel must not pass for tokens.
-        kernels::check().and(read)
+        }
     }
 
     fn read_tokens(&self, drawn: &Drawn) -> Result<Vec<(SequenceId, SampledToken)>> {

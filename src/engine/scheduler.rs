@@ -2,8 +2,9 @@
 //!
 //! A sequence has known tokens and a count of computed ones that chases them; prompt chunks and single decode
 //! tokens are the same thing. A step takes tokens of many sequences: first one of each that decodes, then prompts within
-//! a budget, first come, first served. Beside decoding sequences the prompt tokens of a step are a *piece* that may pass a
-//! few layers only; the steps behind it take it through the others. A step may be planned on tokens that the step before
+//! a budget, first come, first served. Beside decoding sequences the prompt tokens of a step are a *piece*: either it passes a
+//! few layers only, and the steps behind it take it through the others; or it passes them beside the steps, which do not wait for
+//! it. A step may be planned on tokens that the step before
 //! is still computing; those are then read, and if one ends its sequence the extra step's token is dropped.
 
 mod room;
@@ -37,6 +38,8 @@ pub struct StepPlan {
     pub prompt_runs: usize,
     /// The layers that those pass: of [`Limits::layers`]. The other runs pass all of them.
     pub layers: Range<usize>,
+    /// Whether they do so beside this step and those behind it. How far they came is then to be told to [`Scheduler::passed`].
+    pub beside: bool,
     /// What the prompts cost.
     pub work: Work,
 }
@@ -76,6 +79,8 @@ pub struct Limits {
     pub prefill_chunk: usize,
     /// Layers behind any of which prompt tokens may wait for the next step; 1 if they pass all that the model has at once.
     pub layers: usize,
+    /// Whether they may pass them beside steps. No step is then planned before the one before it is read.
+    pub beside: bool,
     /// What a step should take while answers are running.
     pub target_latency: Duration,
     /// Blocks that may ever exist in each group.
@@ -133,6 +138,8 @@ struct Piece {
     runs: Vec<Run>,
     /// Layers passed.
     passed: usize,
+    /// It passes others beside the steps.
+    beside: bool,
 }
 
 /// What a sequence may take of a step.
@@ -157,7 +164,7 @@ impl Scheduler {
     pub fn new(limits: Limits, blocks: BlockManager) -> Self {
         let groups = blocks.groups();
         Self {
-            pace: Pace::new(limits.target_latency, limits.prefill_chunk, limits.layers),
+            pace: Pace::new(limits.target_latency, limits.prefill_chunk, limits.layers, limits.beside),
             piece: Piece::default(),
             limits,
             blocks,
@@ -226,6 +233,16 @@ impl Scheduler {
         self.pace.observe(seconds, decodes, work);
     }
 
+    /// A step of answers took `seconds` beside prompts.
+    pub fn observe_beside(&mut self, seconds: f64) {
+        self.pace.observe_beside(seconds);
+    }
+
+    /// How long after a step beside prompts the next one is to begin.
+    pub fn pause(&self) -> Duration {
+        self.pace.pause()
+    }
+
     /// Something else takes so much of the next step.
     pub fn reserve_time(&mut self, time: Duration) {
         self.pace.reserve(time);
@@ -256,7 +273,7 @@ impl Scheduler {
         }
         let answers = plan.runs.len();
         plan.layers = 0..self.limits.layers;
-        if answers > 0 && self.pace.measures() {
+        if self.piece.beside || answers > 0 && self.pace.measures() {
             plan.work.layers = plan.layers.len();
             return plan;
         }
@@ -265,15 +282,11 @@ impl Scheduler {
             let whole = answers == 0 || self.limits.layers == 1;
             self.add_prompts(whole, now, &mut plan, ended);
             if !whole {
-                self.piece = Piece { runs: plan.runs.split_off(answers), passed: 0 };
+                self.piece = Piece { runs: plan.runs.split_off(answers), ..Piece::default() };
             }
         }
         if !self.piece.runs.is_empty() {
-            plan.layers = self.pass_layers(answers > 0);
-            plan.runs.extend(self.piece.runs.iter().cloned());
-            if plan.layers.end == self.limits.layers {
-                self.piece = Piece::default();
-            }
+            self.pass_layers(answers > 0, &mut plan);
         }
         self.counters.partial_steps += u64::from(plan.layers.len() < self.limits.layers);
         plan.prompt_runs = plan.runs.len() - answers;
@@ -304,25 +317,60 @@ impl Scheduler {
         }
     }
 
-    /// The layers that the piece passes in the step that is being planned: all that are left if nobody waits for a token.
-    fn pass_layers(&mut self, decodes: bool) -> Range<usize> {
+    /// Has the piece pass layers in the step that is being planned, all that are left if nobody waits for a token, or beside it.
+    fn pass_layers(&mut self, decodes: bool, plan: &mut StepPlan) {
         let works = self.piece.runs.iter().map(|run| Work::of_run(run.start, run.tokens()));
-        let from = self.piece.passed;
-        let slice = self.pace.slice(decodes, works.fold(Work::default(), Work::and), self.limits.layers - from);
-        self.piece.passed += slice;
-        if self.piece.passed == self.limits.layers {
-            let mut runs = std::mem::take(&mut self.piece.runs);
-            for run in &mut runs {
-                let place = self.running.iter().position(|sequence| sequence.id == run.sequence);
-                let Some((at, mut table)) = place.and_then(|at| Some((at, self.running[at].table.take()?))) else {
-                    continue;
-                };
-                run.samples = self.complete(at, &mut table, run.start + run.tokens());
-                self.running[at].table = Some(table);
-            }
-            self.piece.runs = runs;
+        let (work, from, last) = (works.fold(Work::default(), Work::and), self.piece.passed, self.limits.layers);
+        // Tokens are drawn by steps.
+        let end = last - usize::from(self.draws());
+        let runs = if decodes && plan.copies.is_empty() && from < end && self.pace.goes_beside(work, last - from) {
+            plan.layers = from..end;
+            (plan.beside, self.piece.beside) = (true, true);
+            self.piece.runs.clone()
+        } else {
+            plan.layers = from..from + self.pace.slice(decodes, work, last - from);
+            self.advance(plan.layers.end)
+        };
+        plan.runs.extend(runs);
+    }
+
+    /// Whether a token is drawn behind the piece.
+    fn draws(&self) -> bool {
+        let of = |run: &Run| self.running.iter().find(|sequence| sequence.id == run.sequence);
+        let ends = |run: &Run| of(run).is_some_and(|sequence| run.start + run.tokens() >= sequence.tokens.len());
+        self.piece.runs.iter().any(ends)
+    }
+
+    /// The prompts beside the steps have passed the layers below `end`, and have stopped there.
+    pub fn passed(&mut self, end: usize) {
+        self.piece.beside = false;
+        self.advance(end);
+    }
+
+    /// Whether the prompts beside the steps are to stop, because one of their sequences is cancelled.
+    pub fn piece_ends(&self) -> bool {
+        let cancelled = |sequence: &Sequence| {
+            sequence.is_cancelled() && self.piece.runs.iter().any(|run| run.sequence == sequence.id)
+        };
+        self.piece.beside && self.running.iter().any(cancelled)
+    }
+
+    /// The piece has passed the layers below `end`, or does in the step that is being planned; its runs.
+    fn advance(&mut self, end: usize) -> Vec<Run> {
+        self.piece.passed = end;
+        if end < self.limits.layers {
+            return self.piece.runs.clone();
         }
-        from..self.piece.passed
+        let mut runs = std::mem::take(&mut self.piece).runs;
+        for run in &mut runs {
+            let place = self.running.iter().position(|sequence| sequence.id == run.sequence);
+            let Some((at, mut table)) = place.and_then(|at| Some((at, self.running[at].table.take()?))) else {
+                continue;
+            };
+            run.samples = self.complete(at, &mut table, run.start + run.tokens());
+            self.running[at].table = Some(table);
+        }
+        runs
     }
 
     /// Adds a run of the running sequence `at`, making room for it if need be. Returns how far to go to the next one.
@@ -337,8 +385,9 @@ impl Scheduler {
                 Err(Refused::NoBlocks(group)) => group,
             };
             self.wanted[short] += self.limits.prefill_chunk.div_ceil(self.blocks.block_tokens()).max(1);
-            if self.blocks.capacity(short) < self.limits.blocks[short] {
-                // More are coming: a pause of a few steps costs less than computing something again.
+            // More are coming: a pause of a few steps costs less than computing something again. And what is computed beside the
+            // steps needs its blocks until it is through.
+            if self.blocks.capacity(short) < self.limits.blocks[short] || self.piece.beside {
                 return 1;
             }
             // The last to have begun gives up its blocks, unless this step needs them.

@@ -2,6 +2,24 @@
 
 use super::*;
 
+/// A machine of four layers that runs an answer and begins a prompt of 40 tokens, two layers a step.
+pub(super) fn with_a_piece_on_its_way() -> (Machine, usize) {
+    let mut machine = Machine::new(Limits { layers: 4, ..plenty(4, 64) }, 4);
+    machine.scheduler.blocks().grow(0, 200);
+    let long = (40..).find(|&token| expected(4, &[token, 42], 60, 0).len() > 20).unwrap();
+    machine.ask(vec![long, 42], 60, 1, Priority::Normal);
+    for _ in 0..3 {
+        machine.turn().unwrap();
+    }
+    for _ in 0..100 {
+        (0..2).for_each(|_| machine.scheduler.observe(0.01, true, Work::default()));
+        let work = Work { layers: 2, ..Work::of_run(0, 40) };
+        machine.scheduler.observe(0.04, true, work);
+    }
+    let prompt = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
+    (machine, prompt)
+}
+
 #[test]
 fn a_wrong_block_table_is_noticed() {
     let run = |wrong: bool| {

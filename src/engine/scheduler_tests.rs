@@ -153,6 +153,10 @@ struct Machine {
     held: HashMap<SequenceId, Vec<Row>>,
     /// Steps in which a piece stopped on its way.
     stops: usize,
+    /// What passes its layers beside the steps.
+    beside: Option<besides::Beside>,
+    /// How often that stopped earlier than planned.
+    early_stops: usize,
     /// What the last step sampled: that of the step before is read by then.
     in_flight: Vec<(SequenceId, u32)>,
     unread: HashMap<SequenceId, u32>,
@@ -174,6 +178,8 @@ struct Machine {
     loses_states: bool,
     /// Forgets what it should hold.
     forgets: bool,
+    /// Says that prompts beside the steps have come as far as planned.
+    ignores_stops: bool,
     /// Draws what is not allowed.
     ignores_masks: bool,
 }
@@ -193,6 +199,8 @@ impl Machine {
             states: None,
             held: HashMap::new(),
             stops: 0,
+            beside: None,
+            early_stops: 0,
             in_flight: Vec::new(),
             unread: HashMap::new(),
             choices: HashMap::new(),
@@ -207,6 +215,7 @@ impl Machine {
             wrong_windows: false,
             loses_states: false,
             forgets: false,
+            ignores_stops: false,
             ignores_masks: false,
         }
     }
@@ -255,16 +264,20 @@ impl Machine {
 
     /// A turn of the engine loop; whether there was anything to do.
     fn turn(&mut self) -> Result<bool, TestCaseError> {
+        self.pass_beside(self.steps % 3);
         self.scheduler.reap_cancelled();
         self.grow();
-        let plan = self.scheduler.plan(Instant::now(), &mut Vec::new());
+        let plan = self.plan();
         self.check_plan(&plan)?;
         let sampled = self.run(&plan)?;
         // Steps take now longer and now shorter, so that pieces have all sizes and stop everywhere.
         let layer = [1e-5, 3e-4, 2e-3, 1e-2, 0.1][self.steps / 5 % 5];
         let seconds = 0.02 + layer * (plan.work.tokens * plan.work.layers) as f64;
-        self.scheduler.observe(seconds, plan.runs.len() > plan.prompt_runs, plan.work);
-        let before = std::mem::replace(&mut self.in_flight, sampled);
+        match self.beside {
+            Some(_) => self.scheduler.observe_beside(seconds),
+            None => self.scheduler.observe(seconds, plan.runs.len() > plan.prompt_runs, plan.work),
+        }
+        let before = if self.limits.beside { sampled } else { std::mem::replace(&mut self.in_flight, sampled) };
         let busy = !before.is_empty() || !plan.runs.is_empty() || self.growing.is_some();
         for (id, token) in before {
             self.scheduler.commit(id, SampledToken { token, logprob: None }, Instant::now());
@@ -305,6 +318,7 @@ impl Machine {
         prop_assert!(decodes || plan.layers.end == self.limits.layers, "a piece stops although nobody waits");
         let last = plan.layers.end == self.limits.layers;
         prop_assert!(last || prompts.iter().all(|run| !run.samples), "a token before the last layer");
+        self.check_beside(plan)?;
         for (group, &kind) in self.kinds.iter().enumerate() {
             let blocks = &self.scheduler.blocks;
             prop_assert!(blocks.capacity(group) <= self.limits.blocks[group]);
@@ -325,6 +339,8 @@ impl Machine {
     /// Does what a plan says, and checks what every row sees.
     fn run(&mut self, plan: &StepPlan) -> Result<Vec<(SequenceId, u32)>, TestCaseError> {
         let answers = plan.runs.len() - plan.prompt_runs;
+        // Which layers a step passes with its prompts, if they are in it.
+        let layers = if plan.beside { 0..0 } else { plan.layers.clone() };
         let held = if plan.prompt_runs > 0 { std::mem::take(&mut self.held) } else { HashMap::new() };
         let mut hidden = Vec::new();
         for (at, run) in plan.runs.iter().enumerate() {
@@ -341,7 +357,7 @@ impl Machine {
             hidden.push(own);
         }
         for layer in 0..self.limits.layers {
-            let passes = |at: usize| at < answers || plan.layers.contains(&layer);
+            let passes = |at: usize| at < answers || layers.contains(&layer);
             let passing: Vec<usize> = (0..plan.runs.len()).filter(|&at| passes(at)).collect();
             if !passing.is_empty() {
                 self.copy_blocks(layer, &plan.copies);
@@ -357,7 +373,9 @@ impl Machine {
                 prop_assert_eq!(self.rows.get(&(layer, block, offset)), hidden[at].last(), "two write to a row");
             }
         }
-        if plan.prompt_runs > 0 && plan.layers.end < self.limits.layers {
+        if plan.beside {
+            self.begin_beside(plan, hidden.split_off(answers));
+        } else if plan.prompt_runs > 0 && plan.layers.end < self.limits.layers {
             self.held = plan.runs.iter().map(|run| run.sequence).zip(hidden.clone()).skip(answers).collect();
             self.stops += 1;
         }
@@ -523,13 +541,14 @@ fn limits() -> impl Strategy<Value = (Limits, Vec<GroupKind>, usize)> {
         (1usize..14).prop_map(|window| vec![GroupKind::Full, GroupKind::Window(window)]),
         (1usize..14).prop_map(|window| vec![GroupKind::Window(window)]),
     ];
-    let numbers = (1usize..6, 1usize..20, 1usize..30, 1usize..6, 0usize..6);
-    (numbers, kinds, 1usize..9).prop_map(|((sequences, prefill_chunk, blocks, layers, more), kinds, block_tokens)| {
+    let numbers = (1usize..6, 1usize..20, 1usize..30, 1usize..6, any::<bool>(), 0usize..6);
+    (numbers, kinds, 1usize..9).prop_map(|(numbers, kinds, block_tokens)| {
+        let (sequences, prefill_chunk, blocks, layers, beside, more) = numbers;
         let single = |kind: &GroupKind| kind.most_blocks(blocks * block_tokens, prefill_chunk, block_tokens);
         let group = |kind: &GroupKind| if kinds.len() > 1 { (single(kind) + more).min(blocks) } else { blocks };
         let target_latency = Duration::from_millis(50);
         let blocks = kinds.iter().map(group).collect();
-        (Limits { sequences, prefill_chunk, layers, target_latency, blocks }, kinds, block_tokens)
+        (Limits { sequences, prefill_chunk, layers, beside, target_latency, blocks }, kinds, block_tokens)
     })
 }
 
@@ -584,25 +603,8 @@ proptest! {
 }
 
 fn plenty(sequences: usize, prefill_chunk: usize) -> Limits {
-    Limits { sequences, prefill_chunk, layers: 1, target_latency: Duration::from_millis(50), blocks: vec![1000] }
-}
-
-/// A machine of four layers that runs an answer and begins a prompt of 40 tokens, two layers a step.
-fn with_a_piece_on_its_way() -> (Machine, usize) {
-    let mut machine = Machine::new(Limits { layers: 4, ..plenty(4, 64) }, 4);
-    machine.scheduler.blocks().grow(0, 200);
-    let long = (40..).find(|&token| expected(4, &[token, 42], 60, 0).len() > 20).unwrap();
-    machine.ask(vec![long, 42], 60, 1, Priority::Normal);
-    for _ in 0..3 {
-        machine.turn().unwrap();
-    }
-    for _ in 0..100 {
-        machine.scheduler.observe(0.01, true, Work::default());
-        let work = Work { layers: 2, ..Work::of_run(0, 40) };
-        machine.scheduler.observe(0.04, true, work);
-    }
-    let prompt = machine.ask((30..70).collect(), 2, 1, Priority::Normal);
-    (machine, prompt)
+    let target_latency = Duration::from_millis(50);
+    Limits { sequences, prefill_chunk, layers: 1, beside: false, target_latency, blocks: vec![1000] }
 }
 
 /// Runs a step without a measurement: tokens, layers of prompts, and whether each run samples.
@@ -618,9 +620,12 @@ fn step(machine: &mut Machine) -> (Vec<usize>, Range<usize>, Vec<bool>) {
     (tokens, plan.layers, samples)
 }
 
+#[path = "scheduler_beside_tests.rs"]
+mod besides;
 #[path = "scheduler_cancel_tests.rs"]
 mod cancels;
 #[path = "scheduler_case_tests.rs"]
 mod single;
+use single::with_a_piece_on_its_way;
 #[path = "scheduler_state_tests.rs"]
 mod states;

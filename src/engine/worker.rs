@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
 use super::identity::ModelIdentity;
 use super::memory::EngineMemory;
@@ -147,7 +147,7 @@ fn serve(
     drop(loading);
     let info = LoadedInfo { weight_bytes, load_seconds: started.elapsed().as_secs_f64() };
     end_before_exit();
-    let layers = runner.stops();
+    let (layers, beside) = (runner.stops(), runner.computes_beside());
     let snapshots = snapshots(options, runner.states());
     let state_bytes = snapshots.as_ref().map_or(0, |(_, bytes)| *bytes);
     let pages = runner.pages();
@@ -159,6 +159,7 @@ fn serve(
         sequences: options.max_sequences,
         prefill_chunk: options.prefill_chunk,
         layers,
+        beside,
         target_latency: options.target_latency,
         blocks: shares(options.cache_bytes - state_bytes, &groups, users),
     };
@@ -345,6 +346,9 @@ impl Worker<'_> {
     /// Returns when told to stop; errors only for defects, after which the engine must not go on.
     fn run(&mut self, inbox: &Receiver<Command>) -> Result<()> {
         loop {
+            if !self.pause(inbox)? {
+                return Ok(());
+            }
             while let Ok(command) = inbox.try_recv() {
                 if !self.handle(command)? {
                     return Ok(());
@@ -352,12 +356,16 @@ impl Worker<'_> {
             }
             let began = Instant::now();
             self.restore()?;
+            if self.scheduler.piece_ends() {
+                self.settle()?;
+            }
             for gone in self.scheduler.reap_cancelled() {
                 self.runner.remove(gone);
             }
             self.resize()?;
             self.grow_states()?;
             if std::mem::take(&mut self.yields) {
+                self.settle()?;
                 self.scheduler.preempt_all();
                 self.give_back()?;
             }
@@ -372,6 +380,9 @@ impl Worker<'_> {
             if let Some((step, launched)) = ending {
                 self.commit(step, launched)?;
             }
+            if turn.as_ref().is_some_and(|turn| turn.shared) && self.runner.is_beside() {
+                self.settle()?;
+            }
             drop(turn);
             if self.in_flight.is_none() {
                 *lock(&self.shared.computing) = None;
@@ -382,6 +393,44 @@ impl Worker<'_> {
             if idle && !self.resize()? && !self.wait(inbox)? {
                 return Ok(());
             }
+        }
+    }
+
+    /// Leaves time to prompts beside the steps until the next step is due; false when told to stop.
+    fn pause(&mut self, inbox: &Receiver<Command>) -> Result<bool> {
+        let until = self.committed + self.scheduler.pause();
+        while self.feed()? {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            select! {
+                recv(inbox) -> command => {
+                    let Ok(command) = command else { return Ok(false) };
+                    if !self.handle(command)? {
+                        return Ok(false);
+                    }
+                }
+                recv(self.runner.progress()) -> _ => {}
+                default(left) => break,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Has prompts beside the steps go on; whether there are any.
+    fn feed(&mut self) -> Result<bool> {
+        if let Err(error) = self.runner.feed() {
+            self.fail(error)?;
+        }
+        self.note_stop();
+        Ok(self.runner.is_beside())
+    }
+
+    /// Tells the scheduler how far prompts beside the steps have come, if they have stopped.
+    fn note_stop(&mut self) {
+        if let Some(layer) = self.runner.stopped() {
+            self.scheduler.passed(layer);
         }
     }
 
@@ -433,7 +482,16 @@ impl Worker<'_> {
     fn launch(&mut self) -> Result<Option<(Launched, Turn)>> {
         let mut ended = Vec::new();
         let started = Instant::now();
-        let plan = self.scheduler.plan(started, &mut ended);
+        let mut plan = self.scheduler.plan(started, &mut ended);
+        if self.runner.is_beside() && (plan.runs.is_empty() || !plan.copies.is_empty()) {
+            // Nobody waits for a token, or the step copies what others may be writing.
+            if !self.settle()? {
+                return Ok(None);
+            }
+            if plan.runs.is_empty() {
+                plan = self.scheduler.plan(started, &mut ended);
+            }
+        }
         self.metrics.host_seconds += started.elapsed().as_secs_f64();
         ended.into_iter().for_each(|id| self.runner.remove(id));
         if !self.save_evicted()? || plan.runs.is_empty() {
@@ -491,12 +549,13 @@ impl Worker<'_> {
     /// Reads a step and passes its tokens on; returns the sequences that have ended with it, or `None` if it failed, and all
     /// have.
     fn read(&mut self, step: Launched, launched: Instant) -> Result<Option<Vec<SequenceId>>> {
-        let (decodes, work, parallel) = (step.decodes, step.work, step.is_parallel());
+        let (decodes, work, parallel) = (step.decodes, step.work, step.parallel);
         let waiting = Instant::now();
-        let tokens = match step.read() {
+        let tokens = match self.runner.read(step) {
             Ok(tokens) => tokens,
             Err(error) => return self.fail(error).map(|()| None),
         };
+        self.note_stop();
         let now = Instant::now();
         // Of the step behind it, if there is one.
         *lock(&self.shared.computing) = Some(now);
@@ -504,7 +563,10 @@ impl Worker<'_> {
         let time = now - launched.max(self.committed);
         let seconds = time.saturating_sub(self.growth.turn).as_secs_f64();
         self.committed = now;
-        self.scheduler.observe(seconds, decodes, work);
+        match parallel {
+            true => self.scheduler.observe_beside(seconds),
+            false => self.scheduler.observe(seconds, decodes, work),
+        }
         self.metrics.steps += 1;
         self.metrics.parallel_steps += u64::from(parallel);
         self.metrics.wait_seconds += (now - waiting).as_secs_f64();
@@ -520,8 +582,10 @@ impl Worker<'_> {
         tracing::error!(model = self.options.id, %error, "a step failed");
         // What the step behind it and its kernels note is part of this failure, not of the next step's.
         if let Some((step, _)) = self.in_flight.take() {
-            let _ = step.read();
+            let _ = self.runner.read(step);
         }
+        let _ = self.runner.stop_beside();
+        self.runner.stopped();
         let _ = kernels::check();
         if error.status() == Status::Internal || error.message().contains(PANIC_MARK) {
             return Err(Error::internal(error.message()));

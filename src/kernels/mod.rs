@@ -29,6 +29,6 @@ pub use gpu::Gpu;
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation, ValuePool};
 pub use recurrent::{Recurrence, RecurrentColumns, RecurrentKind, RecurrentWeights, StatePlacement, Taps, UNIT_EPS};
-pub use sides::{Side, end_sharing};
+pub use sides::{Side, after};
 pub use texts::{Columns, TextAttentionKind};
 pub use transfer::read_array;

@@ -1,4 +1,5 @@
-//! Two sides of a step that run at the same time: what waits for memory leaves a part of the threads to what multiplies.
+//! Two sides that run at the same time, steps and what is beside them: what waits for memory leaves a part of the threads to
+//! what multiplies.
 
 use std::sync::Arc;
 
@@ -11,9 +12,14 @@ use crate::error::{Error, Result};
 use crate::mlx::SideStream;
 
 impl Cpu {
-    /// Lets two sides share the threads; `None` where there is only one.
+    /// Whether there are threads for two sides.
+    pub fn can_share(&self) -> bool {
+        self.workers().count() > 1
+    }
+
+    /// Lets two sides share the threads, if they can.
     pub fn share(&self) -> Option<Arc<Sharing>> {
-        (self.workers().count() > 1).then(|| Arc::new(self.workers().share()))
+        self.can_share().then(|| Arc::new(self.workers().share()))
     }
 }
 
@@ -32,16 +38,16 @@ impl Side {
     }
 }
 
-/// An array, `[1]` u32, that ends `sharing` when it is computed: once `array` is.
-pub fn end_sharing(sharing: &Arc<Sharing>, array: &Array) -> Result<Array> {
-    node(End(Arc::clone(sharing)), &[array], &[1], Dtype::Uint32)
+/// An array, `[1]` u32, that calls `then` when it is computed, on one of MLX's threads: once `array` is.
+pub fn after(array: &Array, then: impl Fn() + Send + Sync + 'static) -> Result<Array> {
+    node(After(then), &[array], &[1], Dtype::Uint32)
 }
 
-struct End(Arc<Sharing>);
+struct After<F>(F);
 
-impl CpuKernel for End {
+impl<F: Fn() + Send + Sync> CpuKernel for After<F> {
     fn run(&self, _: &[Input<'_>], mut outputs: Vec<Output<'_>>) -> Result<()> {
-        self.0.end();
+        (self.0)();
         outputs.pop().ok_or_else(|| Error::internal("a kernel without output"))?.into_words()?.fill(0);
         Ok(())
     }

@@ -163,6 +163,39 @@ fn two_sides_share_the_threads() {
     }
 }
 
+/// What runs beside steps with all threads leaves the first side its half as soon as a step begins.
+#[test]
+fn helpers_leave_when_a_sharing_begins() {
+    let _alone = SHARES.write().unwrap_or_else(PoisonError::into_inner);
+    for threads in [2, 3, 4, 7] {
+        let workers = Workers::shared(Some(threads));
+        let (all, later) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeSet::new()));
+        // The sharing, and when it has begun.
+        let sharing = Mutex::new(None);
+        beside(|| {
+            workers.run(1000, &|_| {
+                let me = format!("{:?}", std::thread::current().id());
+                let mut sharing = sharing.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                all.insert(me.clone());
+                match &*sharing {
+                    None if all.len() == threads => *sharing = Some((workers.share(), Instant::now())),
+                    // Tasks that had begun by then end.
+                    Some((_, since)) if since.elapsed().as_millis() > 50 => {
+                        later.lock().unwrap_or_else(PoisonError::into_inner).insert(me);
+                    }
+                    _ => {}
+                }
+                drop((sharing, all));
+                std::thread::sleep(Duration::from_millis(1));
+            });
+        });
+        let later = later.into_inner().unwrap_or_else(PoisonError::into_inner);
+        assert!(sharing.into_inner().unwrap_or_else(PoisonError::into_inner).is_some(), "{threads} threads never met");
+        assert!((1..=(threads / 2).max(1)).contains(&later.len()), "{} of {threads} threads stay", later.len());
+    }
+}
+
 /// Jobs of two sides that begin and end to share at any moment: every task once, on both.
 #[test]
 fn sides_come_and_go() {

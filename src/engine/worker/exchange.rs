@@ -224,11 +224,16 @@ impl Worker<'_> {
         }
     }
 
-    /// Waits for the step on its way, if there is one. Whether all is well: otherwise its sequences have ended.
+    /// Waits for the step on its way, if there is one, and has prompts beside the steps stop. Whether all is well: otherwise the
+    /// sequences have ended.
     pub(super) fn settle(&mut self) -> Result<bool> {
         let waited = self.in_flight.as_ref().map_or(Ok(()), |(step, _)| step.wait());
-        match kernels::check().and(waited) {
-            Ok(()) => Ok(true),
+        let stopped = self.runner.stop_beside();
+        match kernels::check().and(waited).and(stopped) {
+            Ok(()) => {
+                self.note_stop();
+                Ok(true)
+            }
             Err(error) => self.fail(error).map(|()| false),
         }
     }

@@ -74,6 +74,7 @@ impl Worker<'_> {
     /// whether they grew.
     pub(super) fn resize(&mut self) -> Result<bool> {
         let wanted = self.affordable_blocks();
+        let beside = self.runner.layers_beside();
         let pages = self.runner.pages();
         self.growth.turn = Duration::ZERO;
         let begins = !pages.is_resizing() && wanted != pages.capacities();
@@ -86,7 +87,7 @@ impl Worker<'_> {
             // A failure shows when it is read.
             let _ = self.in_flight.as_ref().map(|(step, _)| step.wait());
             let started = Instant::now();
-            let outcome = pages.resize_part().map(drop);
+            let outcome = pages.resize_part(beside).map(drop);
             self.growth.turn = started.elapsed();
             self.growth.byte = self.growth.turn.as_secs_f64() / pages.bytes().max(1) as f64;
             outcome

@@ -1,8 +1,8 @@
 //! The threads that kernels compute on: one set for the whole process, however many engines there are.
 //!
 //! A kernel runs on the thread that MLX gave it, helped by the set's. One kernel at a time has the helpers, so that two
-//! engines never compete for the cores with more threads than there are; but the two sides of a step may share them
-//! ([`Workers::share`]). Helpers look for the next kernel for a short while, because kernels of a step follow each other
+//! engines never compete for the cores with more threads than there are; but what is computed [`beside`] steps shares them with
+//! those ([`Workers::share`]). Helpers look for the next kernel for a short while, because kernels of a step follow each other
 //! within microseconds, and then sleep.
 
 use std::any::Any;
@@ -30,7 +30,7 @@ pub struct Workers {
     crew: Arc<Crew>,
 }
 
-/// Two kernels at a time share the helpers until this ends: the thread's own, and one of those that run [`beside`] it.
+/// Kernels of a step and those that run [`beside`] it share the helpers until this ends.
 #[derive(Debug)]
 pub struct Sharing {
     crew: Arc<Crew>,
@@ -83,6 +83,8 @@ struct Progress {
     next: AtomicUsize,
     /// Helpers at work.
     busy: AtomicUsize,
+    /// Changes when some of them are to leave.
+    change: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -94,7 +96,7 @@ thread_local! {
     static BESIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `body` for the second side of a step: kernels that it runs leave a part of the threads to others while a
+/// Calls `body` for the second side, beside steps: kernels that it runs leave a part of the threads to others while a
 /// [`Sharing`] lasts.
 pub fn beside<T>(body: impl FnOnce() -> T) -> T {
     struct Before(bool);
@@ -133,9 +135,16 @@ impl Workers {
     }
 
     /// Lets two kernels run at the same time, each on about half of the threads: what waits for memory leaves time to what
-    /// multiplies. Once the sharing ends, the first's half joins the kernel that the second is running, and later kernels have all.
+    /// multiplies. A kernel that is running beside steps keeps its half only; once the sharing ends, the other half joins the kernel
+    /// that is running there then, and later ones have all.
     pub fn share(&self) -> Sharing {
-        lock(&self.crew.shared.state).sharings += 1;
+        let mut state = lock(&self.crew.shared.state);
+        state.sharings += 1;
+        if let Some(job) = &mut state.jobs[1] {
+            job.helpers = self.part(true, job.all);
+            // SAFETY: while a job is in the state, its owner has not returned.
+            unsafe { &*job.progress }.change.fetch_add(1, Ordering::Relaxed);
+        }
         Sharing { crew: Arc::clone(&self.crew), ended: AtomicBool::new(false) }
     }
 
@@ -146,23 +155,22 @@ impl Workers {
             return (0..tasks).for_each(body);
         }
         let shared = &*self.crew.shared;
-        let sharing = lock(&shared.state).sharings > 0;
-        let second = sharing && is_beside();
-        if sharing && !second && self.part(false).is_empty() {
+        let second = is_beside();
+        if !second && self.part(false, usize::MAX).is_empty() && lock(&shared.state).sharings > 0 {
             return (0..tasks).for_each(body);
         }
         let _turn = lock(&self.crew.turns[usize::from(second)]);
         let all = self.crew.hire(self.count - 1);
         let panic = Mutex::new(None);
-        let progress = Progress { tasks, next: AtomicUsize::new(0), busy: AtomicUsize::new(0), panic };
+        let none = || AtomicUsize::new(0);
+        let progress = Progress { tasks, next: none(), busy: none(), change: none(), panic };
         // SAFETY: only the lifetime changes; this function waits for the helpers before it returns.
         let body: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
         let mut job = Job { body, progress: &progress, helpers: 0..all, all };
         {
             let mut state = lock(&shared.state);
             if state.sharings > 0 {
-                let part = self.part(second);
-                job.helpers = part.start.min(all)..part.end.min(all);
+                job.helpers = self.part(second, all);
             }
             let anyone = !job.helpers.is_empty();
             state.jobs[usize::from(second)] = Some(job);
@@ -170,7 +178,7 @@ impl Workers {
                 shared.call(&state);
             }
         }
-        progress.work(body);
+        progress.work(body, || true);
         // Whoever has not come by now is not waited for.
         lock(&shared.state).jobs[usize::from(second)] = None;
         let mut looks = 0u32;
@@ -183,10 +191,11 @@ impl Workers {
         }
     }
 
-    /// The helpers of either side while they share: with its caller the first has half of the threads, rounded up.
-    fn part(&self, second: bool) -> Range<usize> {
+    /// Which of `all` helpers either side has while they share: with its caller the first has half of the threads, rounded up.
+    fn part(&self, second: bool, all: usize) -> Range<usize> {
         let first = self.count.div_ceil(2) - 1;
-        if second { first..first.max(self.count - 2) } else { 0..first }
+        let part = if second { first..first.max(self.count.saturating_sub(2)) } else { 0..first };
+        part.start.min(all)..part.end.min(all)
     }
 }
 
@@ -259,12 +268,12 @@ impl Drop for Crew {
 }
 
 impl Progress {
-    /// Does tasks of the job until none is left.
-    fn work(&self, body: *const (dyn Fn(usize) + Sync)) {
+    /// Does tasks of the job until none is left, or this thread no longer `stays`.
+    fn work(&self, body: *const (dyn Fn(usize) + Sync), stays: impl Fn() -> bool) {
         // SAFETY: the job's owner waits until `busy` says that this is over.
         let body = unsafe { &*body };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            loop {
+            while stays() {
                 let task = self.next.fetch_add(1, Ordering::Relaxed);
                 if task >= self.tasks {
                     break;
@@ -293,17 +302,18 @@ impl Shared {
     fn help(&self, index: usize) {
         let mut seen = 0;
         while self.wait(&mut seen) {
-            while let Some(job) = self.join(index) {
+            while let Some((job, change)) = self.join(index) {
                 // SAFETY: its owner waits for this helper, which it counts as busy.
                 let progress = unsafe { &*job.progress };
-                progress.work(job.body);
+                progress.work(job.body, || progress.change.load(Ordering::Relaxed) == change);
                 progress.busy.fetch_sub(1, Ordering::Release);
             }
         }
     }
 
-    /// A job with tasks left that the helper `index` may take part in: it counts as busy from here on.
-    fn join(&self, index: usize) -> Option<Job> {
+    /// A job with tasks left that the helper `index` may take part in, as long as `change` stays as it is: it counts as busy from
+    /// here on.
+    fn join(&self, index: usize) -> Option<(Job, usize)> {
         let state = lock(&self.state);
         state.jobs.iter().flatten().filter(|job| job.helpers.contains(&index)).find_map(|job| {
             // SAFETY: while a job is in the state, its owner has not returned.
@@ -311,7 +321,7 @@ impl Shared {
             let left = progress.next.load(Ordering::Relaxed) < progress.tasks;
             // Counted before the lock is released: from here on the job's owner waits for this helper.
             left.then(|| progress.busy.fetch_add(1, Ordering::Relaxed))?;
-            Some(job.clone())
+            Some((job.clone(), progress.change.load(Ordering::Relaxed)))
         })
     }
 
