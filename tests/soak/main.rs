@@ -160,7 +160,7 @@ fn many_requests_leave_nothing_behind() {
     let pool = EnginePool::open(options).unwrap();
     pool.add_model(&model, Some("model")).unwrap();
     play_all(&pool, 0..CONCURRENCY * 2);
-    at_rest(&pool);
+    let warm = at_rest(&pool);
     // The last of the threads that asked are still on their way out.
     std::thread::sleep(Duration::from_millis(200));
     let before = held();
@@ -176,7 +176,10 @@ fn many_requests_leave_nothing_behind() {
     assert_eq!(counts.done.into_inner(), count, "done events");
     assert!(counts.cancelled.into_inner() > 0 && counts.refused.into_inner() > 0);
     assert!(metrics.cached_tokens > 0 && metrics.preemptions > 0, "{metrics:?}");
-    assert_eq!(after.threads, before.threads, "threads of this process");
+    // MLX starts a thread, which stays, when a prompt is first computed beside answers.
+    let beside = |metrics: &EngineMetrics| usize::from(metrics.parallel_steps > 0);
+    let expected = before.threads + beside(&metrics) - beside(&warm);
+    assert_eq!(after.threads, expected, "threads of this process");
     assert!(grown < TOLERANCE, "{count} requests left {grown} bytes");
     assert!(metrics.blocks_used == 0 && metrics.blocks_cached + metrics.blocks_free <= metrics.blocks_limit);
 
