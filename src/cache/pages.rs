@@ -220,24 +220,13 @@ impl Pages {
     }
 
     /// Resizes keys or values of a layer, on the CPU, or both: old and new arrays exist side by side of these, and of no
-    /// others. Not while it is the turn of a layer that is `in_use`. Returns whether more are to follow. New blocks may be used
-    /// when none is left.
-    pub fn resize_part(&mut self, in_use: Range<usize>) -> Result<bool> {
+    /// others. Returns whether more are to follow. New blocks may be used when none is left.
+    pub fn resize_part(&mut self) -> Result<bool> {
         let arrays = self.at_a_time();
-        let Some((capacities, left)) = &self.resize else { return Ok(false) };
-        let (capacities, mut left) = (capacities.clone(), left.clone());
+        let Some((capacities, mut left)) = self.resize.take() else { return Ok(false) };
         // Those that stay as they are take no time.
-        let stays = |array: usize| {
-            let blocks = capacities[self.layout.layers[array / 2].group] + SPARE;
-            self.layers[array / 2]
-                .as_ref()
-                .is_some_and(|pool| pool.keys.dim(0) as usize == blocks && pool.values.dim(0) as usize == blocks)
-        };
-        let part: Vec<usize> = left.by_ref().filter(|&array| !stays(array)).take(arrays).collect();
-        if part.iter().any(|&array| in_use.clone().any(|layer| self.pool_of(layer) == array / 2)) {
-            return Ok(true);
-        }
-        let more = left.clone().any(|array| !stays(array));
+        let part: Vec<usize> = left.by_ref().filter(|&array| !self.stays(&capacities, array)).take(arrays).collect();
+        let more = left.clone().any(|array| !self.stays(&capacities, array));
         self.resize = Some((capacities.clone(), left));
         for array in part {
             let (layer, values) = (array / 2, array % 2 == 1);
@@ -259,9 +248,26 @@ impl Pages {
         Ok(more)
     }
 
+    /// Whether the next part is of one of these layers.
+    pub fn resizes_next(&self, mut layers: Range<usize>) -> bool {
+        let next = self.resize.as_ref().and_then(|(capacities, left)| {
+            let array = left.clone().find(|&array| !self.stays(capacities, array))?;
+            Some(array / 2)
+        });
+        next.is_some_and(|pool| layers.any(|layer| self.pool_of(layer) == pool))
+    }
+
+    /// Whether both arrays of the pool to which an array belongs have the size already that they get.
+    fn stays(&self, capacities: &[usize], array: usize) -> bool {
+        let blocks = capacities[self.layout.layers[array / 2].group] + SPARE;
+        self.layers[array / 2]
+            .as_ref()
+            .is_some_and(|pool| pool.keys.dim(0) as usize == blocks && pool.values.dim(0) as usize == blocks)
+    }
+
     /// Does all that is left to resize.
     pub fn resize_all(&mut self) -> Result<()> {
-        while self.resize_part(0..0)? {}
+        while self.resize_part()? {}
         Ok(())
     }
 
@@ -526,7 +532,7 @@ mod tests {
                 let (expected, most) = (pages.bytes_to_hold(&capacities), pages.bytes());
                 pages.resize(&capacities);
                 let (mut parts, mut peak) = (1, 0);
-                while pages.resize_part(0..0)? {
+                while pages.resize_part()? {
                     parts += 1;
                     peak = peak.max(pages.bytes());
                 }

@@ -203,8 +203,7 @@ impl Runner {
     pub fn describe(&mut self, plan: &StepPlan) -> Result<Described> {
         let started = Instant::now();
         let answers = plan.runs.len() - plan.prompt_runs;
-        let decodes = answers > 0;
-        let work = if plan.beside { Work::default() } else { plan.work };
+        let (decodes, work) = (answers > 0, plan.work);
         if let Some(token) = self.model.constant() {
             let draws = Draws::Known(self.certain(plan, token));
             let (build, outputs) = (started.elapsed(), Vec::new());

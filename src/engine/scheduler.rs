@@ -7,6 +7,7 @@
 //! it. A step may be planned on tokens that the step before
 //! is still computing; those are then read, and if one ends its sequence the extra step's token is dropped.
 
+mod piece;
 mod room;
 mod sharing;
 
@@ -21,6 +22,7 @@ use crate::cache::manager::{BlockCopy, BlockManager, Table};
 use crate::cache::snapshots::{SlotCopy, SlotId};
 use crate::error::Error;
 use crate::text::grammar::TokenMask;
+use piece::Piece;
 
 /// A sequence of a lower class that has waited so long is taken as one of the class above.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -128,18 +130,6 @@ pub struct Scheduler {
     reserved: Vec<usize>,
     /// Sequences wait for a place that are not here yet.
     others_come: bool,
-}
-
-/// Prompt tokens that pass the layers together. They count as computed, and other sequences may share their blocks, when the
-/// step that takes them through the last layer is planned.
-#[derive(Debug, Default)]
-struct Piece {
-    /// As their tables were at the beginning; none if there is no piece.
-    runs: Vec<Run>,
-    /// Layers passed.
-    passed: usize,
-    /// It passes others beside the steps.
-    beside: bool,
 }
 
 /// What a sequence may take of a step.
@@ -282,7 +272,7 @@ impl Scheduler {
             let whole = answers == 0 || self.limits.layers == 1;
             self.add_prompts(whole, now, &mut plan, ended);
             if !whole {
-                self.piece = Piece { runs: plan.runs.split_off(answers), ..Piece::default() };
+                self.piece = Piece::new(plan.runs.split_off(answers));
             }
         }
         if !self.piece.runs.is_empty() {
@@ -315,62 +305,6 @@ impl Scheduler {
                 share => self.try_schedule(at, share, plan, ended),
             };
         }
-    }
-
-    /// Has the piece pass layers in the step that is being planned, all that are left if nobody waits for a token, or beside it.
-    fn pass_layers(&mut self, decodes: bool, plan: &mut StepPlan) {
-        let works = self.piece.runs.iter().map(|run| Work::of_run(run.start, run.tokens()));
-        let (work, from, last) = (works.fold(Work::default(), Work::and), self.piece.passed, self.limits.layers);
-        // Tokens are drawn by steps.
-        let end = last - usize::from(self.draws());
-        let runs = if decodes && plan.copies.is_empty() && from < end && self.pace.goes_beside(work, last - from) {
-            plan.layers = from..end;
-            (plan.beside, self.piece.beside) = (true, true);
-            self.piece.runs.clone()
-        } else {
-            plan.layers = from..from + self.pace.slice(decodes, work, last - from);
-            self.advance(plan.layers.end)
-        };
-        plan.runs.extend(runs);
-    }
-
-    /// Whether a token is drawn behind the piece.
-    fn draws(&self) -> bool {
-        let of = |run: &Run| self.running.iter().find(|sequence| sequence.id == run.sequence);
-        let ends = |run: &Run| of(run).is_some_and(|sequence| run.start + run.tokens() >= sequence.tokens.len());
-        self.piece.runs.iter().any(ends)
-    }
-
-    /// The prompts beside the steps have passed the layers below `end`, and have stopped there.
-    pub fn passed(&mut self, end: usize) {
-        self.piece.beside = false;
-        self.advance(end);
-    }
-
-    /// Whether the prompts beside the steps are to stop, because one of their sequences is cancelled.
-    pub fn piece_ends(&self) -> bool {
-        let cancelled = |sequence: &Sequence| {
-            sequence.is_cancelled() && self.piece.runs.iter().any(|run| run.sequence == sequence.id)
-        };
-        self.piece.beside && self.running.iter().any(cancelled)
-    }
-
-    /// The piece has passed the layers below `end`, or does in the step that is being planned; its runs.
-    fn advance(&mut self, end: usize) -> Vec<Run> {
-        self.piece.passed = end;
-        if end < self.limits.layers {
-            return self.piece.runs.clone();
-        }
-        let mut runs = std::mem::take(&mut self.piece).runs;
-        for run in &mut runs {
-            let place = self.running.iter().position(|sequence| sequence.id == run.sequence);
-            let Some((at, mut table)) = place.and_then(|at| Some((at, self.running[at].table.take()?))) else {
-                continue;
-            };
-            run.samples = self.complete(at, &mut table, run.start + run.tokens());
-            self.running[at].table = Some(table);
-        }
-        runs
     }
 
     /// Adds a run of the running sequence `at`, making room for it if need be. Returns how far to go to the next one.

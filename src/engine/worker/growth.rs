@@ -83,16 +83,17 @@ impl Worker<'_> {
         }
         let outcome = if !self.stepping {
             pages.resize_all()
-        } else if pages.is_resizing() && !begins {
+        } else if pages.is_resizing() && !begins && !pages.resizes_next(beside) {
             // A failure shows when it is read.
             let _ = self.in_flight.as_ref().map(|(step, _)| step.wait());
             let started = Instant::now();
-            let outcome = pages.resize_part(beside).map(drop);
+            let outcome = pages.resize_part().map(drop);
             self.growth.turn = started.elapsed();
             self.growth.byte = self.growth.turn.as_secs_f64() / pages.bytes().max(1) as f64;
             outcome
         } else {
-            // The step before the first part is planned with the time that it takes.
+            // The step before the first part is planned with the time that it takes. And nothing moves that prompts beside the
+            // steps may be writing to.
             Ok(())
         };
         let capacities = pages.capacities().to_vec();
