@@ -206,12 +206,18 @@ impl Pages {
     }
 
     /// Begins to change the number of blocks of each group; [`resize_part`](Self::resize_part) does it. What is behind a
-    /// smaller number is lost.
+    /// smaller number is lost. Takes the place of a change that has not come to its end.
     pub fn resize(&mut self, capacities: &[usize]) {
         // A layer that is there already is not touched again.
-        let changes = capacities != self.capacities;
-        self.resize = changes.then(|| (capacities.to_vec(), 0..2 * self.layers.len()));
+        let arrays = 0..2 * self.layers.len();
+        let changes = capacities != self.capacities || arrays.clone().any(|array| !self.stays(capacities, array));
+        self.resize = changes.then(|| (capacities.to_vec(), arrays));
         self.capacities.iter_mut().zip(capacities).for_each(|(now, &new)| *now = new.min(*now));
+    }
+
+    /// Leaves what has been resized as it is, and the rest, too.
+    pub fn stop_resizing(&mut self) {
+        self.resize = None;
     }
 
     /// Whether there is more to be resized.
@@ -532,10 +538,20 @@ mod tests {
                 let (expected, most) = (pages.bytes_to_hold(&capacities), pages.bytes());
                 pages.resize(&capacities);
                 let (mut parts, mut peak) = (1, 0);
+                let next = |pages: &Pages| -> Vec<usize> { (0..3).filter(|&l| pages.resizes_next(l..l + 1)).collect() };
+                let mut order = next(&pages);
+                assert!(pages.resizes_next(0..3) && !pages.resizes_next(0..0));
                 while pages.resize_part()? {
                     parts += 1;
                     peak = peak.max(pages.bytes());
+                    order.extend(next(&pages));
                 }
+                let layers = |group: usize| if group == 0 { vec![1, 1] } else { vec![0, 0, 2, 2] };
+                let mut resized: Vec<usize> =
+                    (0..2).filter(|&group| capacities[group] != before.0[group]).flat_map(layers).collect();
+                resized.sort_unstable();
+                assert_eq!(order, resized, "{capacities:?}");
+                assert!(!pages.resizes_next(0..3));
                 let changed = [1, 2].iter().zip(capacities.iter().zip(&before.0)).filter(|(_, (new, old))| new != old);
                 assert_eq!(parts, changed.map(|(layers, _)| 2 * layers).sum::<usize>(), "{capacities:?}");
                 assert_eq!(pages.capacities(), capacities);
@@ -548,6 +564,12 @@ mod tests {
                     assert_eq!(places(&pages)[..2], before.1[..2], "a pool of the other group was copied");
                 }
             }
+            // What takes the place of another change finds each array where that has come to.
+            pages.resize(&[30, 9]);
+            assert!(pages.resize_part()? && pages.resize_part()? && pages.resize_part()?);
+            pages.resize(&[5, 1]);
+            pages.resize_all()?;
+            assert_eq!((pages.capacities(), pages.bytes()), (&[5, 1][..], 6 * 8 * block + 2 * 28 * block));
             Ok(())
         });
     }

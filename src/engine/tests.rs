@@ -1,5 +1,6 @@
 //! Engines over tiny models with token prompts: what comes out, and what happens when something breaks.
 
+mod growing;
 mod restoring;
 
 use std::path::{Path, PathBuf};

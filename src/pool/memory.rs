@@ -175,12 +175,23 @@ mod tests {
     #[test]
     fn this_machine_is_read() {
         let mut machine = ThisMachine::default();
-        let before = machine.read();
-        assert!(before.total >= before.available && before.available > 0 && before.footprint > 1 << 20, "{before:?}");
-        let block = std::hint::black_box(vec![1u8; 200 << 20]);
-        let after = machine.read();
-        assert!(after.footprint >= before.footprint + (180 << 20), "{before:?} {after:?}");
-        drop(block);
+        let mut readings = std::iter::repeat_with(|| {
+            let before = machine.read();
+            let block = std::hint::black_box(vec![1u8; 200 << 20]);
+            let after = machine.read();
+            drop(block);
+            (before, after)
+        });
+        // Other tests of this process take and give back memory of their own meanwhile.
+        let counted = |(before, after): &(Reading, Reading)| {
+            assert!(
+                before.total >= before.available && before.available > 0 && before.footprint > 1 << 20,
+                "{before:?}"
+            );
+            (180 << 20..220 << 20).contains(&after.footprint.saturating_sub(before.footprint))
+        };
+        let last = readings.next().unwrap();
+        assert!(counted(&last) || readings.take(20).any(|both| counted(&both)), "{last:?}");
     }
 
     #[test]

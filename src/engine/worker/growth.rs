@@ -7,6 +7,7 @@ use super::exchange::LAST_SAVES;
 use super::{PAUSED, Worker};
 use crate::cache::snapshots::Snapshots;
 use crate::error::Result;
+use crate::fault;
 use crate::kernels;
 
 /// What it costs to make the pools larger.
@@ -70,8 +71,8 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Makes the pools as large as the scheduler wants them and there is memory for, a part a turn while steps are running;
-    /// whether they grew.
+    /// Makes the pools as large as the scheduler wants them and there is memory for, a part a turn, because running answers
+    /// wait for it, and whatever hosts ask for; whether they grew or are going to.
     pub(super) fn resize(&mut self) -> Result<bool> {
         let wanted = self.affordable_blocks();
         let beside = self.runner.layers_beside();
@@ -81,12 +82,11 @@ impl Worker<'_> {
         if begins {
             pages.resize(&wanted);
         }
-        let outcome = if !self.stepping {
-            pages.resize_all()
-        } else if pages.is_resizing() && !begins && !pages.resizes_next(beside) {
+        let outcome = if pages.is_resizing() && !begins && !pages.resizes_next(beside) {
             // A failure shows when it is read.
             let _ = self.in_flight.as_ref().map(|(step, _)| step.wait());
             let started = Instant::now();
+            fault::pause("pages.slow", &self.options.id);
             let outcome = pages.resize_part().map(drop);
             self.growth.turn = started.elapsed();
             self.growth.byte = self.growth.turn.as_secs_f64() / pages.bytes().max(1) as f64;
@@ -102,17 +102,17 @@ impl Worker<'_> {
         self.scheduler.reserve_time(Duration::from_secs_f64(next));
         if let Err(error) = outcome {
             tracing::warn!(model = self.options.id, %error, blocks = ?capacities, "the KV cache cannot grow");
-            pages.resize(&capacities);
+            pages.stop_resizing();
             self.scheduler.limit_blocks(&capacities, true);
             self.most_blocks.clone_from(&capacities);
             let _ = kernels::check();
         }
-        if !pages.is_resizing() {
+        let mut grown = pages.is_resizing();
+        if !grown {
             let bytes = self.cache_bytes();
             self.memory.has(bytes as u64);
         }
         let blocks = self.scheduler.blocks();
-        let mut grown = false;
         for (group, capacity) in capacities.into_iter().enumerate() {
             grown |= capacity > blocks.capacity(group);
             blocks.grow(group, capacity);
@@ -166,7 +166,7 @@ impl Worker<'_> {
 
     /// Gives back all that no sequence uses; returns how many bytes.
     pub(super) fn give_back(&mut self) -> Result<u64> {
-        if self.runner.pages().is_resizing() || !self.settle()? {
+        if !self.settle()? {
             return Ok(0);
         }
         let before = self.cache_bytes();
