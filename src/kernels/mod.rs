@@ -9,6 +9,7 @@ pub const NUMERICS: u32 = 3;
 
 mod experts;
 pub mod gpu;
+mod laid_out;
 mod node;
 mod ops;
 mod recurrent;
@@ -26,6 +27,7 @@ pub use cpu::sample::Draw;
 pub use cpu::scan::StateRun;
 pub use experts::{ExpertActivation, ExpertOperands, RouterOperands, SharedOperands};
 pub use gpu::Gpu;
+pub use laid_out::{LaidOut, Weight};
 pub use node::{CpuKernel, Input, Output, PANIC_MARK, check, node};
 pub use ops::{Backend, Cpu, Heads, Join, NormOf, Operand, Placement, Rotation, ValuePool};
 pub use recurrent::{Recurrence, RecurrentColumns, RecurrentKind, RecurrentWeights, StatePlacement, Taps, UNIT_EPS};

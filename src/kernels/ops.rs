@@ -13,6 +13,7 @@ use super::cpu::matrix::{Coding, Matrix as Packing, Packed, Scales, Storage};
 use super::cpu::sample::{Draw, sample};
 use super::cpu::{Isa, threads::Workers};
 use super::gpu::Gpu;
+use super::laid_out::Weight;
 use super::node::{CpuKernel, Input, Output, node, writing_node};
 use super::scratch::Scratch;
 use crate::error::{Error, Result};
@@ -32,8 +33,9 @@ pub enum Backend {
 
 impl Backend {
     /// The kernels, if they compute with this matrix: MLX does otherwise.
-    pub fn kernels(&self, matrix: &Matrix) -> Option<&Cpu> {
-        let foreign = matches!(matrix, Matrix::Quantized(matrix) if matrix.format.mode == QuantMode::Mxfp8);
+    pub fn kernels<'a>(&self, matrix: impl Into<Weight<'a>>) -> Option<&Cpu> {
+        let mxfp8 = |matrix: &Matrix| matches!(matrix, Matrix::Quantized(q) if q.format.mode == QuantMode::Mxfp8);
+        let foreign = matches!(matrix.into(), Weight::Stored(matrix) if mxfp8(matrix));
         match self {
             Backend::Cpu(cpu) if !foreign => Some(cpu),
             _ => None,
@@ -70,7 +72,7 @@ pub struct Cpu {
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
     /// The weights.
-    pub matrix: &'a Matrix,
+    pub matrix: Weight<'a>,
     /// `[rows]`.
     pub bias: Option<&'a Array>,
 }
@@ -212,7 +214,7 @@ impl Cpu {
     /// Rows `ids` (u32) of a table: `[ids, columns]` f32.
     pub fn take_rows(&self, table: &Matrix, ids: &Array) -> Result<Array> {
         let mut inputs = vec![ids];
-        let layout = MatrixLayout::new(&Operand { matrix: table, bias: None }, &mut inputs)?;
+        let layout = MatrixLayout::new(&Operand { matrix: table.into(), bias: None }, &mut inputs)?;
         let shape = [ids.dim(0), layout.columns as i32];
         node(TakeRows { cpu: self.clone(), layout }, &inputs, &shape, Dtype::Float32)
     }
@@ -292,6 +294,7 @@ pub(super) struct MatrixLayout {
     first: usize,
     /// Group size and coding of a packed one.
     packed: Option<(usize, Coding, QuantMode)>,
+    laid_out: bool,
     bias: bool,
 }
 
@@ -303,12 +306,16 @@ impl MatrixLayout {
             _ => Err(Error::internal("a matrix of less than two dimensions")),
         };
         let (rows, columns, packed) = match operand.matrix {
-            Matrix::Dense(weight) => {
+            Weight::LaidOut(laid_out) => {
+                inputs.push(&laid_out.panels);
+                (laid_out.rows, laid_out.columns, None)
+            }
+            Weight::Stored(Matrix::Dense(weight)) => {
                 inputs.push(weight);
                 let (rows, columns) = last_two(weight)?;
                 (rows, columns, None)
             }
-            Matrix::Quantized(matrix) => {
+            Weight::Stored(Matrix::Quantized(matrix)) => {
                 inputs.extend([&matrix.weight, &matrix.scales]);
                 inputs.extend(matrix.biases.as_ref());
                 let coding = match matrix.format.mode {
@@ -322,13 +329,17 @@ impl MatrixLayout {
             }
         };
         inputs.extend(operand.bias);
-        Ok(Self { rows, columns, first, packed, bias: operand.bias.is_some() })
+        let laid_out = matches!(operand.matrix, Weight::LaidOut(_));
+        Ok(Self { rows, columns, first, packed, laid_out, bias: operand.bias.is_some() })
     }
 
     pub fn read<'a>(&self, inputs: &[Input<'a>]) -> Result<Projection<'a>> {
         let inputs = &inputs[self.first..];
         let (storage, used) = match self.packed {
-            None => (Storage::Dense(inputs[0].floats()?), 1),
+            None => match inputs[0].floats()? {
+                Floats::F32(panels) if self.laid_out => (Storage::LaidOut(panels), 1),
+                numbers => (Storage::Dense(numbers), 1),
+            },
             Some((group, coding, mode)) => {
                 let (scales, used) = match mode {
                     QuantMode::Affine => (Scales::Affine(inputs[1].floats()?, inputs[2].floats()?), 3),

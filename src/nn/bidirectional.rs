@@ -78,6 +78,12 @@ impl Bidirectional {
         Ok(Self { spec: spec.clone(), input: Joined::new(input)?, output, rope, backend, scores_at_once: SCORES })
     }
 
+    /// See [`Linear::lay_out`].
+    pub(super) fn lay_out(&mut self) -> Result<()> {
+        self.input.lay_out()?;
+        self.output.lay_out()
+    }
+
     /// `residual + attention(x)`, all `[T, hidden]`.
     pub fn forward_onto(&self, x: &Array, residual: &Array, texts: &PackedTexts) -> Result<Array> {
         let BidirectionalSpec { heads, head_dim, window, .. } = self.spec;

@@ -42,6 +42,6 @@ impl Embedding {
 
     /// `x [T, hidden] -> [T, vocab]`: the table as an output projection.
     pub fn as_head(&self, x: &Array) -> Result<Array> {
-        project(&self.backend, Operand { matrix: &self.table, bias: None }, x)
+        project(&self.backend, Operand { matrix: (&self.table).into(), bias: None }, x)
     }
 }

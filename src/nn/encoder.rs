@@ -124,12 +124,16 @@ impl EncoderStack {
             let named = |name: &str| format!("{path}.{name}");
             let attention_paths = (paths.attention_input, paths.attention_output);
             let normed = !(before && index == 0);
-            layers.push(Layer {
+            let mut layer = Layer {
                 attention: Bidirectional::load(weights, &path, attention_paths, hidden, &layer.attention)?,
                 attention_norm: normed.then(|| norm(weights, named(paths.attention_norm))).transpose()?,
                 mlp: Mlp::load(weights, &named(paths.mlp_input), &named(paths.mlp_output), hidden, &layer.mlp)?,
                 mlp_norm: norm(weights, named(paths.mlp_norm))?,
-            });
+            };
+            // A batch of texts has many rows.
+            layer.attention.lay_out()?;
+            layer.mlp.lay_out()?;
+            layers.push(layer);
         }
         let final_norm = before.then(|| norm(weights, format!("{prefix}{}", paths.final_norm))).transpose()?;
         Ok(Self { words, positions, token_types, embedding_norm, layers, norm_place: spec.norm_place, final_norm })

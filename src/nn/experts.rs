@@ -336,7 +336,7 @@ impl Shared {
 }
 
 fn operand(stack: &Stack) -> Operand<'_> {
-    Operand { matrix: &stack.matrix, bias: stack.bias.as_ref() }
+    Operand { matrix: (&stack.matrix).into(), bias: stack.bias.as_ref() }
 }
 
 /// Products with a stack, and its biases.

@@ -177,7 +177,8 @@ impl PerHead {
             Some(cpu) => {
                 let x = x.reshape(&[heads * tokens, -1])?;
                 let which = (0..heads as u32).flat_map(|head| std::iter::repeat_n(head, tokens as usize)).collect();
-                let y = cpu.stacked_linear(&x, which, self.heads, &Operand { matrix: &self.matrix, bias: None })?;
+                let y =
+                    cpu.stacked_linear(&x, which, self.heads, &Operand { matrix: (&self.matrix).into(), bias: None })?;
                 y.reshape(&[heads, tokens, -1])?
             }
             None => {

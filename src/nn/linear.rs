@@ -3,15 +3,23 @@
 use mlx_rs::Array;
 
 use super::{Activation, RmsNorm};
-use crate::error::Result;
-use crate::kernels::{Backend, Cpu, Join, Operand};
+use crate::error::{Error, Result};
+use crate::kernels::{Backend, Cpu, Join, LaidOut, Operand, Weight};
 use crate::mlx::{self, Matrix, QuantizedMatrix};
 use crate::weights::Weights;
+
+#[derive(Debug, Clone)]
+enum Form {
+    /// As the checkpoint has it.
+    Stored(Matrix),
+    /// As the CPU kernels read it.
+    LaidOut(LaidOut),
+}
 
 /// `y = x W^T + b` over the last axis. A clone has the same arrays.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    matrix: Matrix,
+    weight: Form,
     bias: Option<Array>,
     backend: Backend,
 }
@@ -21,7 +29,25 @@ impl Linear {
     pub fn load(weights: &mut Weights, path: &str, input: usize, output: usize, bias: bool) -> Result<Self> {
         let matrix = weights.matrix(path, output, input)?;
         let bias = bias.then(|| weights.tensor(&format!("{path}.bias"), &[output])).transpose()?;
-        Ok(Self { matrix, bias, backend: weights.backend().clone() })
+        Ok(Self { weight: Form::Stored(matrix), bias, backend: weights.backend().clone() })
+    }
+
+    /// Lays its weights out for products of many rows, where the CPU kernels compute those; outputs cannot be taken apart or
+    /// rearranged from then on, nor gate each other in the same product.
+    pub(super) fn lay_out(&mut self) -> Result<()> {
+        if let (Backend::Cpu(cpu), Form::Stored(matrix)) = (&self.backend, &self.weight)
+            && let Some(laid_out) = cpu.lay_out(matrix)?
+        {
+            self.weight = Form::LaidOut(laid_out);
+        }
+        Ok(())
+    }
+
+    fn stored(&self) -> Result<&Matrix> {
+        match &self.weight {
+            Form::Stored(matrix) => Ok(matrix),
+            Form::LaidOut(_) => Err(Error::internal("weights that are laid out have no rows")),
+        }
     }
 
     /// The layer that gives outputs `from..to` of this one's.
@@ -41,7 +67,7 @@ impl Linear {
 
     /// With other outputs, whose rows `change` makes of those of each array.
     fn rearranged(&self, change: impl Fn(&Array) -> Result<Array>) -> Result<Self> {
-        let matrix = match &self.matrix {
+        let matrix = match self.stored()? {
             Matrix::Dense(weight) => Matrix::Dense(change(weight)?),
             Matrix::Quantized(matrix) => Matrix::Quantized(QuantizedMatrix {
                 weight: change(&matrix.weight)?,
@@ -51,16 +77,20 @@ impl Linear {
             }),
         };
         let bias = self.bias.as_ref().map(&change).transpose()?;
-        Ok(Self { matrix, bias, backend: self.backend.clone() })
+        Ok(Self { weight: Form::Stored(matrix), bias, backend: self.backend.clone() })
     }
 
     pub(super) fn operand(&self) -> Operand<'_> {
-        Operand { matrix: &self.matrix, bias: self.bias.as_ref() }
+        let matrix = match &self.weight {
+            Form::Stored(matrix) => matrix.into(),
+            Form::LaidOut(laid_out) => Weight::LaidOut(laid_out),
+        };
+        Operand { matrix, bias: self.bias.as_ref() }
     }
 
     /// The kernels, if all of `layers` can be computed by them.
     fn kernels<'a>(layers: &[&'a Linear]) -> Option<&'a Cpu> {
-        let mut kernels = layers.iter().map(|layer| layer.backend.kernels(&layer.matrix));
+        let mut kernels = layers.iter().map(|layer| layer.backend.kernels(layer.operand().matrix));
         let first = kernels.next()??;
         kernels.all(|cpu| cpu.is_some()).then_some(first)
     }
@@ -118,6 +148,11 @@ impl Joined {
         Ok(Self { layers: merged.map_or(layers, |one| vec![one]) })
     }
 
+    /// See [`Linear::lay_out`].
+    pub(super) fn lay_out(&mut self) -> Result<()> {
+        self.layers.iter_mut().try_for_each(Linear::lay_out)
+    }
+
     pub(super) fn operands(&self) -> Vec<Operand<'_>> {
         self.layers.iter().map(Linear::operand).collect()
     }
@@ -172,15 +207,15 @@ fn merge(layers: &[Linear]) -> Result<Option<Linear>> {
     let all = |part: fn(&Linear) -> Option<&Array>| -> Result<Option<Array>> {
         layers.iter().map(part).collect::<Option<Vec<_>>>().map(join).transpose()
     };
-    let dense = all(|layer| match &layer.matrix {
-        Matrix::Dense(weight) => Some(weight),
-        Matrix::Quantized(_) => None,
+    let dense = all(|layer| match &layer.weight {
+        Form::Stored(Matrix::Dense(weight)) => Some(weight),
+        _ => None,
     })?;
     let packed: Option<Vec<&QuantizedMatrix>> = layers
         .iter()
-        .map(|layer| match &layer.matrix {
-            Matrix::Quantized(matrix) => Some(matrix),
-            Matrix::Dense(_) => None,
+        .map(|layer| match &layer.weight {
+            Form::Stored(Matrix::Quantized(matrix)) => Some(matrix),
+            _ => None,
         })
         .collect();
     let matrix = match (dense, packed) {
@@ -209,7 +244,7 @@ fn merge(layers: &[Linear]) -> Result<Option<Linear>> {
         Matrix::Quantized(matrix) => [&matrix.weight, &matrix.scales].into_iter().chain(&matrix.biases).collect(),
     };
     mlx_rs::transforms::eval(arrays.into_iter().chain(&bias))?;
-    Ok(Some(Linear { matrix, bias, backend: layers[0].backend.clone() }))
+    Ok(Some(Linear { weight: Form::Stored(matrix), bias, backend: layers[0].backend.clone() }))
 }
 
 /// `x [T, columns] -> [T, rows]` on `backend`.
@@ -218,8 +253,9 @@ pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Res
         return cpu.linear(x, None, &[operand], Join::Concat);
     }
     let y = match operand.matrix {
-        Matrix::Dense(weight) => x.matmul(weight.transpose()?)?,
-        Matrix::Quantized(weight) => match backend.gpu() {
+        Weight::LaidOut(_) => return Err(Error::internal("weights that are laid out are for the CPU kernels")),
+        Weight::Stored(Matrix::Dense(weight)) => x.matmul(weight.transpose()?)?,
+        Weight::Stored(Matrix::Quantized(weight)) => match backend.gpu() {
             Some(gpu) if gpu.unpacks(x.dim(0) as usize, x.dim(1) as usize * weight.scales.dim(0) as usize) => {
                 x.matmul(weight.unpacked(x.dtype())?.transpose()?)?
             }

@@ -107,6 +107,12 @@ impl Mlp {
         })
     }
 
+    /// See [`Linear::lay_out`].
+    pub(super) fn lay_out(&mut self) -> Result<()> {
+        self.input.lay_out()?;
+        self.output.lay_out()
+    }
+
     /// `mlp(x)`, or `mlp(norm(x))`, added to `residual` if there is one; all `[T, hidden]`.
     pub fn forward(&self, x: &Array, norm: Option<&RmsNorm>, residual: Option<&Array>) -> Result<Array> {
         let inner = match self.gate {

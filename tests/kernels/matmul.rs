@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use crate::case::{Ending, How, Inputs, Model, Plan, Routing, formats, plans};
 use crate::cpu::Isa;
 use crate::cpu::floats::{Floats, FloatsMut};
-use crate::cpu::matmul::{Finish, MatMul, Precision, Projection};
+use crate::cpu::matmul::{Finish, MatMul, Precision, Projection, laid_out_len, lay_out};
 use crate::cpu::matrix::{Coding, Matrix, Packed, Scales, Storage};
 use crate::guard::{EDGES, Edge};
 use crate::numbers::{Numbers, TYPES, Type, bits, cases, rounded};
@@ -361,6 +361,50 @@ fn many_rows_are_chains_over_the_columns() {
     }
 }
 
+/// Weights that were laid out before give what those do that are laid out for a product, bias, activation and residual included,
+/// and the same rows have the same bits however few they are.
+#[test]
+fn weights_laid_out_once_give_the_same_products() {
+    let mut random = Random(23);
+    for (m, rows, columns) in [(64, 16, 7), (67, 41, 1100), (150, 70, 512), (64, 96, 33)] {
+        let (x, residual) = (random.normals(m * columns), random.normals(m * rows));
+        let weights = [(); 3].map(|()| random.normals(rows * columns));
+        let bias = random.normals(rows);
+        for isa in Isa::available() {
+            let matrices =
+                weights.each_ref().map(|w| Matrix { rows, columns, storage: Storage::Dense(Floats::F32(w)) });
+            let laid_out = matrices.map(|matrix| {
+                let mut panels = vec![f32::NAN; laid_out_len(rows, columns)];
+                lay_out(isa, &workers(2), matrix, &mut panels);
+                panels
+            });
+            let stored: Vec<Matrix<'_>> =
+                laid_out.iter().map(|p| Matrix { rows, columns, storage: Storage::LaidOut(p) }).collect();
+            for (count, finish) in
+                [(3, Finish::Concat), (1, Finish::Add(&residual)), (1, Finish::Gelu), (1, Finish::SquaredRelu)]
+            {
+                let run = |matrices: &[Matrix<'_>], m: usize| {
+                    let bias = Some(Floats::F32(&bias));
+                    let projections: Vec<_> =
+                        matrices[..count].iter().map(|&matrix| Projection { matrix, bias }).collect();
+                    let (x, projections) = (&x[..m * columns], &projections[..]);
+                    let finish = if let Finish::Add(_) = finish { Finish::Add(&residual[..m * rows]) } else { finish };
+                    let (experts, stacked, precision) = (None, 1, Precision::Fast);
+                    let product = MatMul { x, projections, experts, stacked, finish, precision };
+                    let mut found = vec![f32::NAN; m * rows * count];
+                    product.run(isa, &workers(2), FloatsMut::F32(&mut found));
+                    bits(&found)
+                };
+                let all = run(&stored, m);
+                assert_eq!(all, run(&matrices, m), "{isa:?}: {m} x {rows} x {columns}, {finish:?}");
+                for few in [1, 2, 5, 63] {
+                    assert_eq!(run(&stored, few), all[..few * rows * count], "{isa:?}: {few} of {m}, {finish:?}");
+                }
+            }
+        }
+    }
+}
+
 /// A product with an error of its caller's panics before it reads or writes anything.
 #[test]
 fn sizes_that_do_not_agree_are_refused() {
@@ -383,6 +427,10 @@ fn sizes_that_do_not_agree_are_refused() {
     };
     let [seven, small, half, few] = [packed(7, 32, 32), packed(8, 8, 32), packed(4, 128, 64), packed(8, 64, 64)];
     let other = [Projection { matrix: Matrix { rows: 3, columns: 2, ..matrix }, bias: None }, projection];
+    let laid_out = |numbers| Projection { matrix: Matrix { storage: Storage::LaidOut(numbers), ..matrix }, bias: None };
+    let panels = [1f32; 96];
+    let (short, mixed) = ([laid_out(&panels[..95])], [laid_out(&panels), projection]);
+    let apart = [laid_out(&panels), laid_out(&panels)];
     let biased = [Projection { matrix, bias: Some(Floats::F32(&x[..1])) }];
     let long = [1f32; 64];
     let bad: Vec<(&str, MatMul<'_>, usize)> = vec![
@@ -395,6 +443,9 @@ fn sizes_that_do_not_agree_are_refused() {
         ("too few experts", MatMul { experts: Some(&[0]), ..good() }, 4),
         ("an unknown expert", MatMul { experts: Some(&[0, 1]), ..good() }, 4),
         ("a short bias", MatMul { projections: &biased, ..good() }, 4),
+        ("short weights that are laid out", MatMul { projections: &short, ..good() }, 4),
+        ("one of two laid out", MatMul { projections: &mixed, ..good() }, 8),
+        ("two laid out apart", MatMul { projections: &apart, finish: Finish::SwiGlu, ..good() }, 4),
         ("a short residual", MatMul { finish: Finish::Add(&x[..3]), ..good() }, 4),
         ("two projections to add", MatMul { projections: &two, finish: Finish::Add(&long[..8]), ..good() }, 8),
         ("a gate alone", MatMul { finish: Finish::SwiGlu, ..good() }, 4),

@@ -296,6 +296,7 @@ impl Work for TakeRows<'_> {
             match &self.table.storage {
                 Storage::Dense(numbers) => numbers.slice(id as usize * columns, columns).widen(simd, &mut row),
                 Storage::Packed(packed) => simd.call(UnpackRow { packed, row: id as usize, out: &mut row }),
+                Storage::LaidOut(_) => unreachable!("a table is not laid out"),
             }
             // SAFETY: this row is this task's.
             unsafe { self.out.write((self.first + i) * columns, &row) };

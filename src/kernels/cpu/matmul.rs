@@ -5,19 +5,23 @@
 //! for many rows), and then finishes them: bias, activation function, residual.
 
 mod finish;
+mod laid_out;
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::dot;
-use super::floats::{Floats, FloatsMut, SharedMut, as_bf16, as_f16};
-use super::gemm::{PackLanes, RoundPairs, TimesPanels, WIDTH, as_pairs, lanes_at};
+use super::floats::{Floats, FloatsMut, SharedMut};
+use super::gemm::WIDTH;
 use super::integer::{Integer, WeightRows};
 use super::matrix::{Matrix, Storage};
 use super::quantize::{BlockParts, Order, Quantize, QuantizedRows};
 use super::simd::{Isa, LANES, Simd, Work};
 use super::threads::Workers;
+use laid_out::{LaidOut, TOGETHER};
+
+pub use laid_out::{laid_out_len, lay_out};
 
 /// Rows of a panel.
 pub const PANEL: usize = LANES;
@@ -27,18 +31,6 @@ pub const PAIR: usize = 2;
 
 /// Larger buffers are not kept: threads of MLX's never end, and neither would what they keep.
 const KEPT_BYTES: usize = 8 << 20;
-
-/// Rows from which on dense weights are laid out for `gemm.rs`.
-const MANY_ROWS: usize = 64;
-
-/// Rows of a task of such a product.
-const TASK_ROWS: usize = 48;
-
-/// Units that are multiplied together when weights are laid out.
-const TOGETHER: usize = 2;
-
-/// Bytes of weights that are laid out at once: all threads read them from the cache that they share, or from their own.
-const LAID_OUT: usize = 3 << 19;
 
 /// How products with packed weights are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -111,7 +103,7 @@ pub struct MatMul<'a> {
     pub precision: Precision,
 }
 
-/// Two panels that are computed together; of an odd number the last is alone.
+/// Two panels that are computed together; of an odd number the last is alone. The first is always there.
 #[derive(Debug, Clone, Copy)]
 struct Unit {
     panels: [Option<Panel>; PAIR],
@@ -128,13 +120,16 @@ struct Panel {
     pub rows: usize,
 }
 
+impl Unit {
+    /// Index of the first panel's projection.
+    fn projection(&self) -> usize {
+        self.panels[0].map_or(0, |panel| panel.projection)
+    }
+}
+
 thread_local! {
     /// Quantised activations, kept for the next product unless they are large.
     static QUANTIZED: RefCell<Vec<QuantizedRows>> = const { RefCell::new(Vec::new()) };
-    /// Weights as they are laid out.
-    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    /// Activations as pairs of bf16.
-    static ROUNDED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// Accumulators of a unit, `[M, PAIR * PANEL]`.
     static ACCUMULATORS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -164,6 +159,9 @@ impl MatMul<'_> {
             return;
         }
         let (segments, units) = (self.segments(), self.units());
+        if self.is_stored_laid_out() {
+            return self.run_stored(isa, workers, &units, SharedMut::new(&mut out));
+        }
         if self.has_many_rows() {
             return self.run_laid_out(isa, workers, &units, SharedMut::new(&mut out));
         }
@@ -184,76 +182,6 @@ impl MatMul<'_> {
         });
     }
 
-    /// Whether weights are worth laying out.
-    fn has_many_rows(&self) -> bool {
-        let dense = |projection: &Projection<'_>| matches!(projection.matrix.storage, Storage::Dense(_));
-        self.rows() >= MANY_ROWS
-            && self.precision == Precision::Fast
-            && self.experts.is_none()
-            && self.projections.iter().all(dense)
-    }
-
-    /// Whether many rows are multiplied as pairs of bf16.
-    fn is_in_pairs(&self, isa: Isa) -> bool {
-        let bf16 = |p: &Projection<'_>| matches!(p.matrix.storage, Storage::Dense(Floats::Bf16(_)));
-        isa.has_dot_bf16() && self.columns().is_multiple_of(2) && self.projections.iter().all(bf16)
-    }
-
-    /// The activations as pairs of bf16, made in `kept`.
-    fn round_pairs<'k>(&self, isa: Isa, workers: &Workers, kept: &'k mut Vec<f32>) -> &'k [f32] {
-        let len = self.x.len() / 2;
-        if kept.len() < len {
-            kept.resize(len, 0.0);
-        }
-        let depth = self.columns() / 2;
-        let rows = self.x.chunks(TASK_ROWS * 2 * depth).zip(kept[..len].chunks_mut(TASK_ROWS * depth));
-        let parts: Vec<_> = rows.map(Mutex::new).collect();
-        workers.run(parts.len(), &|part| {
-            let (x, pairs) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
-            isa.run(RoundPairs { x, pairs });
-        });
-        drop(parts);
-        &kept[..len]
-    }
-
-    /// Lays out the weights of some units after the other, and multiplies all rows with them.
-    fn run_laid_out(&self, isa: Isa, workers: &Workers, units: &[Unit], out: SharedMut) {
-        let pairs = self.is_in_pairs(isa);
-        let mut rounded = ROUNDED.take();
-        let x = if pairs { self.round_pairs(isa, workers, &mut rounded) } else { self.x };
-        let depth = if pairs { self.columns() / 2 } else { self.columns() };
-        let size = depth * WIDTH;
-        let at_once = (LAID_OUT / (size * size_of::<f32>()).max(1)).max(workers.count()).min(units.len());
-        let mut kept = PANELS.take();
-        if kept.len() < at_once * size {
-            kept.resize(at_once * size, 0.0);
-        }
-        let blocks = self.rows().div_ceil(TASK_ROWS);
-        for units in units.chunks(at_once) {
-            let parts: Vec<_> = kept.chunks_exact_mut(size).zip(units).map(Mutex::new).collect();
-            workers.run(units.len(), &|unit| {
-                let (panel, unit) = &mut *parts[unit].lock().unwrap_or_else(PoisonError::into_inner);
-                isa.run(LayOut { product: self, unit, pairs, panel });
-            });
-            drop(parts);
-            // Many tasks a thread, so that they end together; where rows are few, columns are divided, too.
-            let per_task = units.len().div_ceil((workers.count() * 16).div_ceil(blocks)).next_multiple_of(TOGETHER);
-            let runs = units.len().div_ceil(per_task);
-            workers.run(blocks * runs, &|task| {
-                let rows = task / runs * TASK_ROWS..((task / runs + 1) * TASK_ROWS).min(self.rows());
-                let first = task % runs * per_task;
-                let units = &units[first..(first + per_task).min(units.len())];
-                let laid_out = Some(LaidOut { x, panels: &kept[first * size..], depth, pairs });
-                isa.run(Units { product: self, quantized: &[], laid_out, units, expert: 0, rows, out });
-            });
-        }
-        for (kept, slot) in [(kept, &PANELS), (rounded, &ROUNDED)] {
-            if kept.capacity() * size_of::<f32>() <= KEPT_BYTES {
-                slot.set(kept);
-            }
-        }
-    }
-
     fn check(&self, out: usize) {
         let columns = self.columns();
         assert_eq!(self.x.len(), self.rows() * columns, "activations of {columns} columns");
@@ -264,6 +192,7 @@ impl MatMul<'_> {
             assert!(projection.bias.is_none_or(|b| b.len() == biases), "size of a bias");
         }
         assert_eq!(out, self.rows() * self.width(), "size of the output");
+        assert!(!self.finish.is_gated() || !self.is_stored_laid_out(), "units of two matrices that are laid out apart");
         match self.finish {
             Finish::Concat => {}
             Finish::Gelu | Finish::SquaredRelu => assert!(self.projections.len() == 1, "one projection"),
@@ -397,57 +326,6 @@ fn shrinking_runs(len: usize, threads: usize, least: usize) -> Vec<Range<usize>>
     runs
 }
 
-/// Lays out the weights of a unit as one panel of `gemm.rs`.
-struct LayOut<'a> {
-    product: &'a MatMul<'a>,
-    unit: &'a Unit,
-    /// As pairs of bf16.
-    pairs: bool,
-    panel: &'a mut [f32],
-}
-
-impl Work for LayOut<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { product, unit, pairs, panel } = self;
-        let columns = product.columns();
-        let depth = if pairs { columns / 2 } else { columns };
-        for (at, part) in unit.panels.iter().enumerate() {
-            let panel = &mut panel[lanes_at::<S>(at * PANEL, depth)..];
-            let (count, numbers) = match part {
-                Some(part) => match &product.projections[part.projection].matrix.storage {
-                    Storage::Dense(numbers) => (part.rows, numbers.slice(part.first * columns, part.rows * columns)),
-                    Storage::Packed(_) => unreachable!("packed weights are not laid out"),
-                },
-                None => (0, Floats::F32(&[])),
-            };
-            match numbers {
-                Floats::F32(rows) => PackLanes { rows, stride: depth, count, depth, panel }.run(simd),
-                Floats::F16(rows) => PackLanes { rows: as_f16(rows), stride: depth, count, depth, panel }.run(simd),
-                Floats::Bf16(rows) if pairs => {
-                    PackLanes { rows: as_pairs(rows), stride: depth, count, depth, panel }.run(simd);
-                }
-                Floats::Bf16(rows) => PackLanes { rows: as_bf16(rows), stride: depth, count, depth, panel }.run(simd),
-            }
-        }
-    }
-}
-
-/// What `gemm.rs` multiplies.
-#[derive(Clone, Copy)]
-struct LaidOut<'a> {
-    /// All activations, `depth` a row.
-    x: &'a [f32],
-    /// The weights of units, one after another.
-    panels: &'a [f32],
-    /// Columns, or pairs of them.
-    depth: usize,
-    /// Whether activations and weights are pairs of bf16.
-    pairs: bool,
-}
-
 /// Some units for the rows of one expert.
 struct Units<'a> {
     product: &'a MatMul<'a>,
@@ -543,40 +421,8 @@ impl Units<'_> {
                 dot::packed(simd, packed, columns, first, rows, x, &mut acc[at..]);
             }
             (Storage::Dense(numbers), _) => dot::dense(simd, numbers, columns, first, rows, x, &mut acc[at..]),
+            (Storage::LaidOut(_), _) => unreachable!("what is laid out is multiplied by another path"),
         }
-    }
-
-    /// All of some units from `first` on, whose weights are laid out; returns how many. Sums begin with what is added.
-    #[inline(always)]
-    fn compute_laid_out<S: Simd>(&self, simd: S, first: usize, laid_out: LaidOut<'_>, acc: &mut [f32]) -> usize {
-        let LaidOut { x, panels, depth, pairs } = laid_out;
-        let units = &self.units[first..(first + TOGETHER).min(self.units.len())];
-        let (rows, width, stride) = (self.rows.len(), self.product.width(), units.len() * WIDTH);
-        let acc = &mut acc[..rows * stride];
-        for (at, unit) in units.iter().enumerate() {
-            let (biases, places) = (self.biases(simd, unit).unwrap_or([0f32; WIDTH]), self.places(unit));
-            for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(stride)) {
-                let acc = &mut acc[at * WIDTH..][..WIDTH];
-                acc.copy_from_slice(&biases);
-                if let Finish::Add(residual) = self.product.finish {
-                    self.add_residual(simd, residual, row * width, &places, acc);
-                }
-            }
-        }
-        let a = &x[self.rows.start * depth..self.rows.end * depth];
-        let panels = &panels[first * depth * WIDTH..][..units.len() * depth * WIDTH];
-        let count = units.len();
-        TimesPanels { pairs, a, a_stride: depth, rows, depth, panels, count, begin: 0, acc, acc_stride: stride }
-            .run(simd);
-        for (at, unit) in units.iter().enumerate() {
-            let places = self.places(unit);
-            for (row, acc) in self.rows.clone().zip(acc.chunks_exact_mut(stride)) {
-                let acc = &mut acc[at * WIDTH..][..WIDTH];
-                self.activate(simd, acc);
-                self.write(simd, row * width, &places, acc);
-            }
-        }
-        count
     }
 }
 

@@ -1,6 +1,7 @@
 //! Weight matrices as checkpoints store them, read in place.
 
 use super::floats::Floats;
+use super::matmul::laid_out_len;
 use super::simd::LANES;
 
 /// A matrix `[rows, columns]`, or several of the same shape one after another (experts).
@@ -21,6 +22,8 @@ pub enum Storage<'a> {
     Dense(Floats<'a>),
     /// MLX's packed form.
     Packed(Packed<'a>),
+    /// A single matrix as products read it: [`lay_out`](super::matmul::lay_out).
+    LaidOut(&'a [f32]),
 }
 
 /// Weights as integer codes with a scale, and for the affine format a bias, per group along the columns:
@@ -79,6 +82,13 @@ impl Matrix<'_> {
         let rows = self.rows * count;
         match &self.storage {
             Storage::Dense(numbers) => assert_eq!(numbers.len(), rows * self.columns, "size of a dense matrix"),
+            Storage::LaidOut(panels) => {
+                assert_eq!(
+                    (panels.len(), count),
+                    (laid_out_len(self.rows, self.columns), 1),
+                    "size of what is laid out"
+                );
+            }
             Storage::Packed(packed) => {
                 let bits = packed.coding.bits();
                 assert!(matches!(bits, 2 | 3 | 4 | 5 | 6 | 8), "codes of {bits} bits");
