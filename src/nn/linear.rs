@@ -256,9 +256,7 @@ pub(super) fn project(backend: &Backend, operand: Operand<'_>, x: &Array) -> Res
         Weight::LaidOut(_) => return Err(Error::internal("weights that are laid out are for the CPU kernels")),
         Weight::Stored(Matrix::Dense(weight)) => x.matmul(weight.transpose()?)?,
         Weight::Stored(Matrix::Quantized(weight)) => match backend.gpu() {
-            Some(gpu) if gpu.unpacks(x.dim(0) as usize, x.dim(1) as usize * weight.scales.dim(0) as usize) => {
-                x.matmul(weight.unpacked(x.dtype())?.transpose()?)?
-            }
+            Some(gpu) if gpu.unpacks(x.dim(0) as usize) => x.matmul(weight.unpacked(x.dtype())?.transpose()?)?,
             _ => weight.matmul(x)?,
         },
     };

@@ -15,6 +15,7 @@ mod engine;
 mod exit;
 mod kernels;
 mod pools;
+mod repeats;
 mod shapes;
 mod steps;
 mod tiers;
@@ -29,7 +30,7 @@ use omlx::mlx::{self, Device};
 type Check = fn() -> Result<()>;
 
 /// Name, check, and whether it needs a GPU.
-const CHECKS: [(&str, Check, bool); 11] = [
+const CHECKS: [(&str, Check, bool); 12] = [
     ("company changes no logits in buckets, MLX's operations", company::changes_nothing_in_buckets, false),
     ("kernels compute what MLX's operations do", kernels::agree, true),
     ("company changes no logits in half", company::changes_nothing_in_half, true),
@@ -40,6 +41,7 @@ const CHECKS: [(&str, Check, bool); 11] = [
     ("types give the reference tokens, and go on from what is cached", types::give_the_reference_tokens, false),
     ("rows come back from files and the host's memory", tiers::restored_rows_are_those_that_left, false),
     ("hosts may exit at any time", exit::hosts_end_normally, false),
+    ("steps repeat bit for bit", repeats::steps_repeat_bit_for_bit, true),
     ("5000 shapes run", shapes::run, true),
 ];
 

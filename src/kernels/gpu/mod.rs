@@ -32,11 +32,12 @@ impl Gpu {
         Self { block_tokens, cuda: Language::of_mlx() == Ok(Language::Cuda) }
     }
 
-    /// Whether a product of that many rows with a quantised matrix of `weights` numbers is faster with the matrix unpacked
-    /// before (measured on an H200), and there is room for it: steps on their way hold what their layers have unpacked.
-    pub fn unpacks(&self, rows: usize, weights: usize) -> bool {
-        const LARGE: usize = 16 << 20;
-        let faster = self.cuda && rows >= if weights >= LARGE { 256 } else { 512 };
+    /// Whether a product of that many rows with a quantised matrix is to be computed with the matrix unpacked before, and there is
+    /// room for it: steps on their way hold what their layers have unpacked. With 512 rows it is faster, with large matrices from
+    /// 256 on (measured on an H200); and MLX's own kernel gives wrong tiles now and then, which is rare with fewer rows
+    /// (BENCHMARKS.md).
+    pub fn unpacks(&self, rows: usize) -> bool {
+        let faster = self.cuda && rows >= 256;
         faster && matches!((memory::active_memory(), memory::memory_limit()), (Ok(used), Ok(limit)) if used < limit / 2)
     }
 }
