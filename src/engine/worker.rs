@@ -369,6 +369,11 @@ impl Worker<'_> {
                 self.scheduler.preempt_all();
                 self.give_back()?;
             }
+            // What grows while nothing runs grows to its end first: between steps it would delay tokens.
+            if !self.stepping && self.in_flight.is_none() && self.runner.pages().is_resizing() {
+                self.publish();
+                continue;
+            }
             let launched = self.launch()?;
             self.stepping = launched.is_some();
             // Others compute when this step has been read.
