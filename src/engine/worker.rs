@@ -370,7 +370,7 @@ impl Worker<'_> {
                 self.give_back()?;
             }
             // What grows while nothing runs grows to its end first: between steps it would delay tokens.
-            if !self.stepping && self.in_flight.is_none() && self.runner.pages().is_resizing() {
+            if !self.stepping && self.runner.pages().is_resizing() {
                 self.publish();
                 continue;
             }

@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use mlx_rs::{Array, Dtype};
+use mlx_rs::Dtype;
 use omlx::engine::StepPlan;
 use omlx::error::{Error, Result};
 use serde_json::json;
 
-use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, Way, host, run, small};
+use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, Way, host, random_step, run, small};
 
 /// The length of the difference over the length of the logits: in f16 of each row; in bf16, whose roundings are eight times
 /// as large, of all rows of a sequence together.
@@ -156,39 +156,14 @@ fn play(
     // Squares of the differences and of the logits of each sequence, and the worst row.
     let mut squares = vec![(0f64, 0f64); count];
     let mut worst = 0f32;
-    while (0..count).any(|at| computed[at] < sequences[at].len()) {
-        let mut picked: Vec<usize> = (0..count).filter(|&at| computed[at] < sequences[at].len()).collect();
-        random.shuffle(&mut picked);
-        picked.truncate(1 + random.below(picked.len()));
-        let mut runs = Vec::new();
-        let kind = random.below(3);
-        for &at in &picked {
-            let left = sequences[at].len() - computed[at];
-            // Steps of single tokens only, of pieces, and mixed ones.
-            let tokens = match (kind, random.below(2)) {
-                (0, _) | (1, 0) => 1,
-                (1, _) => left.min(1 + random.below(30)),
-                _ => left.min(1 + random.below(400)),
-            };
-            let (start, end) = (computed[at], computed[at] + tokens);
-            runs.push((at, start, run(at as u64, start, &sequences[at][start..end], &tables[at])));
-            computed[at] = end;
+    loop {
+        let plan = random_step(random, sequences, &mut computed, &tables);
+        if plan.runs.is_empty() {
+            break;
         }
-        // As the scheduler does it: single tokens first.
-        runs.sort_by_key(|(_, _, run)| run.tokens() > 1);
-        let places: Vec<(usize, usize, usize)> =
-            runs.iter().map(|(at, start, run)| (*at, *start, run.tokens())).collect();
-        let plan = StepPlan { runs: runs.into_iter().map(|(_, _, run)| run).collect(), ..StepPlan::default() };
-        let (hidden, firsts, unread) = company.step(&plan)?;
-        mlx_rs::transforms::eval(&unread)?;
-        let rows: Vec<i32> = places
-            .iter()
-            .zip(&firsts)
-            .flat_map(|(&(_, _, tokens), &first)| first as i32..(first + tokens) as i32)
-            .collect();
-        let logits = company.model.logits(&hidden, Some(&Array::from_slice(&rows, &[rows.len() as i32])))?;
-        let logits = host(&logits)?;
-        let positions = places.iter().flat_map(|&(at, start, tokens)| (start..start + tokens).map(move |p| (at, p)));
+        let logits = company.logits(&plan)?;
+        let places = plan.runs.iter().map(|run| (run.sequence as usize, run.start, run.tokens()));
+        let positions = places.flat_map(|(at, start, tokens)| (start..start + tokens).map(move |p| (at, p)));
         for ((at, position), found) in positions.zip(logits.chunks(company.vocab)) {
             let row = &expected[at][position * company.vocab..][..company.vocab];
             let (difference, size) = squares_of(found, row);

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use mlx_rs::{Array, Dtype};
+use mlx_rs::Dtype;
 use omlx::engine::StepPlan;
 use omlx::error::{Error, Result};
 use serde_json::json;
 
-use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, Way, host, run, small};
+use crate::steps::{BLOCK_TOKENS, Loaded, Random, Source, Way, random_step, small};
 
 /// Sequences, and tokens of the longest one.
 const SEQUENCES: usize = 12;
@@ -40,14 +40,13 @@ fn repeat(source: &Source<'_>, way: Way) -> Result<Vec<String>> {
     let sequences: Vec<Vec<u32>> = (0..SEQUENCES)
         .map(|_| (0..40 + random.below(LONGEST - 40)).map(|_| random.below(model.vocab - 10) as u32).collect())
         .collect();
-    let plans = plans(&sequences, width, &mut random);
-    let mut compute = |plan: &StepPlan| -> Result<Vec<f32>> {
-        let (hidden, firsts, unread) = model.step(plan)?;
-        mlx_rs::transforms::eval(&unread)?;
-        let runs = plan.runs.iter().zip(&firsts);
-        let rows: Vec<i32> = runs.flat_map(|(run, &first)| first as i32..(first + run.tokens()) as i32).collect();
-        host(&model.model.logits(&hidden, Some(&Array::from_slice(&rows, &[rows.len() as i32])))?)
-    };
+    let mut blocks: Vec<u32> = (0..(SEQUENCES * width) as u32).collect();
+    random.shuffle(&mut blocks);
+    let tables: Vec<Vec<u32>> = blocks.chunks(width).map(<[u32]>::to_vec).collect();
+    let mut computed = vec![0; SEQUENCES];
+    let steps = std::iter::repeat_with(|| random_step(&mut random, &sequences, &mut computed, &tables));
+    let plans: Vec<StepPlan> = steps.take_while(|plan| !plan.runs.is_empty()).collect();
+    let mut compute = |plan: &StepPlan| model.logits(plan);
     let expected = plans.iter().map(&mut compute).collect::<Result<Vec<_>>>()?;
     let mut others = Vec::new();
     for round in 1..=ROUNDS {
@@ -60,37 +59,4 @@ fn repeat(source: &Source<'_>, way: Way) -> Result<Vec<String>> {
         }
     }
     Ok(others)
-}
-
-/// All sequences in steps of random pieces, in random blocks.
-fn plans(sequences: &[Vec<u32>], width: usize, random: &mut Random) -> Vec<StepPlan> {
-    let mut blocks: Vec<u32> = (0..(sequences.len() * width) as u32).collect();
-    random.shuffle(&mut blocks);
-    let mut computed = vec![0; sequences.len()];
-    let mut plans = Vec::new();
-    loop {
-        let mut picked: Vec<usize> = (0..sequences.len()).filter(|&at| computed[at] < sequences[at].len()).collect();
-        if picked.is_empty() {
-            return plans;
-        }
-        random.shuffle(&mut picked);
-        picked.truncate(1 + random.below(picked.len()));
-        let kind = random.below(3);
-        let mut runs: Vec<_> = picked
-            .iter()
-            .map(|&at| {
-                let left = sequences[at].len() - computed[at];
-                let tokens = match (kind, random.below(2)) {
-                    (0, _) | (1, 0) => 1,
-                    (1, _) => left.min(1 + random.below(30)),
-                    _ => left.min(1 + random.below(400)),
-                };
-                let (start, end) = (computed[at], computed[at] + tokens);
-                computed[at] = end;
-                run(at as u64, start, &sequences[at][start..end], &blocks[at * width..][..width])
-            })
-            .collect();
-        runs.sort_by_key(|run| run.tokens() > 1);
-        plans.push(StepPlan { runs, ..StepPlan::default() });
-    }
 }

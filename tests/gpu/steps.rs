@@ -115,6 +115,17 @@ impl Loaded {
     }
 }
 
+impl Loaded {
+    /// Logits of all rows of a step's runs, one run after the other.
+    pub fn logits(&mut self, plan: &StepPlan) -> Result<Vec<f32>> {
+        let (hidden, firsts, unread) = self.step(plan)?;
+        mlx_rs::transforms::eval(&unread)?;
+        let runs = plan.runs.iter().zip(&firsts);
+        let rows: Vec<i32> = runs.flat_map(|(run, &first)| first as i32..(first + run.tokens()) as i32).collect();
+        host(&self.model.logits(&hidden, Some(&Array::from_slice(&rows, &[rows.len() as i32])))?)
+    }
+}
+
 /// A run of `tokens` from `start` on, in these blocks.
 pub fn run(sequence: u64, start: usize, tokens: &[u32], blocks: &[u32]) -> Run {
     Run {
@@ -130,4 +141,37 @@ pub fn run(sequence: u64, start: usize, tokens: &[u32], blocks: &[u32]) -> Run {
 pub fn host(array: &Array) -> Result<Vec<f32>> {
     let array = array.as_dtype(Dtype::Float32)?.contiguous()?;
     Ok(array.try_as_slice::<f32>().map_err(|error| Error::internal(error.to_string()))?.to_vec())
+}
+
+/// The next step of sequences of which `computed` tokens are there, in blocks of `tables`: pieces of some of them, of random lengths.
+/// No runs when all are computed.
+pub fn random_step(
+    random: &mut Random,
+    sequences: &[Vec<u32>],
+    computed: &mut [usize],
+    tables: &[Vec<u32>],
+) -> StepPlan {
+    let mut picked: Vec<usize> = (0..sequences.len()).filter(|&at| computed[at] < sequences[at].len()).collect();
+    if picked.is_empty() {
+        return StepPlan::default();
+    }
+    random.shuffle(&mut picked);
+    picked.truncate(1 + random.below(picked.len()));
+    let mut runs = Vec::new();
+    let kind = random.below(3);
+    for &at in &picked {
+        let left = sequences[at].len() - computed[at];
+        // Steps of single tokens only, of pieces, and mixed ones.
+        let tokens = match (kind, random.below(2)) {
+            (0, _) | (1, 0) => 1,
+            (1, _) => left.min(1 + random.below(30)),
+            _ => left.min(1 + random.below(400)),
+        };
+        let (start, end) = (computed[at], computed[at] + tokens);
+        runs.push(run(at as u64, start, &sequences[at][start..end], &tables[at]));
+        computed[at] = end;
+    }
+    // As the scheduler does it: single tokens first.
+    runs.sort_by_key(|run| run.tokens() > 1);
+    StepPlan { runs, ..StepPlan::default() }
 }
